@@ -1,0 +1,55 @@
+/** Matrix products, injected into methods so that a method never opens a session itself. Everything is row-major. */
+
+export interface Matrix {
+  readonly rows: number;
+  readonly columns: number;
+  /** (rows, columns) */
+  readonly data: Float32Array;
+}
+
+/** Dense products on an Engine. All calls may run on several threads; results on one engine are deterministic. */
+export interface Blas {
+  /**
+   * `out = alpha * op(a) * op(b) + beta * out`; returns `out` (allocated when absent, then `beta` must be absent or 0).
+   * `op` transposes when asked. `out.data` may be a view into a larger array.
+   */
+  gemm(
+    a: Matrix,
+    b: Matrix,
+    options?: {
+      readonly transposeA?: boolean;
+      readonly transposeB?: boolean;
+      readonly alpha?: number;
+      readonly beta?: number;
+      readonly out?: Matrix;
+    },
+  ): Promise<Matrix>;
+  /** Starts accumulating `sum x x^T` over tokens, in fp64 across calls; `x` is (tokens, features). */
+  gram(features: number): GramAccumulator;
+  /**
+   * Upper triangular U with `H^-1 = U^T U`, by one Cholesky of the row-and-column-reversed H and one triangular inverse
+   * (slim-llm, section 3.2). `hessian` is (n, n) symmetric, not modified. Throws NotPositiveDefiniteError.
+   */
+  inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array>;
+  /** Mean over rows of `KL(softmax(target row) || softmax(trial row))`, in nats; log-softmax in fp32 or better, no clamps. */
+  meanKl(target: Matrix, trial: Matrix): Promise<number>;
+}
+
+export interface GramAccumulator {
+  /** Adds the tokens of `x` (tokens, features); rows with `mask[row] === 0` are left out. */
+  add(x: Matrix, mask?: Uint8Array): Promise<void>;
+  /** Tokens added so far. */
+  readonly tokenCount: number;
+  /** `sum x x^T / tokenCount`, (features, features), full and exactly symmetric. Ends the accumulation. */
+  finish(): Float64Array;
+}
+
+/** The matrix is not positive definite: more damping is needed. */
+export class NotPositiveDefiniteError extends Error {
+  /** Index of the first pivot that was not positive. */
+  readonly pivot: number;
+  constructor(pivot: number, value: number) {
+    super(`pivot ${pivot} of the Cholesky factorization is ${value}, not positive`);
+    this.pivot = pivot;
+  }
+}

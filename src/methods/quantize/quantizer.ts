@@ -1,0 +1,72 @@
+/** What every weight quantizer offers: decide where bits go (a small plan), then follow the plan. Free of side effects. */
+import type { CalibrationStats } from '../../calibration/statistics.ts';
+import type { Blas } from '../../compute/blas.ts';
+import type { LinearSite } from '../../model/model.ts';
+import type { QuantizedLinear } from './quantized-linear.ts';
+
+/** Widths of one site's groups, in natural column order. */
+export interface SitePlan {
+  readonly groupSize: number;
+  readonly bits: readonly number[];
+}
+
+/** What bits were spent on: module name -> widths. Saved in pcomp.json, reusable with --plan. */
+export interface BitPlan {
+  readonly modules: Readonly<Record<string, SitePlan>>;
+}
+
+/** The validated options quantizers read; each documents which it uses. */
+export interface QuantizeOptions {
+  readonly preset: 'paper';
+  /** Mean code bits, an integer under preset `paper`. */
+  readonly bits: number;
+  readonly groupSize: number;
+  /** Damping added to the Hessian's diagonal, as a fraction of its mean. */
+  readonly dampening: number;
+  /** gptq: visit columns by descending Hessian diagonal. */
+  readonly actOrder: boolean;
+  /** gptq with act-order: fit every group's grid before any column moves (always so with actOrder, to keep groups in natural order). */
+  readonly staticGroups: boolean;
+  /** Zero point fixed at 2^(b-1). */
+  readonly symmetric: boolean;
+  /** slim-llm: weight of salient elements in the grid search (paper: 1, which makes the mask void). */
+  readonly lambdaSalience: number;
+  /** slim-llm: denominator of the salience, see slim-llm 4.4. */
+  readonly salience: 'code' | 'inverse-diag';
+}
+
+/** What a method is given besides its inputs. */
+export interface QuantizeContext {
+  readonly blas: Blas;
+  readonly options: QuantizeOptions;
+  /** Something a reader of the report should know: a retry, a fall-back. */
+  note(site: LinearSite, message: string): void;
+}
+
+/** `weight` is (outFeatures, inFeatures) float32 and is not modified. `stats` is absent for data-free methods. */
+export interface Quantizer {
+  readonly name: string;
+  /** One line for --help. */
+  readonly summary: string;
+  /** Whether decide/apply read `stats`. */
+  readonly needsCalibration: boolean;
+  decide(
+    context: QuantizeContext,
+    site: LinearSite,
+    weight: Float32Array,
+    stats: CalibrationStats | undefined,
+  ): Promise<SitePlan>;
+  apply(
+    context: QuantizeContext,
+    site: LinearSite,
+    weight: Float32Array,
+    stats: CalibrationStats | undefined,
+    plan: SitePlan,
+  ): Promise<QuantizeResult>;
+}
+
+export interface QuantizeResult {
+  readonly quantized: QuantizedLinear;
+  /** Relative output error `tr(dW H dW^T) / tr(W H W^T)`, when the method knows H. */
+  readonly relativeError?: number;
+}

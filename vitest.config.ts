@@ -1,0 +1,12 @@
+import { defineConfig } from 'vitest/config';
+
+export default defineConfig({
+  test: {
+    include: ['test/**/*.test.ts'],
+    exclude: ['test/interop/**'],
+    testTimeout: 60_000,
+    // Native sessions and their threads do not survive worker threads being torn down; processes are clean.
+    pool: 'forks',
+    maxWorkers: 2,
+  },
+});
