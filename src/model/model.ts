@@ -1,5 +1,7 @@
 /** A network as pcomp sees it: blocks in order, and in each block the linear layers ("sites") that may be compressed. */
-import type { TensorInfo } from '../../formats/tensor.ts';
+import type { OnnxModel } from '../../formats/onnx/model.ts';
+import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
+import type { GraphBuilder, Value } from '../graph/builder.ts';
 
 /** One linear layer's place in a network: `y = x W^T + b`, W is (outFeatures, inFeatures). */
 export interface LinearSite {
@@ -49,4 +51,62 @@ export interface WeightReader {
   loadSite(site: LinearSite): Promise<Float32Array>;
   /** Header of a stored tensor, or undefined when absent. */
   info(name: string): TensorInfo | undefined;
+}
+
+/** A block's calibration graph. Weights are graph inputs, so that one compiled program serves every block of the same make. */
+export interface BlockGraph {
+  /**
+   * Inputs `hidden` F32 (batch, sequence, hiddenSize) and `lengths` I32 (batch): real tokens of each right-padded row; then the
+   * weights. Outputs `hidden_out` (batch, sequence, hiddenSize) and one (batch, sequence, features) per site input.
+   */
+  readonly model: OnnxModel;
+  /** Equal keys mean equal graphs: the engine compiles once. */
+  readonly key: string;
+  /** Graph input -> the site whose W (outFeatures, inFeatures) it takes, or the checkpoint name of the tensor it takes. */
+  readonly weights: ReadonlyMap<string, LinearSite | string>;
+  /** `LinearSite.input` -> graph output that shows it. */
+  readonly siteInputs: ReadonlyMap<string, string>;
+}
+
+/** A graph applied to hidden states after the last block: `hidden` (rows, hiddenSize) -> `hidden_out`. */
+export interface NormGraph {
+  readonly model: OnnxModel;
+  readonly key: string;
+  /** Graph input -> checkpoint tensor name. */
+  readonly weights: ReadonlyMap<string, string>;
+}
+
+/** How the exporter renders the parts whose storage differs between artifacts. Defaults render plain float tensors. */
+export interface DecoderLowering {
+  /** The linear layer `site` applied to `x` (batch, sequence, inFeatures). Return undefined for the plain float rendering. */
+  readonly linear?: (builder: GraphBuilder, site: LinearSite, x: Value) => Value | undefined;
+  /** Token embedding: ids I64 (batch, sequence) -> (batch, sequence, hiddenSize) F32. */
+  readonly embedding?: (builder: GraphBuilder, ids: Value) => Value | undefined;
+  /** Output head: (batch, sequence, hiddenSize) -> logits (batch, sequence, vocabSize) F32. */
+  readonly head?: (builder: GraphBuilder, hidden: Value) => Value | undefined;
+}
+
+/** A loaded network: its shape, its sites, and the graphs that compute it. Holds no weights. */
+export interface Model {
+  /** `LlamaForCausalLM` */
+  readonly architecture: string;
+  /** config.json as it was read. */
+  readonly config: Readonly<Record<string, unknown>>;
+  readonly shape: ModelShape;
+  readonly blocks: readonly Block[];
+  /** Checkpoint tensor of the token embedding, (vocabSize, hiddenSize). */
+  readonly tokenEmbedding: string;
+  /** Checkpoint tensor of learned positions, (positions, hiddenSize), added to the token embedding. */
+  readonly positionEmbedding?: string;
+  /** Checkpoint tensor of the output head, (vocabSize, hiddenSize); the token embedding itself when tied. */
+  readonly outputHead: string;
+  /** Every checkpoint tensor the model uses besides sites' weights and biases: embeddings, norms, head. */
+  readonly otherTensors: readonly string[];
+  blockGraph(block: Block): BlockGraph;
+  finalNormGraph(): NormGraph;
+  /**
+   * The whole decoder for runtimes: input_ids, attention_mask, past_key_values.* -> logits, present.* (onnx-runtime spec, section 7).
+   * `tensors` yields the stored bytes of unquantized tensors: 16-bit ones stay 16-bit with a Cast at load.
+   */
+  decoderGraph(tensors: TensorSource, lowering?: DecoderLowering): OnnxModel;
 }
