@@ -1,0 +1,53 @@
+#!/usr/bin/env node
+/** The program: parses argv, runs a command, turns errors into one line and an exit code. */
+import { readFileSync } from 'node:fs';
+import { Command, CommanderError } from 'commander';
+import { PcompError, RecipeError, UnsupportedError } from '../src/errors.ts';
+import { packageRoot } from '../src/package-root.ts';
+import { evaluateCommand } from './evaluate.ts';
+import { inspectCommand } from './inspect.ts';
+import { quantizeCommand } from './quantize.ts';
+
+const EXIT = { done: 0, failed: 1, badRequest: 2, interrupted: 130 } as const;
+
+/** Runs the program on arguments (without node and script). Resolves to the exit code. */
+async function main(args: readonly string[]): Promise<number> {
+  const { version } = JSON.parse(readFileSync(new URL('package.json', packageRoot()), 'utf8')) as { version: string };
+  const abort = new AbortController();
+  const program = new Command('pcomp')
+    .description('Compresses trained models for deployment: 2-bit ONNX artifacts from Hugging Face checkpoints.')
+    .version(version)
+    .exitOverride()
+    .configureOutput({ outputError: (text, write) => write(text.replace(/^error: /, 'pcomp: ')) })
+    .showSuggestionAfterError();
+  for (const command of [quantizeCommand, evaluateCommand, inspectCommand])
+    program.addCommand(command(abort.signal).copyInheritedSettings(program));
+
+  // The first Ctrl-C stops at the next safe point; the second at once. Both leave a state that --resume continues.
+  process.on('SIGINT', () => {
+    if (abort.signal.aborted) process.exit(EXIT.interrupted);
+    process.stderr.write('\npcomp: stopping after this step; Ctrl-C again stops now\n');
+    abort.abort();
+  });
+  try {
+    await program.parseAsync(args, { from: 'user' });
+    return EXIT.done;
+  } catch (error) {
+    if (abort.signal.aborted) return EXIT.interrupted;
+    return report(error);
+  }
+}
+
+function report(error: unknown): number {
+  if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.done : EXIT.badRequest;
+  if (error instanceof PcompError) {
+    process.stderr.write(`pcomp: ${error.message.replaceAll(/\s*\n\s*/g, ' ')}\n`);
+    return error instanceof RecipeError || error instanceof UnsupportedError ? EXIT.badRequest : EXIT.failed;
+  }
+  process.stderr.write(
+    `pcomp: this is a bug, please report it\n${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`,
+  );
+  return EXIT.failed;
+}
+
+process.exitCode = await main(process.argv.slice(2));

@@ -1,0 +1,181 @@
+/** `pcomp quantize MODEL`: flags -> recipe -> run -> report. */
+import { readFile } from 'node:fs/promises';
+import { Command, Option } from 'commander';
+import { parse as parseYaml } from 'yaml';
+import { DEVICES } from '../src/compute/engine.ts';
+import { RecipeError } from '../src/errors.ts';
+import { QUANTIZERS } from '../src/methods/quantize/index.ts';
+import { type QuantizeOutcome, quantize } from '../src/quantize.ts';
+import { FORMATS, GROUP_SIZES, PRESETS, QUANTIZE_DEFAULTS, type QuantizeRequest, quantizeRecipe } from '../src/recipe.ts';
+import { formatSize, parseSize } from '../src/size.ts';
+import { expandFiles } from './files.ts';
+import { CORES, jsonOption, quietOption } from './options.ts';
+import { createConsole, formatSeconds } from './ui/console.ts';
+import { renderPairs, renderTable } from './ui/table.ts';
+
+interface Flags {
+  readonly output: string;
+  readonly recipe?: string;
+  readonly overwrite?: boolean;
+  readonly resume?: boolean;
+  readonly dryRun?: boolean;
+  readonly json?: boolean;
+  readonly quiet?: boolean;
+  readonly calibration?: readonly string[];
+  readonly format?: string;
+  readonly maxMemory?: string;
+  readonly [flag: string]: unknown;
+}
+
+const D = QUANTIZE_DEFAULTS;
+
+export function quantizeCommand(signal: AbortSignal): Command {
+  const methods = Object.values(QUANTIZERS)
+    .map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`)
+    .join('\n');
+  const command = new Command('quantize')
+    .description('Quantize every linear layer of every block, and write a folder that runtimes load.')
+    .argument('<model>', 'Hugging Face folder, or a bare .safetensors file with config.json beside it')
+    .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
+    .option('--bits <bits>', 'mean code bits over the quantized weights, 1..8')
+    .addOption(new Option('--method <method>', `how codes are chosen (default: ${D.method})`).choices(Object.keys(QUANTIZERS)))
+    .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...PRESETS, 'best']))
+    .addOption(
+      new Option('--group-size <columns>', `input columns that share a scale (default: ${D.groupSize})`).choices(
+        GROUP_SIZES.map(String),
+      ),
+    )
+    .option('--format <formats>', `comma-separated: ${FORMATS.join(', ')} (default: ${D.formats.join(',')})`)
+    .option('--skip <globs...>', 'modules to leave as they are, e.g. "*.down_proj" "model.layers.0"')
+    .option('--only <globs...>', 'quantize these modules and no others')
+    .addOption(
+      new Option('--embeddings <width>', `width of embeddings and output head (default: ${D.embeddings})`).choices([
+        'float',
+        '4',
+        '8',
+      ]),
+    )
+    .option(
+      '--calibration <files...>',
+      'text to measure on: .txt, .jsonl[:field], .csv[:column]; globs allowed (default: a text that ships with pcomp)',
+    )
+    .option('--samples <count>', `calibration windows (default: ${D.samples})`)
+    .option('--sequence-length <tokens>', `tokens in a window, at most the model's context (default: ${D.sequenceLength})`)
+    .option('--seed <seed>', `seed of the window crops (default: ${D.seed})`)
+    .option('--plan <file>', "reuse the widths of a plan file or an artifact's pcomp.json; skips deciding")
+    .option('--dampening <fraction>', `part of the Hessian's mean diagonal added to it (default: ${D.dampening})`)
+    .option('--act-order', 'gptq: visit columns by descending Hessian diagonal')
+    .option('--static-groups', 'gptq: fit every grid before any column moves')
+    .option('--true-sequential', 'measure each layer with the layers before it in the block already quantized')
+    .option('--symmetric', 'rtn, gptq: zero point fixed at the middle')
+    .addOption(
+      new Option('--salience <kind>', `slim-llm: denominator of the salience (default: ${D.salience})`).choices([
+        'code',
+        'inverse-diag',
+      ]),
+    )
+    .option(
+      '--lambda-salience <weight>',
+      `slim-llm: weight of salient elements in the grid search (default: ${D.lambdaSalience})`,
+    )
+    .addOption(
+      new Option('--device <device>', `where matrix products run; only auto may fall back (default: ${D.device})`).choices([
+        ...DEVICES,
+      ]),
+    )
+    .addOption(new Option('--engine <engine>', `what runs the graphs (default: ${D.engine})`).choices(['ort']))
+    .option('--threads <count>', `threads of the engine (default: all cores, here ${CORES})`)
+    .option(
+      '--max-memory <size>',
+      `bound on buffered activations; the rest is spooled to disk (default: ${formatSize(D.maxMemory)})`,
+    )
+    .option('--recipe <file>', 'YAML or JSON with the same options by the same names; flags win over it')
+    .option('--overwrite', 'replace an existing output')
+    .option('--resume', 'continue an interrupted run of the same recipe')
+    .option('--dry-run', 'print the plan, sizes and memory, and stop')
+    .addOption(jsonOption())
+    .addOption(quietOption())
+    .addHelpText('after', `\nMethods:\n${methods}\n`)
+    .action(async (model: string, flags: Flags) => {
+      const recipe = quantizeRecipe(await readRequest(flags), CORES);
+      const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
+      try {
+        const outcome = await quantize(
+          model,
+          flags.output,
+          { ...recipe, calibration: await expandFiles('--calibration', recipe.calibration) },
+          { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true },
+          console.hooks,
+        );
+        console.result(outcome, describe(outcome));
+      } finally {
+        console.close();
+      }
+    });
+  return command;
+}
+
+const NOT_RECIPE = new Set(['output', 'recipe', 'overwrite', 'resume', 'dryRun', 'json', 'quiet', 'format']);
+
+/** The request the flags and the recipe file spell together. */
+async function readRequest(flags: Flags): Promise<QuantizeRequest> {
+  const fromFile = flags.recipe === undefined ? {} : await readRecipeFile(flags.recipe);
+  const fromFlags = Object.fromEntries(
+    Object.entries(flags).filter(([key, value]) => !NOT_RECIPE.has(key) && value !== undefined),
+  );
+  const merged: Record<string, unknown> = { ...fromFile, ...fromFlags };
+  if (flags.format !== undefined) merged['formats'] = flags.format;
+  for (const key of ['maxMemory']) {
+    if (typeof merged[key] === 'string') merged[key] = parseSize('--max-memory', merged[key]);
+  }
+  return merged;
+}
+
+/** Option names in the file are the flags' names, with dashes: `group-size: 64`. */
+async function readRecipeFile(path: string): Promise<Record<string, unknown>> {
+  const content = await readFile(path, 'utf8').catch((error: NodeJS.ErrnoException) => {
+    throw new RecipeError(`--recipe ${path}: cannot be read (${error.code ?? error.message})`);
+  });
+  let parsed: unknown;
+  try {
+    parsed = parseYaml(content);
+  } catch (error) {
+    throw new RecipeError(
+      `--recipe ${path}: not YAML or JSON: ${error instanceof Error ? error.message.split('\n')[0] : String(error)}`,
+    );
+  }
+  if (typeof parsed !== 'object' || parsed === null || Array.isArray(parsed)) {
+    throw new RecipeError(`--recipe ${path}: a map of option names to values is expected`);
+  }
+  const camel = (key: string) => key.replace(/-([a-z])/g, (_, letter: string) => letter.toUpperCase());
+  return Object.fromEntries(Object.entries(parsed).map(([key, value]) => [key === 'format' ? 'formats' : camel(key), value]));
+}
+
+function describe(outcome: QuantizeOutcome): string {
+  const pairs: [string, string][] = [
+    [
+      'model',
+      `${outcome.architecture}, ${outcome.quantizedModules} of ${outcome.modules} linear layers quantized (${outcome.method})`,
+    ],
+    ['code bits', outcome.averageBits.toFixed(4)],
+  ];
+  const rows = outcome.artifacts.map(({ format, bitsPerWeight, quantizedBytes, unquantizedBytes, bytes }) => [
+    format,
+    bitsPerWeight.toFixed(4),
+    formatSize(quantizedBytes),
+    formatSize(unquantizedBytes),
+    formatSize(bytes),
+    `${(outcome.sourceBytes / bytes).toFixed(2)}x`,
+  ]);
+  const table = renderTable(['format', 'stored bpw', 'quantized', 'unquantized', 'files', 'source/files'], rows);
+  if (outcome.dryRun) {
+    pairs.push(['peak memory', `about ${formatSize(outcome.predictedPeakBytes)}`], ['passes', outcome.passes]);
+    return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
+  }
+  pairs.push(
+    ['time', formatSeconds(outcome.seconds)],
+    ['peak memory', formatSize(outcome.peakBytes)],
+    ['device', outcome.device],
+  );
+  return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${outcome.output}`;
+}

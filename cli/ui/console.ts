@@ -1,0 +1,76 @@
+/** The only place that prints: results on stdout; progress, notes and errors on stderr. */
+import type { RunHooks } from '../../src/run.ts';
+
+export interface Console {
+  readonly hooks: RunHooks;
+  /** Prints the result: the JSON object under --json, else the text. */
+  result(json: unknown, text: string): void;
+  /** Ends the progress line, if one is being drawn. */
+  close(): void;
+}
+
+/** Redraws at most this often; a log file gets a line at most every LOG_INTERVAL_MS. */
+const DRAW_INTERVAL_MS = 100;
+const LOG_INTERVAL_MS = 15_000;
+
+export function createConsole(options: {
+  readonly json: boolean;
+  readonly quiet: boolean;
+  readonly signal: AbortSignal;
+}): Console {
+  const started = performance.now();
+  const live = process.stderr.isTTY === true && process.env['TERM'] !== 'dumb';
+  const colour = live && process.env['NO_COLOR'] === undefined;
+  let lastDraw = Number.NEGATIVE_INFINITY;
+  let drawn = false;
+
+  const erase = () => {
+    if (drawn) process.stderr.write('\r\u001b[K');
+    drawn = false;
+  };
+  return {
+    hooks: {
+      signal: options.signal,
+      note(message) {
+        erase();
+        process.stderr.write(`${colour ? '\u001b[33mnote:\u001b[0m' : 'note:'} ${message}\n`);
+      },
+      progress({ phase, done, total }) {
+        const now = performance.now();
+        if (options.quiet || now - lastDraw < (live ? DRAW_INTERVAL_MS : LOG_INTERVAL_MS)) return;
+        lastDraw = now;
+        const share = total > 0 ? Math.min(1, done / total) : 0;
+        const line = `${String(Math.floor(share * 100)).padStart(3)} %  ${phase}${eta(share, (now - started) / 1000)}`;
+        if (!live) {
+          process.stderr.write(`${line}\n`);
+          return;
+        }
+        const width = 24;
+        const filled = Math.round(share * width);
+        const bar = `${'█'.repeat(filled)}${'░'.repeat(width - filled)}`;
+        const room = Math.max(20, (process.stderr.columns ?? 80) - width - 2);
+        erase();
+        process.stderr.write(`${bar} ${line.slice(0, room)}`);
+        drawn = true;
+      },
+    },
+    result(json, text) {
+      erase();
+      process.stdout.write(options.json ? `${JSON.stringify(json, null, 2)}\n` : `${text}\n`);
+    },
+    close: erase,
+  };
+}
+
+/** Remaining time from the share of work done; silent until there is something to go by. */
+function eta(share: number, elapsedSeconds: number): string {
+  if (share < 0.02 || elapsedSeconds < 2) return '';
+  return `, ${formatSeconds((elapsedSeconds * (1 - share)) / share)} left`;
+}
+
+export function formatSeconds(seconds: number): string {
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 100 ? `${minutes} min` : `${(minutes / 60).toFixed(1)} h`;
+}

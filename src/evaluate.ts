@@ -1,0 +1,128 @@
+/** `evaluate`: perplexity, size and speed of a model or artifact on text; against an original also KL and top-1 agreement. */
+
+import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
+import { parseTextFile, readText } from './calibration/text.ts';
+import { loadTokenizer } from './calibration/tokenizer.ts';
+import { evaluationWindows } from './calibration/windows.ts';
+import type { Blas } from './compute/blas.ts';
+import type { Device, DeviceRequest, Engine } from './compute/engine.ts';
+import { createEngine } from './compute/ort.ts';
+import { createBlas } from './compute/ort-blas.ts';
+import { RecipeError } from './errors.ts';
+import { ArtifactLogits, BlockLogits, type LogitsSource } from './logits-source.ts';
+import type { RunHooks } from './run.ts';
+import { Scorer } from './scoring.ts';
+
+export interface EvaluateOptions {
+  /** Text files, with selectors (`file.jsonl:field`). */
+  readonly text: readonly string[];
+  /** The float model to compare with. */
+  readonly against?: string;
+  /** Tokens in a window, clipped to the model's context. */
+  readonly sequenceLength: number;
+  readonly accuracy: 'exact' | 'fast';
+  readonly device: DeviceRequest;
+  readonly threads: number;
+  /** Bytes of hidden states kept in RAM, both models together. */
+  readonly maxMemory: number;
+}
+
+export interface Evaluation {
+  readonly perplexity: number;
+  /** Nats per scored token. */
+  readonly nll: number;
+  /** Scored tokens. */
+  readonly tokens: number;
+  /** Weight files. */
+  readonly bytes: number;
+  /** Stored bits of quantized modules over their weights; 16 or 32 for a float model. */
+  readonly bitsPerWeight: number;
+  readonly averageBits: number;
+  /** Scored tokens over forward time. */
+  readonly tokensPerSecond: number;
+  readonly kl?: number;
+  readonly top1Agreement?: number;
+  readonly perplexityRatio?: number;
+  readonly accuracy: 'exact' | 'fast';
+  readonly sequenceLength: number;
+  readonly device: Device;
+  readonly threads: number;
+}
+
+export async function evaluate(path: string, options: EvaluateOptions, hooks: RunHooks = {}): Promise<Evaluation> {
+  await using source = await openModelSource(path);
+  if (options.accuracy === 'fast' && source.onnxPath === undefined) {
+    throw new RecipeError(`--accuracy fast: ${path} is no ONNX artifact; a ${source.kind} is evaluated with --accuracy exact`);
+  }
+  await using original = options.against === undefined ? undefined : await openModelSource(options.against);
+  if (original !== undefined && original.model.shape.vocabSize !== source.model.shape.vocabSize) {
+    const sizes = `${source.model.shape.vocabSize} and ${original.model.shape.vocabSize}`;
+    throw new RecipeError(
+      `--against ${options.against}: the two models have vocabularies of ${sizes} tokens; they cannot be compared`,
+    );
+  }
+  const tokenizer = await loadTokenizer(source.folder, source.model.shape.vocabSize);
+  const contexts = [source, ...(original ? [original] : [])].map(({ model }) => model.shape.contextLength);
+  const sequenceLength = Math.min(options.sequenceLength, ...contexts);
+  const tokens = tokenizer.encode(await readText(options.text.map(parseTextFile)));
+  const { windows } = evaluationWindows(tokens, sequenceLength);
+
+  await using engine = await createEngine({
+    device: options.device,
+    threads: options.threads,
+    ...(hooks.note && { onNote: hooks.note }),
+  });
+  const blas = createBlas(engine);
+  const ramBytes = original === undefined ? options.maxMemory : options.maxMemory / 2;
+  const open = (from: ModelSource): Promise<LogitsSource> => openLogits(from, { engine, blas, windows, hooks, ramBytes });
+  await using own =
+    options.accuracy === 'fast' && source.onnxPath !== undefined
+      ? await ArtifactLogits.open({ model: source.model, engine, windows, hooks, onnxPath: source.onnxPath })
+      : await open(source);
+  await using reference = original === undefined ? undefined : await open(original);
+
+  const rowsAtOnce = rowsWithinBounds(source.model.shape.vocabSize);
+  const scorer = new Scorer();
+  const references = reference?.rows(rowsAtOnce)[Symbol.asyncIterator]();
+  for await (const { windowIndex, start, logits } of own.rows(rowsAtOnce)) {
+    hooks.signal?.throwIfAborted();
+    // Row r predicts token r + 1; a window's last row predicts nothing that is there.
+    const targets = windows[windowIndex].subarray(start + 1, start + 1 + logits.rows);
+    const other = references && (await references.next()).value?.logits.data;
+    scorer.add(logits.data, targets, logits.columns, other);
+  }
+  const { perplexity, nll, tokens: scored } = scorer.score;
+  return {
+    perplexity,
+    nll,
+    tokens: scored,
+    bytes: source.weightBytes,
+    bitsPerWeight: source.storage.bitsPerWeight,
+    averageBits: source.storage.averageBits,
+    tokensPerSecond: scored / own.seconds,
+    ...(reference && scorer.comparison),
+    accuracy: options.accuracy,
+    sequenceLength,
+    device: engine.device,
+    threads: engine.threads,
+  };
+}
+
+interface Machine {
+  readonly engine: Engine;
+  readonly blas: Blas;
+  readonly windows: readonly Int32Array[];
+  readonly hooks: RunHooks;
+  readonly ramBytes: number;
+}
+
+function openLogits(source: ModelSource, machine: Machine): Promise<LogitsSource> {
+  return BlockLogits.run({ ...machine, model: source.model, weights: source.weights, path: source.path });
+}
+
+/** Most logits held at once, in bytes of float32. */
+const LOGITS_BYTES = 256 * 2 ** 20;
+
+function rowsWithinBounds(vocabSize: number): number {
+  return Math.max(1, Math.floor(LOGITS_BYTES / (vocabSize * Float32Array.BYTES_PER_ELEMENT)));
+}

@@ -1,0 +1,17 @@
+/** What every run tells its caller while it works. */
+
+export interface Progress {
+  /** What is being done, for people: `block 3 of 6: measure`. */
+  readonly phase: string;
+  /** Work done and to do in the whole run, in any one unit. */
+  readonly done: number;
+  readonly total: number;
+}
+
+export interface RunHooks {
+  readonly progress?: (progress: Progress) => void;
+  /** Something the user should know; printed and kept in report.json. */
+  readonly note?: (message: string) => void;
+  /** Aborting stops the run at the next safe point; what is on disk can be resumed. */
+  readonly signal?: AbortSignal;
+}
