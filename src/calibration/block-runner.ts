@@ -1,0 +1,129 @@
+/** One block at a time on an engine: its weights loaded once, its graph run over every batch of hidden states. */
+import type { Engine, NdArray, Program } from '../compute/engine.ts';
+import { FormatError } from '../errors.ts';
+import type { Block, BlockGraph, Model, WeightReader } from '../model/model.ts';
+import { dropPads, type HiddenStates, type WindowBatch } from './hidden-states.ts';
+
+/** Tokens, pads included, that run at once: enough for a GEMM at full speed, small beside a block's weights. */
+export const DEFAULT_BATCH_TOKENS = 2048;
+
+const HIDDEN_OUT = 'hidden_out';
+
+/** A block ready to run: its compiled graph and its weights as the graph's inputs. */
+export interface LoadedBlock {
+  readonly block: Block;
+  readonly graph: BlockGraph;
+  readonly program: Program;
+  readonly weights: Readonly<Record<string, NdArray>>;
+}
+
+export class BlockRunner {
+  readonly #model: Model;
+  readonly #engine: Engine;
+  /** The model, as the user named it; used in messages. */
+  readonly #path: string;
+  /** Output memory by graph output, grown to the largest batch and used again. */
+  readonly #scratch = new Map<string, Float32Array>();
+
+  constructor(model: Model, engine: Engine, path: string) {
+    this.#model = model;
+    this.#engine = engine;
+    this.#path = path;
+  }
+
+  /** Compiles (or finds) the block's graph and reads its weights. The program belongs to the engine. */
+  async load(block: Block, weights: WeightReader): Promise<LoadedBlock> {
+    const graph = this.#model.blockGraph(block);
+    const program = await this.#engine.compile(graph.model, { key: graph.key });
+    const feeds: Record<string, NdArray> = {};
+    for (const input of graph.model.graph.inputs) {
+      const source = graph.weights.get(input.name);
+      if (source === undefined) continue;
+      const name = typeof source === 'string' ? source : `${source.name}.weight`;
+      const data = typeof source === 'string' ? await weights.load(source) : await weights.loadSite(source);
+      feeds[input.name] = { dtype: 'F32', shape: this.#weightShape(name, input.shape ?? [], data.length), data };
+    }
+    return { block, graph, program, weights: feeds };
+  }
+
+  /**
+   * Runs one batch. The result, by the names asked for (`hidden_out` or graph outputs of site inputs), holds real rows
+   * only, (rows, features), in memory that the next run overwrites. Throws FormatError `non-finite-activation`.
+   */
+  async run(loaded: LoadedBlock, states: HiddenStates, batch: WindowBatch, outputs: ReadonlyMap<string, number>) {
+    const { hidden, lengths } = await states.feeds(batch);
+    const rows = batch.lengths.length * batch.sequence;
+    const into: Record<string, NdArray> = {};
+    for (const [name, features] of outputs) {
+      into[name] = {
+        dtype: 'F32',
+        shape: [batch.lengths.length, batch.sequence, features],
+        data: this.#memory(name, rows * features),
+      };
+    }
+    const results = await loaded.program.run({ ...loaded.weights, hidden, lengths }, { outputs: [...outputs.keys()], into });
+    const made = new Map<string, Float32Array>();
+    for (const [name, features] of outputs) {
+      const real = dropPads(batch, results[name].data as Float32Array, features);
+      this.#assertFinite(loaded, name, real, features, batch);
+      made.set(name, real);
+    }
+    return made;
+  }
+
+  /** Moves the hidden states through the block. */
+  async advance(
+    states: HiddenStates,
+    block: Block,
+    weights: WeightReader,
+    onProgress?: (done: number, total: number) => void,
+  ): Promise<void> {
+    const loaded = await this.load(block, weights);
+    const outputs = new Map([[HIDDEN_OUT, states.hiddenSize]]);
+    await states.replace(async (batch) => {
+      const made = await this.run(loaded, states, batch, outputs);
+      onProgress?.(batch.rowEnd, states.tokenCount);
+      return made.get(HIDDEN_OUT)!;
+    });
+  }
+
+  #memory(name: string, length: number): Float32Array {
+    let memory = this.#scratch.get(name);
+    if (memory === undefined || memory.length < length) {
+      memory = new Float32Array(length);
+      this.#scratch.set(name, memory);
+    }
+    return memory.subarray(0, length);
+  }
+
+  #weightShape(name: string, dims: readonly (number | string)[], length: number): number[] {
+    const shape = dims.map(Number);
+    const expected = shape.reduce((product, dim) => product * dim, 1);
+    if (expected !== length) {
+      throw new FormatError(
+        this.#path,
+        'weight-shape',
+        `tensor "${name}" has ${length} values, but the model's config asks for ${expected} (${dims.join(' x ')})`,
+      );
+    }
+    return shape;
+  }
+
+  #assertFinite(loaded: LoadedBlock, output: string, rows: Float32Array, features: number, batch: WindowBatch): void {
+    // 0 * x is 0 for every finite x and NaN for the others, so one sum tells of a whole batch without a branch.
+    let sum = 0;
+    for (let i = 0; i < rows.length; i++) sum += 0 * rows[i];
+    if (sum === 0) return;
+    const at = rows.findIndex((value) => !Number.isFinite(value));
+    let row = Math.floor(at / features);
+    let window = 0;
+    while (row >= batch.lengths[window]) row -= batch.lengths[window++];
+    const what = [...loaded.graph.siteInputs].find(([, name]) => name === output)?.[0] ?? `the output of ${loaded.block.name}`;
+    throw new FormatError(
+      this.#path,
+      'non-finite-activation',
+      `${what} is ${rows[at]} at token ${row} of sample ${batch.firstWindow + window} (feature ${at % features}); ` +
+        'the weights are broken or overflow on this text',
+    );
+  }
+}

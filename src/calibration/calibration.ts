@@ -1,0 +1,138 @@
+/** Looks at a model on calibration text, block after block: measure what enters each linear layer, then move on. */
+import type { Blas } from '../compute/blas.ts';
+import type { Engine } from '../compute/engine.ts';
+import { RecipeError } from '../errors.ts';
+import type { Block, Model, WeightReader } from '../model/model.ts';
+import { BlockRunner, DEFAULT_BATCH_TOKENS } from './block-runner.ts';
+import { embedTokens } from './embed.ts';
+import { HiddenStates, type HiddenWindow } from './hidden-states.ts';
+import { MeasuredBlock, MeasuredInput } from './measured.ts';
+import { Spool, type SpoolOptions, type StateStore } from './state-store.ts';
+
+export type CalibrationPhase = 'embed' | 'measure' | 'advance';
+
+/** Tokens done of all, within one phase of one block (`block` is absent while embedding). */
+export interface CalibrationProgress {
+  readonly phase: CalibrationPhase;
+  readonly block?: string;
+  readonly done: number;
+  readonly total: number;
+}
+
+export interface CalibrationOptions extends SpoolOptions {
+  readonly model: Model;
+  readonly engine: Engine;
+  readonly blas: Blas;
+  /** Token windows, each at most the model's context long. */
+  readonly windows: readonly Int32Array[];
+  /** The model, as the user named it; used in messages. */
+  readonly path: string;
+  /** Tokens, pads included, that run at once; default 2048. */
+  readonly batchTokens?: number;
+  readonly onProgress?: (progress: CalibrationProgress) => void;
+  /** Aborting stops a pass after the batch that runs; its reason is thrown. */
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * The calibration pass. `start`, then for each block in order `measure` (any number of times, it changes nothing) and
+ * `advance` (once, with the weights the following blocks shall see). Peak memory is one block's weights and Hessians, one batch,
+ * and activations up to `ramBytes`; the other activations are in a temporary file.
+ */
+export class Calibration implements AsyncDisposable {
+  readonly states: HiddenStates;
+  readonly #options: CalibrationOptions;
+  readonly #spool: Spool;
+  readonly #runner: BlockRunner;
+
+  /** Throws RecipeError when there is no window, or one is empty or longer than the model's context. */
+  constructor(options: CalibrationOptions) {
+    const { model, windows } = options;
+    assertWindows(windows, model.shape.contextLength);
+    this.#options = options;
+    this.#spool = new Spool(options);
+    this.#runner = new BlockRunner(model, options.engine, options.path);
+    this.states = new HiddenStates(windows, model.shape.hiddenSize, options.batchTokens ?? DEFAULT_BATCH_TOKENS, this.#spool);
+  }
+
+  /** Tokens of all windows. */
+  get tokenCount(): number {
+    return this.states.tokenCount;
+  }
+
+  /** Embeds the text: the hidden states are then those that enter the first block. */
+  async start(weights: WeightReader): Promise<void> {
+    await embedTokens(this.#options.model, weights, this.states, {
+      path: this.#options.path,
+      onProgress: (done, total) => this.#report('embed', undefined, done, total),
+    });
+  }
+
+  /**
+   * One forward pass of the block with `weights` over all windows; statistics of the site inputs named in `inputs`
+   * (default: all of the block). The hidden states stay as they are. Dispose of the result when the block is done.
+   */
+  async measure(block: Block, weights: WeightReader, inputs: readonly string[] = block.inputs): Promise<MeasuredBlock> {
+    const { states } = this;
+    const loaded = await this.#runner.load(block, weights);
+    const wanted = inputs.map((input) => this.#accumulator(block, input, loaded.graph.siteInputs.get(input)));
+    try {
+      const outputs = new Map(wanted.map(({ output, features }) => [output, features]));
+      for (const batch of states.batches) {
+        const made = await this.#runner.run(loaded, states, batch, outputs);
+        for (const { output, features, gram, store } of wanted) {
+          const data = made.get(output)!;
+          await gram.add({ rows: batch.rowEnd - batch.rowStart, columns: features, data });
+          await store.append(data);
+        }
+        this.#report('measure', block, batch.rowEnd, states.tokenCount);
+      }
+      return new MeasuredBlock(
+        wanted.map(({ input, gram, store }) => new MeasuredInput(input, gram.finish(), store, states.batches)),
+      );
+    } catch (error) {
+      for (const { store } of wanted) await store[Symbol.asyncDispose]();
+      throw error;
+    }
+  }
+
+  /** Moves the hidden states through the block with `weights` (the quantized ones, decoded). */
+  async advance(block: Block, weights: WeightReader): Promise<void> {
+    await this.#runner.advance(this.states, block, weights, (done, total) => this.#report('advance', block, done, total));
+  }
+
+  /** The hidden states as they are now, a window at a time; after the last block, what the final norm and head take. */
+  hiddenStates(): AsyncIterable<HiddenWindow> {
+    return this.states.perWindow();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.states[Symbol.asyncDispose]();
+    await this.#spool[Symbol.asyncDispose]();
+  }
+
+  #accumulator(block: Block, input: string, output: string | undefined) {
+    const site = block.sites.find((candidate) => candidate.input === input);
+    if (site === undefined || output === undefined) {
+      throw new Error(`${block.name} has no site input "${input}"; it has ${block.inputs.join(', ')}`);
+    }
+    const features = site.inFeatures;
+    const store: StateStore = this.#spool.allocate(this.states.tokenCount, features);
+    return { input, output, features, store, gram: this.#options.blas.gram(features) };
+  }
+
+  #report(phase: CalibrationPhase, block: Block | undefined, done: number, total: number): void {
+    this.#options.signal?.throwIfAborted();
+    this.#options.onProgress?.({ phase, ...(block && { block: block.name }), done, total });
+  }
+}
+
+/** Windows a model can run over. Throws RecipeError otherwise. */
+export function assertWindows(windows: readonly Int32Array[], contextLength: number): void {
+  if (windows.length === 0) throw new RecipeError('the text gives no tokens to run the model on');
+  windows.forEach((window, index) => {
+    if (window.length === 0 || window.length > contextLength) {
+      throw new RecipeError(`window ${index} has ${window.length} tokens; the model takes 1 to ${contextLength}`);
+    }
+  });
+}

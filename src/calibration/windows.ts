@@ -1,0 +1,91 @@
+/** Text as tokens, cut into the windows that calibration and evaluation run over. */
+import { RecipeError } from '../errors.ts';
+
+/** Uniform random 32-bit words; the product's is the Philox stream of a seed and a name. */
+export interface RandomWords {
+  nextUint32(): number;
+}
+
+export interface CalibrationWindows {
+  /** Token ids of each window, none empty. */
+  readonly windows: readonly Int32Array[];
+  /** What a reader of the report should know about the cut. */
+  readonly notes: readonly string[];
+}
+
+/**
+ * `samples` random crops of `sequenceLength` consecutive tokens; every start is equally likely, so crops may overlap, and do
+ * when the text is short (a note says so). A text shorter than one window gives one short window. A crop is a plain piece of the
+ * token stream, as in the paper: only one that starts at the beginning of the text has the beginning-of-sequence token.
+ */
+export function calibrationWindows(
+  tokens: Int32Array,
+  options: { readonly samples: number; readonly sequenceLength: number },
+  random: RandomWords,
+): CalibrationWindows {
+  const { samples, sequenceLength } = options;
+  if (!Number.isInteger(samples) || samples < 1)
+    throw new RecipeError(`--samples ${samples}: a whole number of at least 1 is needed`);
+  assertSequenceLength(sequenceLength, 1);
+  if (tokens.length === 0) throw new RecipeError('the calibration text gives no tokens');
+  if (tokens.length <= sequenceLength) {
+    const notes =
+      tokens.length < sequenceLength || samples > 1
+        ? [
+            `the calibration text has ${tokens.length} tokens: one window of ${tokens.length} is used, not ${samples} of ${sequenceLength}`,
+          ]
+        : [];
+    return { windows: [tokens.slice()], notes };
+  }
+  const starts = tokens.length - sequenceLength + 1;
+  const windows = Array.from({ length: samples }, () => {
+    const start = uniformBelow(starts, random);
+    return tokens.slice(start, start + sequenceLength);
+  });
+  const wanted = samples * sequenceLength;
+  const notes =
+    wanted > tokens.length
+      ? [
+          `the calibration text has ${tokens.length} tokens, ${samples} x ${sequenceLength} = ${wanted} are drawn from it: windows overlap`,
+        ]
+      : [];
+  return { windows, notes };
+}
+
+export interface EvaluationWindows {
+  readonly windows: readonly Int32Array[];
+  /** Tokens that are predicted: all but the first of each window. */
+  readonly scoredTokens: number;
+}
+
+/**
+ * The whole token stream in windows of `length`, one after the other; a last short window counts, unless it has a single token,
+ * which scores nothing and is left out. Throws RecipeError for a length below 2 or when nothing is left to score.
+ */
+export function evaluationWindows(tokens: Int32Array, length: number): EvaluationWindows {
+  assertSequenceLength(length, 2);
+  const windows: Int32Array[] = [];
+  let scoredTokens = 0;
+  for (let start = 0; start + 1 < tokens.length; start += length) {
+    const window = tokens.slice(start, start + length);
+    windows.push(window);
+    scoredTokens += window.length - 1;
+  }
+  if (scoredTokens === 0) throw new RecipeError(`the text has ${tokens.length} tokens; at least 2 are needed to score one`);
+  return { windows, scoredTokens };
+}
+
+/** A whole number in `[0, bound)`, each equally likely; words of the incomplete last multiple of `bound` are thrown away. */
+function uniformBelow(bound: number, random: RandomWords): number {
+  const limit = 2 ** 32 - (2 ** 32 % bound);
+  for (;;) {
+    const word = random.nextUint32();
+    if (word < limit) return word % bound;
+  }
+}
+
+function assertSequenceLength(length: number, least: number): void {
+  if (!Number.isInteger(length) || length < least) {
+    throw new RecipeError(`--sequence-length ${length}: a whole number of at least ${least} is needed`);
+  }
+}
