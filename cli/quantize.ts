@@ -2,6 +2,7 @@
 import { readFile } from 'node:fs/promises';
 import { Command, Option } from 'commander';
 import { parse as parseYaml } from 'yaml';
+import { formatDuration } from '../src/calibration/progress.ts';
 import { DEVICES } from '../src/compute/engine.ts';
 import { RecipeError } from '../src/errors.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
@@ -10,7 +11,7 @@ import { FORMATS, GROUP_SIZES, PRESETS, QUANTIZE_DEFAULTS, type QuantizeRequest,
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandFiles } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
-import { createConsole, formatSeconds } from './ui/console.ts';
+import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
 interface Flags {
@@ -173,7 +174,7 @@ function describe(outcome: QuantizeOutcome): string {
     return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
   }
   pairs.push(
-    ['time', formatSeconds(outcome.seconds)],
+    ['time', formatDuration(outcome.seconds)],
     ['peak memory', formatSize(outcome.peakBytes)],
     ['device', outcome.device],
   );

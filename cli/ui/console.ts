@@ -1,4 +1,5 @@
 /** The only place that prints: results on stdout; progress, notes and errors on stderr. */
+import { EtaEstimator, formatDuration } from '../../src/calibration/progress.ts';
 import type { RunHooks } from '../../src/run.ts';
 
 export interface Console {
@@ -18,11 +19,11 @@ export function createConsole(options: {
   readonly quiet: boolean;
   readonly signal: AbortSignal;
 }): Console {
-  const started = performance.now();
   const live = process.stderr.isTTY === true && process.env['TERM'] !== 'dumb';
   const colour = live && process.env['NO_COLOR'] === undefined;
   let lastDraw = Number.NEGATIVE_INFINITY;
   let drawn = false;
+  let estimate: { readonly total: number; readonly eta: EtaEstimator } | undefined;
 
   const erase = () => {
     if (drawn) process.stderr.write('\r\u001b[K');
@@ -37,16 +38,20 @@ export function createConsole(options: {
       },
       progress({ phase, done, total }) {
         const now = performance.now();
+        if (estimate?.total !== total) estimate = { total, eta: new EtaEstimator(total, now / 1000) };
+        estimate.eta.update(done, now / 1000);
         if (options.quiet || now - lastDraw < (live ? DRAW_INTERVAL_MS : LOG_INTERVAL_MS)) return;
         lastDraw = now;
-        const share = total > 0 ? Math.min(1, done / total) : 0;
-        const line = `${String(Math.floor(share * 100)).padStart(3)} %  ${phase}${eta(share, (now - started) / 1000)}`;
+        const { eta } = estimate;
+        const left = eta.remaining(now / 1000);
+        const percent = String(Math.floor(eta.fraction * 100)).padStart(3);
+        const line = `${percent} %  ${phase}${left === undefined ? '' : `, ${formatDuration(left)} left`}`;
         if (!live) {
           process.stderr.write(`${line}\n`);
           return;
         }
         const width = 24;
-        const filled = Math.round(share * width);
+        const filled = Math.round(eta.fraction * width);
         const bar = `${'█'.repeat(filled)}${'░'.repeat(width - filled)}`;
         const room = Math.max(20, (process.stderr.columns ?? 80) - width - 2);
         erase();
@@ -60,17 +65,4 @@ export function createConsole(options: {
     },
     close: erase,
   };
-}
-
-/** Remaining time from the share of work done; silent until there is something to go by. */
-function eta(share: number, elapsedSeconds: number): string {
-  if (share < 0.02 || elapsedSeconds < 2) return '';
-  return `, ${formatSeconds((elapsedSeconds * (1 - share)) / share)} left`;
-}
-
-export function formatSeconds(seconds: number): string {
-  if (seconds < 10) return `${seconds.toFixed(1)} s`;
-  if (seconds < 100) return `${Math.round(seconds)} s`;
-  const minutes = Math.round(seconds / 60);
-  return minutes < 100 ? `${minutes} min` : `${(minutes / 60).toFixed(1)} h`;
 }
