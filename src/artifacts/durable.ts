@@ -44,5 +44,7 @@ export async function flushTree(path: string): Promise<void> {
 /** Turns a full disk (or quota) into an EnvironmentError that says where; any other error is returned as it is. */
 export function explainDiskError(error: unknown, path: string): unknown {
   if (!['ENOSPC', 'EDQUOT'].includes(errorCode(error))) return error;
-  return new EnvironmentError('DISK_FULL', `${path}: no space left on the disk. Free some, then continue with --resume.`, { cause: error });
+  return new EnvironmentError('DISK_FULL', `${path}: no space left on the disk. Free some, then continue with --resume.`, {
+    cause: error,
+  });
 }

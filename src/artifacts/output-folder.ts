@@ -110,7 +110,8 @@ export class OutputFolder implements AsyncDisposable {
     await flushTree(this.artifactPath);
     await this.#writeState(true);
     if (await exists(this.path)) {
-      if (!this.#replaces) throw new RecipeError(`${this.path}: appeared while the run went on. Move it away, then continue with --resume.`);
+      if (!this.#replaces)
+        throw new RecipeError(`${this.path}: appeared while the run went on. Move it away, then continue with --resume.`);
       await rename(this.path, join(this.#partial, 'replaced'));
     }
     await rename(this.artifactPath, this.path);
@@ -153,7 +154,9 @@ async function judge(request: OutputRequest): Promise<{ resumed: boolean; replac
   const state = await readState(partial);
   const resumed = request.resume && state !== undefined;
   if (resumed && state.recipeHash !== request.recipeHash) {
-    throw new RecipeError(`--resume: ${partial} was made by another recipe or from other inputs. Repeat that recipe, or start again with --overwrite.`);
+    throw new RecipeError(
+      `--resume: ${partial} was made by another recipe or from other inputs. Repeat that recipe, or start again with --overwrite.`,
+    );
   }
   // Without its artifact folder, a run that was publishing had done so: what is left is rubbish.
   const published = state?.publishing === true && !entries?.includes('artifact');
@@ -168,7 +171,9 @@ async function judge(request: OutputRequest): Promise<{ resumed: boolean; replac
     }
     const content = await entriesOf(path);
     if (!content || (content.length > 0 && !content.includes(MANIFEST))) {
-      throw new RecipeError(`${request.path}: --overwrite replaces outputs of pcomp, and this has no ${MANIFEST}. Remove it yourself, or choose another -o.`);
+      throw new RecipeError(
+        `${request.path}: --overwrite replaces outputs of pcomp, and this has no ${MANIFEST}. Remove it yourself, or choose another -o.`,
+      );
     }
   }
   return { resumed, replaces };

@@ -53,7 +53,10 @@ export async function releaseLock(path: string): Promise<void> {
 function busy(path: string, content: string): EnvironmentError {
   const owner = parseOwner(content);
   const who = owner ? `process ${owner.pid} on ${owner.host}` : 'another process';
-  return new EnvironmentError('OUTPUT_BUSY', `${path}: ${who} is working on this output. Wait for it, choose another -o, or remove the lock if that process is gone.`);
+  return new EnvironmentError(
+    'OUTPUT_BUSY',
+    `${path}: ${who} is working on this output. Wait for it, choose another -o, or remove the lock if that process is gone.`,
+  );
 }
 
 async function isAlive(content: string): Promise<boolean> {
@@ -80,7 +83,8 @@ function parseOwner(content: string): LockOwner | undefined {
     const value: unknown = JSON.parse(content);
     if (typeof value !== 'object' || value === null) return undefined;
     const { pid, host, start } = value as Partial<LockOwner>;
-    const whole = typeof pid === 'number' && Number.isSafeInteger(pid) && pid > 0 && typeof host === 'string' && typeof start === 'string';
+    const whole =
+      typeof pid === 'number' && Number.isSafeInteger(pid) && pid > 0 && typeof host === 'string' && typeof start === 'string';
     return whole ? { pid, host, start } : undefined;
   } catch {
     return undefined;

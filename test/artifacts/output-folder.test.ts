@@ -122,14 +122,21 @@ describe('the lock of an output folder', () => {
   it('keeps a second run out while the first lives, whatever its flags', async () => {
     await using _first = await OutputFolder.open(request());
     for (const flags of [{}, { overwrite: true }, { resume: true }]) {
-      const error = await OutputFolder.open(request(flags)).then(() => undefined, (thrown: unknown) => thrown);
+      const error = await OutputFolder.open(request(flags)).then(
+        () => undefined,
+        (thrown: unknown) => thrown,
+      );
       expect(error).toBeInstanceOf(EnvironmentError);
       expect(error).toMatchObject({ code: 'OUTPUT_BUSY', message: expect.stringContaining(`process ${process.pid}`) });
     }
   });
 
   it('is taken over from a dead process, from a reused pid, and from a torn file', async () => {
-    for (const lock of ['', JSON.stringify({ pid: 2 ** 22 - 3, host: hostname(), start: '1' }), JSON.stringify({ pid: process.pid, host: hostname(), start: '1' })]) {
+    for (const lock of [
+      '',
+      JSON.stringify({ pid: 2 ** 22 - 3, host: hostname(), start: '1' }),
+      JSON.stringify({ pid: process.pid, host: hostname(), start: '1' }),
+    ]) {
       mkdirSync(join(root, 'out.partial'));
       writeFileSync(join(root, 'out.partial', 'lock'), lock);
       const folder = await OutputFolder.open(request());

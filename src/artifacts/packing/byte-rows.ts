@@ -24,7 +24,13 @@ export function packByteRows(codes: Uint8Array, rows: number, columns: number, b
 }
 
 /** Reverse of `packByteRows`: `rows` rows of `columns` codes. */
-export function unpackByteRows(packed: Uint8Array, rows: number, columns: number, bits: OperandBits, rowBytes: number): Uint8Array {
+export function unpackByteRows(
+  packed: Uint8Array,
+  rows: number,
+  columns: number,
+  bits: OperandBits,
+  rowBytes: number,
+): Uint8Array {
   const codes = new Uint8Array(rows * columns);
   const perByte = 8 / bits;
   const mask = (1 << bits) - 1;

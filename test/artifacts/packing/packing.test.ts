@@ -26,41 +26,64 @@ function slowStream(codes: readonly number[], bits: number, byteLength: number):
 
 const matrix = (bits: number) =>
   fc
-    .record({ rows: fc.integer({ min: 1, max: 7 }), columns: fc.integer({ min: 1, max: 75 }), before: fc.integer({ min: 0, max: 3 }), after: fc.integer({ min: 0, max: 3 }) })
+    .record({
+      rows: fc.integer({ min: 1, max: 7 }),
+      columns: fc.integer({ min: 1, max: 75 }),
+      before: fc.integer({ min: 0, max: 3 }),
+      after: fc.integer({ min: 0, max: 3 }),
+    })
     .chain((size) => {
       const stride = size.before + size.columns + size.after;
-      return fc.record({ ...mapConstants({ ...size, stride }), codes: fc.uint8Array({ minLength: size.rows * stride, maxLength: size.rows * stride, max: (1 << bits) - 1 }) });
+      return fc.record({
+        ...mapConstants({ ...size, stride }),
+        codes: fc.uint8Array({ minLength: size.rows * stride, maxLength: size.rows * stride, max: (1 << bits) - 1 }),
+      });
     });
 
 function mapConstants<T extends Record<string, number>>(values: T): { [K in keyof T]: fc.Arbitrary<number> } {
-  return Object.fromEntries(Object.entries(values).map(([key, value]) => [key, fc.constant(value)])) as { [K in keyof T]: fc.Arbitrary<number> };
+  return Object.fromEntries(Object.entries(values).map(([key, value]) => [key, fc.constant(value)])) as {
+    [K in keyof T]: fc.Arbitrary<number>;
+  };
 }
 
 describe('bit planes', () => {
   it('agree with the specification: 3-bit codes are a 2-bit and a 1-bit plane, 4-bit codes are nibbles', () => {
-    expect(planes(Array.from({ length: 32 }, (_, j) => j % 8), 3)).toBe('E4E4E4E4 E4E4E4E4 F0F0F0F0');
-    expect(planes(Array.from({ length: 16 }, (_, j) => j % 16), 4)).toBe('76543210 FEDCBA98');
+    expect(
+      planes(
+        Array.from({ length: 32 }, (_, j) => j % 8),
+        3,
+      ),
+    ).toBe('E4E4E4E4 E4E4E4E4 F0F0F0F0');
+    expect(
+      planes(
+        Array.from({ length: 16 }, (_, j) => j % 16),
+        4,
+      ),
+    ).toBe('76543210 FEDCBA98');
   });
 
   it('make up every width', () => {
     for (let bits = 0; bits <= 8; bits++) expect(planesOf(bits).reduce((sum, plane) => sum + plane, 0)).toBe(bits);
   });
 
-  it.each([1, 2, 3, 4, 5, 6, 7, 8])('bring back every window of %i-bit codes, rows padded to words and nothing else touched', (bits) => {
-    fc.assert(
-      fc.property(matrix(bits), ({ rows, columns, before, stride, codes }) => {
-        const count = planeWordCount(rows, columns, bits);
-        const words = new Uint32Array(count + 2);
-        expect(packPlanes({ codes, offset: before, stride, rows, columns }, bits, words, 1)).toBe(count + 1);
-        expect([words[0], words[count + 1]]).toEqual([0, 0]);
-        const back = codes.slice();
-        for (let row = 0; row < rows; row++) back.fill(0, row * stride + before, row * stride + before + columns);
-        expect(unpackPlanes({ codes: back, offset: before, stride, rows, columns }, bits, words, 1)).toBe(count + 1);
-        expect(back).toEqual(codes);
-      }),
-      { numRuns: 40 },
-    );
-  });
+  it.each([1, 2, 3, 4, 5, 6, 7, 8])(
+    'bring back every window of %i-bit codes, rows padded to words and nothing else touched',
+    (bits) => {
+      fc.assert(
+        fc.property(matrix(bits), ({ rows, columns, before, stride, codes }) => {
+          const count = planeWordCount(rows, columns, bits);
+          const words = new Uint32Array(count + 2);
+          expect(packPlanes({ codes, offset: before, stride, rows, columns }, bits, words, 1)).toBe(count + 1);
+          expect([words[0], words[count + 1]]).toEqual([0, 0]);
+          const back = codes.slice();
+          for (let row = 0; row < rows; row++) back.fill(0, row * stride + before, row * stride + before + columns);
+          expect(unpackPlanes({ codes: back, offset: before, stride, rows, columns }, bits, words, 1)).toBe(count + 1);
+          expect(back).toEqual(codes);
+        }),
+        { numRuns: 40 },
+      );
+    },
+  );
 
   it.each([1, 2, 4, 8])('store %i-bit codes as one little-endian bit stream a row', (bits) => {
     const codes = Array.from({ length: 61 }, (_, j) => (j * 37 + 11) & ((1 << bits) - 1));
@@ -104,21 +127,26 @@ describe('GPTQ streams', () => {
 
   it.each([2, 3, 4, 8] as const)('bring back %i-bit codes along either axis', (bits) => {
     fc.assert(
-      fc.property(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 1, max: 4 }), fc.infiniteStream(fc.nat((1 << bits) - 1)), (chunks, step, stream) => {
-        const count = 32 * chunks;
-        const values = Uint8Array.from({ length: count * step }, () => stream.next().value);
-        const wordCount = (count * bits) / 32;
-        const words = new Uint32Array(wordCount * step);
-        for (let lane = 0; lane < step; lane++) packStream(values, lane, step, count, bits, words, lane, step);
-        const back = new Uint8Array(values.length);
-        for (let lane = 0; lane < step; lane++) {
-          const own = Uint32Array.from({ length: wordCount }, (_, w) => words[lane + w * step]);
-          const codes = Array.from({ length: count }, (_, k) => values[lane + k * step]);
-          expect(new Uint8Array(own.buffer)).toEqual(slowStream(codes, bits, own.byteLength));
-          unpackStream(back, lane, step, count, bits, words, lane, step);
-        }
-        expect(back).toEqual(values);
-      }),
+      fc.property(
+        fc.integer({ min: 1, max: 3 }),
+        fc.integer({ min: 1, max: 4 }),
+        fc.infiniteStream(fc.nat((1 << bits) - 1)),
+        (chunks, step, stream) => {
+          const count = 32 * chunks;
+          const values = Uint8Array.from({ length: count * step }, () => stream.next().value);
+          const wordCount = (count * bits) / 32;
+          const words = new Uint32Array(wordCount * step);
+          for (let lane = 0; lane < step; lane++) packStream(values, lane, step, count, bits, words, lane, step);
+          const back = new Uint8Array(values.length);
+          for (let lane = 0; lane < step; lane++) {
+            const own = Uint32Array.from({ length: wordCount }, (_, w) => words[lane + w * step]);
+            const codes = Array.from({ length: count }, (_, k) => values[lane + k * step]);
+            expect(new Uint8Array(own.buffer)).toEqual(slowStream(codes, bits, own.byteLength));
+            unpackStream(back, lane, step, count, bits, words, lane, step);
+          }
+          expect(back).toEqual(values);
+        },
+      ),
       { numRuns: 30 },
     );
   });

@@ -1,0 +1,192 @@
+/** Reads quantized linears back from an ONNX graph that pcomp wrote: from its nodes and constants alone, to float32 in natural column order. */
+import type { Attribute, Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
+import { FormatError } from '../../errors.ts';
+import { type OperandBits, unpackByteRows } from '../packing/byte-rows.ts';
+
+/** One MatMulNBits of a linear, as the file has it. */
+export interface StoredPart {
+  readonly bits: OperandBits;
+  readonly columns: number;
+  readonly blockSize: number;
+  /** Natural indices of its groups, in stored order. */
+  readonly groups: readonly number[];
+  readonly qweight: Initializer;
+  readonly scales: Initializer;
+  readonly qzeros: Initializer;
+}
+
+/** A linear as the file has it. */
+export interface StoredLinear {
+  readonly outFeatures: number;
+  /** Widest first. */
+  readonly parts: readonly StoredPart[];
+  readonly means?: { readonly groups: readonly number[]; readonly values: Initializer };
+  /** Bytes of every constant of its own; a group order shared with other sites counts at the first of them. */
+  readonly byteLength: number;
+}
+
+const WEIGHT_NAME = /^(.*)\.MatMulNBits\.qweight(?:_[248])?$/;
+
+/** The quantized linears of a graph by module name. Throws FormatError (`onnx-linear-*`) when the graph is not as pcomp writes it. */
+export async function storedLinears(path: string, graph: Graph): Promise<Map<string, StoredLinear>> {
+  const producers = new Map<string, Node>();
+  const bySite = new Map<string, Node[]>();
+  for (const node of graph.nodes) {
+    for (const output of node.outputs) producers.set(output, node);
+    const site = node.op === 'MatMulNBits' ? WEIGHT_NAME.exec(node.inputs[1])?.[1] : undefined;
+    if (site !== undefined) bySite.set(site, [...(bySite.get(site) ?? []), node]);
+  }
+  const linears = new Map<string, StoredLinear>();
+  for (const [site, nodes] of bySite) linears.set(site, await storedLinear(path, graph, producers, site, nodes));
+  return linears;
+}
+
+async function storedLinear(
+  path: string,
+  graph: Graph,
+  producers: ReadonlyMap<string, Node>,
+  site: string,
+  nodes: readonly Node[],
+): Promise<StoredLinear> {
+  const constant = (name: string, detail: string): Initializer => {
+    const initializer = graph.initializers.get(name);
+    if (!initializer)
+      throw new FormatError(path, 'onnx-linear-constant', `${site}: ${detail} "${name}" is not a constant of the graph`);
+    return initializer;
+  };
+  const outFeatures = integer(path, nodes[0], 'N');
+  const counts = nodes.map((node) => Math.ceil(integer(path, node, 'K') / integer(path, node, 'block_size')));
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const orderName = nodes.length > 1 ? groupOrderName(producers, nodes[0]) : undefined;
+  const order = orderName ? await indices(constant(orderName, 'group order')) : Array.from({ length: total }, (_, g) => g);
+  if (order.length !== total || new Set(order).size !== total || order.some((g) => g < 0 || g >= total)) {
+    throw new FormatError(path, 'onnx-linear-order', `${site}: its group order is no permutation of its ${total} groups`);
+  }
+  let first = 0;
+  const parts = nodes.map((node, i): StoredPart => {
+    const bits = integer(path, node, 'bits');
+    if (bits !== 2 && bits !== 4 && bits !== 8)
+      throw new FormatError(path, 'onnx-linear-bits', `${node.name} has ${bits} bits, operands have 2, 4 or 8`);
+    const blockSize = integer(path, node, 'block_size');
+    const [qweight, scales, qzeros] = node.inputs.slice(1, 4).map((name) => constant(name, 'operand'));
+    const blocks = counts[i];
+    expectBytes(path, qweight, (outFeatures * blocks * blockSize * bits) / 8);
+    expectBytes(path, scales, outFeatures * blocks * 4);
+    expectBytes(path, qzeros, outFeatures * Math.ceil((blocks * bits) / 8));
+    const groups = order.slice(first, first + blocks);
+    first += blocks;
+    return { bits, columns: integer(path, node, 'K'), blockSize, groups, qweight, scales, qzeros };
+  });
+  const means = await storedMeans(path, graph, producers, site, outFeatures, total);
+  const own = [...graph.initializers.values()].filter(
+    ({ name }) => name.startsWith(`${site}.MatMulNBits.`) || name === `${site}.group_order` || name === `${site}.mean_groups`,
+  );
+  const byteLength = own.reduce((sum, initializer) => sum + initializer.byteLength, 0);
+  return { outFeatures, parts, byteLength, ...(means ? { means } : {}) };
+}
+
+/** Follows an operand's activation back: Split <- Reshape <- Gather(group order). */
+function groupOrderName(producers: ReadonlyMap<string, Node>, node: Node): string | undefined {
+  const split = producers.get(node.inputs[0]);
+  const reshape = split?.op === 'Split' ? producers.get(split.inputs[0]) : undefined;
+  const gather = reshape?.op === 'Reshape' ? producers.get(reshape.inputs[0]) : undefined;
+  return gather?.op === 'Gather' && gather.inputs[1].endsWith('.group_order') ? gather.inputs[1] : undefined;
+}
+
+async function storedMeans(
+  path: string,
+  graph: Graph,
+  producers: ReadonlyMap<string, Node>,
+  site: string,
+  outFeatures: number,
+  total: number,
+): Promise<StoredLinear['means']> {
+  const values = graph.initializers.get(`${site}.MatMulNBits.means`);
+  if (!values) return undefined;
+  const matmul = graph.nodes.find((node) => node.op === 'MatMul' && node.inputs[1] === values.name);
+  const gather = matmul ? producers.get(matmul.inputs[0]) : undefined;
+  const chosen = gather?.op === 'Gather' ? graph.initializers.get(gather.inputs[1]) : undefined;
+  const groups = chosen ? await indices(chosen) : Array.from({ length: total }, (_, g) => g);
+  if (groups.some((g) => g < 0 || g >= total))
+    throw new FormatError(path, 'onnx-linear-means', `${site}: a mean belongs to none of its ${total} groups`);
+  expectBytes(path, values, groups.length * outFeatures * 4);
+  return { groups, values };
+}
+
+/** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one. */
+export async function decodeLinear(path: string, linear: StoredLinear, inFeatures: number): Promise<Float32Array> {
+  const rows = linear.outFeatures;
+  const weight = new Float32Array(rows * inFeatures);
+  const covered = linear.parts.reduce((sum, part) => sum + part.groups.length, 0);
+  const { blockSize } = linear.parts[0];
+  if (covered !== Math.ceil(inFeatures / blockSize)) {
+    throw new FormatError(path, 'onnx-linear-shape', `${covered} groups of ${blockSize} do not make ${inFeatures} columns`);
+  }
+  for (const part of linear.parts) {
+    const blocks = part.groups.length;
+    const codes = unpackByteRows(
+      await part.qweight.read(),
+      rows,
+      blocks * blockSize,
+      part.bits,
+      (blocks * blockSize * part.bits) / 8,
+    );
+    const zeros = unpackByteRows(await part.qzeros.read(), rows, blocks, part.bits, Math.ceil((blocks * part.bits) / 8));
+    const scales = floats(await part.scales.read());
+    for (let row = 0; row < rows; row++) {
+      for (let block = 0; block < blocks; block++) {
+        const index = row * blocks + block;
+        const column = part.groups[block] * blockSize;
+        const count = Math.min(blockSize, inFeatures - column);
+        const target = row * inFeatures + column;
+        for (let k = 0; k < count; k++) weight[target + k] = scales[index] * (codes[index * blockSize + k] - zeros[index]);
+      }
+    }
+  }
+  if (linear.means) addMeans(weight, inFeatures, blockSize, linear.means.groups, floats(await linear.means.values.read()));
+  return weight;
+}
+
+function addMeans(
+  weight: Float32Array,
+  inFeatures: number,
+  blockSize: number,
+  groups: readonly number[],
+  means: Float32Array,
+): void {
+  const rows = weight.length / inFeatures;
+  groups.forEach((g, i) => {
+    for (let row = 0; row < rows; row++) {
+      const mean = means[i * rows + row];
+      const end = row * inFeatures + Math.min((g + 1) * blockSize, inFeatures);
+      for (let k = row * inFeatures + g * blockSize; k < end; k++) weight[k] += mean;
+    }
+  });
+}
+
+function floats(bytes: Uint8Array): Float32Array {
+  return new Float32Array(bytes.slice().buffer);
+}
+
+async function indices(initializer: Initializer): Promise<number[]> {
+  return Array.from(new BigInt64Array((await initializer.read()).slice().buffer), Number);
+}
+
+function integer(path: string, node: Node, name: string): number {
+  const attribute: Attribute | undefined = node.attributes[name];
+  if (attribute?.kind !== 'int')
+    throw new FormatError(path, 'onnx-linear-attribute', `node ${node.name} has no integer attribute "${name}"`);
+  const value = Number(attribute.value);
+  if (!(value > 0))
+    throw new FormatError(path, 'onnx-linear-attribute', `node ${node.name}: "${name}" is ${value}, it must be positive`);
+  return value;
+}
+
+function expectBytes(path: string, initializer: Initializer, expected: number): void {
+  if (initializer.byteLength === expected) return;
+  throw new FormatError(
+    path,
+    'onnx-linear-size',
+    `constant "${initializer.name}" has ${initializer.byteLength} bytes, its node needs ${expected}`,
+  );
+}

@@ -1,0 +1,118 @@
+/** Renders quantized linears as MatMulNBits nodes; sites that read one activation in one group order share its gather. */
+import { int } from '../../graph/attributes.ts';
+import { type GraphBuilder, MICROSOFT, type Value } from '../../graph/builder.ts';
+import type { LinearInitializers } from './linear-initializers.ts';
+import type { OnnxLinearLayout } from './linear-layout.ts';
+
+/** 1: activations stay float; 4: activations are quantized to int8 per block, which is what runs fast. */
+export type AccuracyLevel = 1 | 4;
+
+/** Appends linears to one graph. */
+export class LinearRenderer {
+  readonly #builder: GraphBuilder;
+  readonly #accuracyLevel: AccuracyLevel;
+  readonly #shared = new Map<string, Value>();
+
+  constructor(builder: GraphBuilder, accuracyLevel: AccuracyLevel) {
+    this.#builder = builder;
+    this.#accuracyLevel = accuracyLevel;
+  }
+
+  /** `x` (..., inFeatures) F32 -> (..., outFeatures); `bias` (outFeatures) F32. */
+  render(site: string, layout: OnnxLinearLayout, constants: LinearInitializers, x: Value, bias: Value | null): Value {
+    const builder = this.#builder;
+    const leading = x.shape.slice(0, -1);
+    const ordered = layout.order
+      ? this.#gatherGroups(site, layout, layout.order, x)
+      : layout.padding > 0
+        ? this.#pad(layout, x)
+        : x;
+    const sizes = layout.parts.map((part) => part.columns);
+    const inputs = sizes.length > 1 ? this.#split(ordered, sizes) : [ordered];
+    const products = layout.parts.map((part, i) => {
+      const { qweight, scales, qzeros } = constants.parts[i];
+      const operands = [qweight, scales, qzeros].map((initializer) => builder.initializer(initializer));
+      const attributes = {
+        K: int(part.columns),
+        N: int(layout.outFeatures),
+        bits: int(part.bits),
+        block_size: int(layout.blockSize),
+        accuracy_level: int(this.#accuracyLevel),
+      };
+      const output = { dtype: x.dtype, shape: [...leading, layout.outFeatures] };
+      const operation = [inputs[i], ...operands, null, i === 0 ? bias : null];
+      return builder.node('MatMulNBits', operation, { domain: MICROSOFT, attributes, outputs: [output] })[0];
+    });
+    if (constants.means) {
+      const sums = this.#meanGroupSums(site, layout, x);
+      products.push(builder.matmul(sums, builder.initializer(constants.means)));
+    }
+    return products.reduce((sum, product) => builder.add(sum, product));
+  }
+
+  /** `x` filled up with zero columns to whole groups. */
+  #pad(layout: OnnxLinearLayout, x: Value): Value {
+    if (layout.padding === 0) return x;
+    return this.#once(`${x.name} padded`, () => {
+      const leading = x.shape.slice(0, -1);
+      const pads = [...x.shape.map(() => 0), ...leading.map(() => 0), layout.padding];
+      const shape = [...leading, layout.inFeatures + layout.padding];
+      return this.#builder.node1('Pad', [x, this.#builder.vector(pads)], { dtype: x.dtype, shape });
+    });
+  }
+
+  /** `x` as (..., groups, blockSize). */
+  #groups(layout: OnnxLinearLayout, x: Value): Value {
+    return this.#once(`${x.name} groups of ${layout.blockSize}`, () => {
+      const padded = this.#pad(layout, x);
+      const columns = layout.inFeatures + layout.padding;
+      return this.#builder.reshape(padded, [...x.shape.slice(0, -1), columns / layout.blockSize, layout.blockSize]);
+    });
+  }
+
+  #gatherGroups(site: string, layout: OnnxLinearLayout, order: readonly number[], x: Value): Value {
+    return this.#once(`${x.name} order ${order} of ${layout.blockSize}`, () => {
+      const indices = this.#builder.initializer(indexVector(`${site}.group_order`, order));
+      const gathered = this.#builder.gather(this.#groups(layout, x), indices, x.shape.length - 1);
+      return this.#builder.reshape(gathered, [...x.shape.slice(0, -1), layout.inFeatures + layout.padding]);
+    });
+  }
+
+  #split(x: Value, sizes: readonly number[]): Value[] {
+    const parts = sizes.map((_, i) => this.#shared.get(`${x.name} split ${sizes} ${i}`));
+    if (parts.every((part) => part !== undefined)) return parts;
+    const fresh = this.#builder.split(x, sizes, -1);
+    fresh.forEach((part, i) => {
+      this.#shared.set(`${x.name} split ${sizes} ${i}`, part);
+    });
+    return fresh;
+  }
+
+  /** Sums of the inputs of the groups that have a mean, (..., meanGroups). */
+  #meanGroupSums(site: string, layout: OnnxLinearLayout, x: Value): Value {
+    const sums = this.#once(`${x.name} sums of ${layout.blockSize}`, () =>
+      this.#builder.reduceSum(this.#groups(layout, x), [-1], false),
+    );
+    const all = (layout.inFeatures + layout.padding) / layout.blockSize;
+    if (layout.meanGroups.length === all) return sums;
+    return this.#once(`${x.name} sums ${layout.meanGroups} of ${layout.blockSize}`, () => {
+      const indices = this.#builder.initializer(indexVector(`${site}.mean_groups`, layout.meanGroups));
+      return this.#builder.gather(sums, indices, -1);
+    });
+  }
+
+  #once(key: string, make: () => Value): Value {
+    const known = this.#shared.get(key);
+    if (known) return known;
+    const value = make();
+    this.#shared.set(key, value);
+    return value;
+  }
+}
+
+/** An I64 vector under a name that readers of the artifact look for. */
+function indexVector(name: string, indices: readonly number[]) {
+  const data = new Uint8Array(BigInt64Array.from(indices, BigInt).buffer);
+  const read = async (start = 0, end = data.byteLength) => data.subarray(start, end);
+  return { name, dtype: 'I64', shape: [indices.length], byteLength: data.byteLength, read } as const;
+}

@@ -1,0 +1,205 @@
+/** A quantized linear as the named tensors of the `planes` layout, version 1 (docs/formats.md), and back. */
+import { fromFloat32, toFloat32 } from '../../formats/dtype.ts';
+import type { Tensor, TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
+import { FormatError } from '../errors.ts';
+import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
+import { groupCount } from '../methods/quantize/quantized-linear.ts';
+import { packPlanes, planeWordCount, unpackPlanes } from './packing/bit-planes.ts';
+import { asBytes, asWords } from './tensor-bytes.ts';
+
+/** Everything of a quantized linear but its codes: small, and enough to lay out or account for an artifact. */
+export type QuantizedGrid = Omit<QuantizedLinear, 'codes'>;
+
+/** The shape of a quantized linear: what the size and the names of its tensors depend on. */
+export type QuantizedShape = Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'bits' | 'scaleDtype'>;
+
+/** Suffixes of the tensors that stand for `<module>.weight`. */
+const SUFFIXES = {
+  bits: '.pq_bits',
+  codes: '.pq_codes',
+  scales: '.pq_scales',
+  zeros: '.pq_zeros',
+  offsets: '.pq_offsets',
+} as const;
+
+/** Width of group `g` in columns: the last one may be short. */
+function groupColumns(shape: QuantizedShape, g: number): number {
+  return Math.min(shape.groupSize, shape.inFeatures - g * shape.groupSize);
+}
+
+/** Words of all code planes and of all zero points. */
+function wordCounts(shape: QuantizedShape): { codes: number; zeros: number } {
+  let codes = 0;
+  let zeros = 0;
+  shape.bits.forEach((bits, g) => {
+    codes += planeWordCount(shape.outFeatures, groupColumns(shape, g), bits);
+    if (bits >= 2) zeros += planeWordCount(1, shape.outFeatures, bits);
+  });
+  return { codes, zeros };
+}
+
+/** Headers of the tensors that hold module `name`; tensors without elements are omitted. */
+export function planesDeclarations(name: string, shape: QuantizedShape): TensorDeclaration[] {
+  const { codes, zeros } = wordCounts(shape);
+  const stored = shape.bits.filter((bits) => bits >= 1).length;
+  const oneBit = shape.bits.filter((bits) => bits === 1).length;
+  const all: TensorDeclaration[] = [
+    { name: name + SUFFIXES.bits, dtype: 'U8', shape: [shape.bits.length] },
+    { name: name + SUFFIXES.codes, dtype: 'I32', shape: [codes] },
+    { name: name + SUFFIXES.scales, dtype: shape.scaleDtype, shape: [stored, shape.outFeatures] },
+    { name: name + SUFFIXES.zeros, dtype: 'I32', shape: [zeros] },
+    { name: name + SUFFIXES.offsets, dtype: shape.scaleDtype, shape: [oneBit, shape.outFeatures] },
+  ];
+  return all.filter((tensor) => tensor.shape.every((dim) => dim > 0));
+}
+
+/** Tensors of module `name`, in the order of `planesDeclarations`. */
+export function encodePlanes(name: string, q: QuantizedLinear): Tensor[] {
+  const { outFeatures: rows, inFeatures, groupSize, bits } = q;
+  const counts = wordCounts(q);
+  const codes = new Uint32Array(counts.codes);
+  const zeros = new Uint32Array(counts.zeros);
+  const zeroRow = new Uint8Array(rows);
+  const zeroWindow = { codes: zeroRow, offset: 0, stride: rows, rows: 1, columns: rows };
+  let codeWord = 0;
+  let zeroWord = 0;
+  bits.forEach((width, g) => {
+    const window = { codes: q.codes, offset: g * groupSize, stride: inFeatures, rows, columns: groupColumns(q, g) };
+    codeWord = packPlanes(window, width, codes, codeWord);
+    if (width < 2) return;
+    for (let row = 0; row < rows; row++) zeroRow[row] = q.zeroPoints[row * bits.length + g];
+    zeroWord = packPlanes(zeroWindow, width, zeros, zeroWord);
+  });
+  const data: Record<string, Uint8Array> = {
+    [name + SUFFIXES.bits]: q.bits,
+    [name + SUFFIXES.codes]: asBytes(codes),
+    [name + SUFFIXES.scales]: fromFloat32(
+      q.scaleDtype,
+      groupRows(q.scales, q, (width) => width >= 1),
+    ),
+    [name + SUFFIXES.zeros]: asBytes(zeros),
+    [name + SUFFIXES.offsets]: q.offsets
+      ? fromFloat32(
+          q.scaleDtype,
+          groupRows(q.offsets, q, (width) => width === 1),
+        )
+      : new Uint8Array(0),
+  };
+  return planesDeclarations(name, q).map((declared) => {
+    const bytes = data[declared.name];
+    return { ...declared, byteLength: bytes.byteLength, data: bytes };
+  });
+}
+
+/** Turns (outFeatures, groups) into (chosen groups, outFeatures). */
+function groupRows(values: Float32Array, shape: QuantizedShape, chosen: (bits: number) => boolean): Float32Array {
+  const groups = [...shape.bits.keys()].filter((g) => chosen(shape.bits[g]));
+  const rows = shape.outFeatures;
+  const result = new Float32Array(groups.length * rows);
+  groups.forEach((g, i) => {
+    for (let row = 0; row < rows; row++) result[i * rows + row] = values[row * shape.bits.length + g];
+  });
+  return result;
+}
+
+/** Reverse of `groupRows`: the other groups are `rest`. */
+function columnsOfGroups(
+  values: Float32Array,
+  shape: QuantizedShape,
+  chosen: (bits: number) => boolean,
+  rest: number,
+): Float32Array {
+  const rows = shape.outFeatures;
+  const groups = shape.bits.length;
+  const result = new Float32Array(rows * groups).fill(rest);
+  let source = 0;
+  shape.bits.forEach((bits, g) => {
+    if (!chosen(bits)) return;
+    for (let row = 0; row < rows; row++) result[row * groups + g] = values[source++];
+  });
+  return result;
+}
+
+/** What `__metadata__` says of a module; the tensors alone do not tell the number of columns or the group size. */
+export interface PlanesModule {
+  readonly outFeatures: number;
+  readonly inFeatures: number;
+  readonly groupSize: number;
+}
+
+/** Reads the shape of module `name` from its header tensors. Throws FormatError when they contradict the metadata. */
+async function readShape(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedShape> {
+  const groups = groupCount(module.inFeatures, module.groupSize);
+  const bits = (await readExpected(source, { name: name + SUFFIXES.bits, dtype: 'U8', shape: [groups] })).slice();
+  const wide = bits.find((width) => width > 8);
+  if (wide !== undefined) {
+    throw new FormatError(
+      source.path,
+      'planes-width',
+      `tensor "${name}${SUFFIXES.bits}" has a width of ${wide} bits, the most is 8`,
+    );
+  }
+  const scaleDtype = source.tensors.get(name + SUFFIXES.scales)?.dtype === 'F32' ? 'F32' : 'F16';
+  return { ...module, bits, scaleDtype };
+}
+
+/** Reads a tensor and checks its header against the one the layout prescribes. */
+async function readExpected(source: TensorSource, expected: TensorDeclaration): Promise<Uint8Array> {
+  const info = source.tensors.get(expected.name);
+  const wanted = `${expected.dtype} [${expected.shape}]`;
+  if (!info) throw new FormatError(source.path, 'planes-tensor-missing', `the layout needs tensor "${expected.name}", ${wanted}`);
+  const found = `${info.dtype} [${info.shape}]`;
+  if (found !== wanted)
+    throw new FormatError(
+      source.path,
+      'planes-tensor-shape',
+      `tensor "${expected.name}" is ${found}, the layout needs ${wanted}`,
+    );
+  return (await source.read(expected.name)).data;
+}
+
+/** Reads module `name` without its codes. */
+export async function readPlanesGrid(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedGrid> {
+  const shape = await readShape(source, name, module);
+  const declared = new Map(planesDeclarations(name, shape).map((tensor) => [tensor.name, tensor]));
+  const read = async (suffix: string): Promise<Uint8Array> => {
+    const declaration = declared.get(name + suffix);
+    return declaration ? readExpected(source, declaration) : new Uint8Array(0);
+  };
+  const { outFeatures: rows, bits } = shape;
+  const scales = toFloat32(shape.scaleDtype, await read(SUFFIXES.scales));
+  const words = asWords(await read(SUFFIXES.zeros));
+  const zeroPoints = new Uint8Array(rows * bits.length);
+  let position = 0;
+  bits.forEach((width, g) => {
+    if (width < 2) return;
+    const zeroRow = new Uint8Array(rows);
+    position = unpackPlanes({ codes: zeroRow, offset: 0, stride: rows, rows: 1, columns: rows }, width, words, position);
+    for (let row = 0; row < rows; row++) zeroPoints[row * bits.length + g] = zeroRow[row];
+  });
+  const grid = { ...shape, scales: columnsOfGroups(scales, shape, (width) => width >= 1, 1), zeroPoints };
+  if (!bits.includes(1)) return grid;
+  const offsets = toFloat32(shape.scaleDtype, await read(SUFFIXES.offsets));
+  return { ...grid, offsets: columnsOfGroups(offsets, shape, (width) => width === 1, 0) };
+}
+
+/** Reads module `name`. Throws FormatError with a `planes-*` rule when a tensor is missing or has the wrong shape. */
+export async function readPlanes(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedLinear> {
+  const grid = await readPlanesGrid(source, name, module);
+  const { outFeatures: rows, inFeatures, groupSize, bits } = grid;
+  const count = wordCounts(grid).codes;
+  const packed =
+    count > 0 ? await readExpected(source, { name: name + SUFFIXES.codes, dtype: 'I32', shape: [count] }) : new Uint8Array(0);
+  const words = asWords(packed);
+  const codes = new Uint8Array(rows * inFeatures);
+  let position = 0;
+  bits.forEach((width, g) => {
+    position = unpackPlanes(
+      { codes, offset: g * groupSize, stride: inFeatures, rows, columns: groupColumns(grid, g) },
+      width,
+      words,
+      position,
+    );
+  });
+  return { ...grid, codes };
+}
