@@ -41,6 +41,8 @@ export interface QuantizeContext {
   readonly options: QuantizeOptions;
   /** Something a reader of the report should know: a retry, a fall-back. */
   note(site: LinearSite, message: string): void;
+  /** The bias of a site that has one, (outFeatures). slim-llm compares whole outputs, bias included, and needs it where `hasBias`. */
+  loadBias?(site: LinearSite): Promise<Float32Array>;
 }
 
 /** `weight` is (outFeatures, inFeatures) float32 and is not modified. `stats` is absent for data-free methods. */

@@ -1,0 +1,52 @@
+/**
+ * Inner loops of weight quantization over one group of input columns. What they compute is said here; the WASM SIMD build
+ * (assembly/, wasm-kernels.ts) is what runs, and the tests hold it to a plain twin, code for code.
+ */
+
+/** A group of columns of W, transposed: a column of W is contiguous, rows are output rows. */
+export interface Group {
+  /** Input columns, the group's width. */
+  readonly columns: number;
+  /** Output rows. */
+  readonly rows: number;
+  /** (columns, rows), row-major. */
+  readonly values: Float32Array;
+}
+
+/**
+ * Grids of all rows of a group. b >= 2 bits: scale s and integer zero z, `q = clip(round(w / s) + z, 0, 2^b - 1)`, `wq = s (q - z)`.
+ * 1 bit: scale s and offset o, `q = 1 iff w >= o + s / 2`, `wq = o + s q`. 0 bits: the b >= 2 form with s = 1, z = 0, which is always 0.
+ */
+export interface Grid {
+  /** s, (rows). */
+  readonly scale: Float32Array;
+  /** z, or o for 1 bit, (rows). */
+  readonly shift: Float32Array;
+}
+
+/** What GPTQ leaves of a group: (columns, rows) both. */
+export interface Compensated {
+  readonly codes: Uint8Array;
+  /** `e_j = (w_j - wq_j) / U_jj`, what later columns must make up for. */
+  readonly errors: Float32Array;
+}
+
+/** Rounding is half to even, arithmetic IEEE float32 in a fixed order, so that every implementation gives the same codes. */
+export interface Kernels {
+  /** Min-max grid with zero in range, or with its zero point at `2^(b-1)` when symmetric (slim-llm 4.3, section 9 for rows of zeros). b >= 2. */
+  minMaxGrid(group: Group, bits: number, symmetric: boolean): Grid;
+  /** The 1-bit grid: levels `mu -+ a`, mean and mean absolute deviation of each row; `mu = 0` when symmetric (slim-llm 4.3). */
+  twoLevelGrid(group: Group, symmetric: boolean): Grid;
+  /**
+   * Scales that minimise `sum weight |w - wq|^2.4` among 101 multiples of the given grid's within 10 % (slim-llm 4.3); zeros stay. b >= 2.
+   * The loss of the chosen factor is within 1e-5 of the best, relatively. `weights` is laid out as the group is; absent means 1.
+   */
+  searchScales(group: Group, bits: number, grid: Grid, weights?: Float32Array): Float32Array;
+  /** Codes (columns, rows) of plain rounding. */
+  roundCodes(group: Group, bits: number, grid: Grid): Uint8Array;
+  /**
+   * GPTQ inside a group (slim-llm 3.4). `upper` is U of the group's columns, (columns, columns) row-major; `bits` one width a column;
+   * `grid` is (rows) when all columns share it, or (columns, rows).
+   */
+  compensate(group: Group, upper: Float32Array, bits: Uint8Array, grid: Grid): Compensated;
+}

@@ -1,0 +1,286 @@
+/** The kernels as WASM SIMD. A group is copied in by slices of rows, so the module's memory stays small whatever the layer. */
+import { KERNELS_WASM } from './kernels.generated.ts';
+import type { Compensated, Grid, Group, Kernels } from './kernels.ts';
+
+// The compiler's library knows WebAssembly only together with the browser's DOM.
+declare const WebAssembly: {
+  readonly Module: new (bytes: Uint8Array) => object;
+  readonly Instance: new (module: object, imports: object) => { readonly exports: object };
+};
+
+interface KernelExports {
+  readonly memory: { readonly buffer: ArrayBuffer; grow(pages: number): number };
+  memoryStart(): number;
+  minMaxGrid(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    levels: number,
+    symmetric: number,
+    scale: number,
+    shift: number,
+  ): void;
+  twoLevelGrid(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    symmetric: number,
+    scale: number,
+    shift: number,
+  ): void;
+  searchGrid(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    levels: number,
+    scale: number,
+    zero: number,
+    scratch: number,
+  ): void;
+  searchWeightedGrid(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    levels: number,
+    scale: number,
+    zero: number,
+    weights: number,
+    scratch: number,
+  ): void;
+  roundCodes(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    levels: number,
+    scale: number,
+    shift: number,
+    codes: number,
+  ): void;
+  compensate(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    upper: number,
+    levels: number,
+    gridStride: number,
+    scale: number,
+    shift: number,
+    codes: number,
+    errors: number,
+  ): void;
+}
+
+/** Rows handled per call into the module: 128 columns of them fit a second-level cache. */
+const SLICE_ROWS = 512;
+/** Rows the module handles at once; slices are padded to it. */
+const LANES = 16;
+const PAGE_BYTES = 65536;
+
+let shared: Kernels | undefined;
+
+/** The kernels, compiled on first use. They hold no state between calls. */
+export function wasmKernels(): Kernels {
+  shared ??= new WasmKernels();
+  return shared;
+}
+
+/** Where a slice of a group lies in memory. */
+interface Slice {
+  /** First row of the group, and how many. */
+  readonly from: number;
+  readonly count: number;
+  /** `count` padded to whole lanes. */
+  readonly rows: number;
+  /** Floats from one column to the next: never a large power of two, so that columns do not fight for the same cache sets. */
+  readonly stride: number;
+}
+
+class WasmKernels implements Kernels {
+  readonly #exports: KernelExports;
+  #floats: Float32Array;
+  #bytes: Uint8Array;
+  #next = 0;
+
+  constructor() {
+    const module = new WebAssembly.Module(Buffer.from(KERNELS_WASM, 'base64'));
+    const imports = { env: { abort: () => undefined } };
+    this.#exports = new WebAssembly.Instance(module, imports).exports as KernelExports;
+    this.#floats = new Float32Array(this.#exports.memory.buffer);
+    this.#bytes = new Uint8Array(this.#exports.memory.buffer);
+  }
+
+  minMaxGrid(group: Group, bits: number, symmetric: boolean): Grid {
+    const grid = emptyGrid(group.rows);
+    for (const slice of slices(group.rows)) {
+      const values = this.#begin(group, slice);
+      const scale = this.#reserve(slice.rows * 4);
+      const shift = this.#reserve(slice.rows * 4);
+      this.#exports.minMaxGrid(values, group.columns, slice.stride, slice.rows, levelsOf(bits), symmetric ? 1 : 0, scale, shift);
+      this.#readGrid(grid, slice, scale, shift);
+    }
+    return grid;
+  }
+
+  twoLevelGrid(group: Group, symmetric: boolean): Grid {
+    const grid = emptyGrid(group.rows);
+    for (const slice of slices(group.rows)) {
+      const values = this.#begin(group, slice);
+      const scale = this.#reserve(slice.rows * 4);
+      const shift = this.#reserve(slice.rows * 4);
+      this.#exports.twoLevelGrid(values, group.columns, slice.stride, slice.rows, symmetric ? 1 : 0, scale, shift);
+      this.#readGrid(grid, slice, scale, shift);
+    }
+    return grid;
+  }
+
+  searchScales(group: Group, bits: number, grid: Grid, weights?: Float32Array): Float32Array {
+    const scales = new Float32Array(group.rows);
+    const { columns } = group;
+    const levels = levelsOf(bits);
+    for (const slice of slices(group.rows)) {
+      const values = this.#begin(group, slice);
+      const scale = this.#write(grid.scale, slice);
+      const zero = this.#write(grid.shift, slice);
+      const scratch = this.#reserve(columns * 16 * 2);
+      if (weights) {
+        const weightsAt = this.#writeColumns(weights, columns, group.rows, slice);
+        this.#exports.searchWeightedGrid(values, columns, slice.stride, slice.rows, levels, scale, zero, weightsAt, scratch);
+      } else {
+        this.#exports.searchGrid(values, columns, slice.stride, slice.rows, levels, scale, zero, scratch);
+      }
+      scales.set(this.#view(scale, slice.count), slice.from);
+    }
+    return scales;
+  }
+
+  roundCodes(group: Group, bits: number, grid: Grid): Uint8Array {
+    const codes = new Uint8Array(group.columns * group.rows);
+    for (const slice of slices(group.rows)) {
+      const values = this.#begin(group, slice);
+      const scale = this.#write(grid.scale, slice);
+      const shift = this.#write(grid.shift, slice);
+      const out = this.#reserve(group.columns * slice.stride);
+      this.#exports.roundCodes(values, group.columns, slice.stride, slice.rows, levelsOf(bits), scale, shift, out);
+      this.#readCodes(codes, group, slice, out);
+    }
+    return codes;
+  }
+
+  compensate(group: Group, upper: Float32Array, bits: Uint8Array, grid: Grid): Compensated {
+    const { columns, rows } = group;
+    const perColumn = grid.scale.length !== rows;
+    const codes = new Uint8Array(columns * rows);
+    const errors = new Float32Array(columns * rows);
+    const transposed = new Float32Array(columns * columns);
+    for (let k = 0; k < columns; k++) {
+      for (let j = k; j < columns; j++) transposed[j * columns + k] = upper[k * columns + j];
+    }
+    const levels = Float32Array.from(bits, levelsOf);
+    for (const slice of slices(rows)) {
+      const values = this.#begin(group, slice);
+      const upperAt = this.#reserve(transposed.byteLength);
+      this.#view(upperAt, transposed.length).set(transposed);
+      const levelsAt = this.#reserve(levels.byteLength);
+      this.#view(levelsAt, levels.length).set(levels);
+      const scale = perColumn ? this.#writeColumns(grid.scale, columns, rows, slice) : this.#write(grid.scale, slice);
+      const shift = perColumn ? this.#writeColumns(grid.shift, columns, rows, slice) : this.#write(grid.shift, slice);
+      const codesAt = this.#reserve(columns * slice.stride);
+      const errorsAt = this.#reserve(columns * slice.stride * 4);
+      const gridStride = perColumn ? slice.stride : 0;
+      this.#exports.compensate(
+        values,
+        columns,
+        slice.stride,
+        slice.rows,
+        upperAt,
+        levelsAt,
+        gridStride,
+        scale,
+        shift,
+        codesAt,
+        errorsAt,
+      );
+      this.#readCodes(codes, group, slice, codesAt);
+      for (let j = 0; j < columns; j++) {
+        errors.set(this.#view(errorsAt + j * slice.stride * 4, slice.count), j * rows + slice.from);
+      }
+    }
+    return { codes, errors };
+  }
+
+  /** Forgets the previous slice and copies this one in. */
+  #begin(group: Group, slice: Slice): number {
+    this.#next = this.#exports.memoryStart();
+    return this.#writeColumns(group.values, group.columns, group.rows, slice);
+  }
+
+  /** Byte offset of fresh, 16-byte aligned room. Views taken earlier are stale afterwards. */
+  #reserve(byteLength: number): number {
+    const at = (this.#next + 15) & ~15;
+    this.#next = at + byteLength;
+    const { memory } = this.#exports;
+    const missing = this.#next - memory.buffer.byteLength;
+    if (missing > 0) memory.grow(Math.ceil(missing / PAGE_BYTES));
+    if (this.#floats.buffer !== memory.buffer) {
+      this.#floats = new Float32Array(memory.buffer);
+      this.#bytes = new Uint8Array(memory.buffer);
+    }
+    return at;
+  }
+
+  #view(at: number, length: number): Float32Array {
+    return this.#floats.subarray(at / 4, at / 4 + length);
+  }
+
+  #write(values: Float32Array, slice: Slice): number {
+    return this.#writeColumns(values, 1, values.length, slice);
+  }
+
+  /** Copies the slice's rows of (columns, rows) values; rows of padding become 1, a value harmless as weight, scale or zero. */
+  #writeColumns(values: Float32Array, columns: number, rows: number, slice: Slice): number {
+    const { from, count, stride } = slice;
+    const at = this.#reserve(columns * stride * 4);
+    const floats = this.#floats;
+    for (let j = 0; j < columns; j++) {
+      const start = at / 4 + j * stride;
+      floats.set(values.subarray(j * rows + from, j * rows + from + count), start);
+      if (count < slice.rows) floats.fill(1, start + count, start + slice.rows);
+    }
+    return at;
+  }
+
+  #readGrid(grid: Grid, slice: Slice, scale: number, shift: number): void {
+    grid.scale.set(this.#view(scale, slice.count), slice.from);
+    grid.shift.set(this.#view(shift, slice.count), slice.from);
+  }
+
+  #readCodes(codes: Uint8Array, group: Group, slice: Slice, at: number): void {
+    for (let j = 0; j < group.columns; j++) {
+      const start = at + j * slice.stride;
+      codes.set(this.#bytes.subarray(start, start + slice.count), j * group.rows + slice.from);
+    }
+  }
+}
+
+function* slices(rows: number): Iterable<Slice> {
+  for (let from = 0; from < rows; from += SLICE_ROWS) {
+    const count = Math.min(SLICE_ROWS, rows - from);
+    const padded = Math.ceil(count / LANES) * LANES;
+    yield { from, count, rows: padded, stride: padded + LANES };
+  }
+}
+
+function emptyGrid(rows: number): Grid {
+  return { scale: new Float32Array(rows), shift: new Float32Array(rows) };
+}
+
+/** Highest code of a width. */
+function levelsOf(bits: number): number {
+  return 2 ** bits - 1;
+}
