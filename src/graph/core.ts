@@ -67,6 +67,16 @@ export class GraphCore {
     }
   }
 
+  /** As `scope`, but from the root: for values that several scopes share. */
+  rootScope<T>(path: string, body: () => T): T {
+    const outer = this.#scopes.splice(0);
+    try {
+      return this.scope(path, body);
+    } finally {
+      this.#scopes.push(...outer);
+    }
+  }
+
   /** Declares a runtime input. */
   input(name: string, dtype: DType, shape: Shape): Value {
     const value = this.#define({ name, dtype, shape });

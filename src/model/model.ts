@@ -102,6 +102,8 @@ export interface Model {
   readonly outputHead: string;
   /** Every checkpoint tensor the model uses besides sites' weights and biases: embeddings, norms, head. */
   readonly otherTensors: readonly string[];
+  /** Checkpoint tensors the architecture has no use for, known buffers aside: a reason to warn. */
+  readonly unusedTensors: readonly string[];
   blockGraph(block: Block): BlockGraph;
   finalNormGraph(): NormGraph;
   /**

@@ -1,0 +1,63 @@
+/** A Model made from a description: everything an architecture did not have to say. */
+import type { OnnxModel } from '../../formats/onnx/model.ts';
+import type { TensorSource } from '../../formats/tensor.ts';
+import { buildBlockGraph, buildNormGraph } from './block-graph.ts';
+import { buildDecoderGraph } from './decoder-graph.ts';
+import type { BlockDescription, DecoderDescription } from './description.ts';
+import { blockOtherTensors, blockSites, checkTensors, otherTensors } from './expected-tensors.ts';
+import type { Block, BlockGraph, DecoderLowering, Model, ModelShape, NormGraph } from './model.ts';
+
+export class DecoderModel implements Model {
+  readonly architecture: string;
+  readonly config: Readonly<Record<string, unknown>>;
+  readonly shape: ModelShape;
+  readonly blocks: readonly Block[];
+  readonly tokenEmbedding: string;
+  readonly positionEmbedding?: string;
+  readonly outputHead: string;
+  readonly otherTensors: readonly string[];
+  readonly unusedTensors: readonly string[];
+  readonly #description: DecoderDescription;
+
+  /** Compares the description with the checkpoint's headers. Throws FormatError `tensor-missing` or `tensor-shape`, or UnsupportedError. */
+  constructor(
+    architecture: string,
+    config: Readonly<Record<string, unknown>>,
+    description: DecoderDescription,
+    source: TensorSource,
+  ) {
+    this.unusedTensors = checkTensors(description, source);
+    this.architecture = architecture;
+    this.config = config;
+    this.shape = description.shape;
+    this.blocks = description.blocks.map(summarizeBlock);
+    this.tokenEmbedding = description.tokenEmbedding;
+    if (description.positionEmbedding !== undefined) this.positionEmbedding = description.positionEmbedding;
+    this.outputHead = description.outputHead;
+    this.otherTensors = [...otherTensors(description).keys()];
+    this.#description = description;
+  }
+
+  blockGraph(block: Block): BlockGraph {
+    return buildBlockGraph(this.#description, this.#description.blocks[block.index]);
+  }
+
+  finalNormGraph(): NormGraph {
+    return buildNormGraph(this.#description);
+  }
+
+  decoderGraph(tensors: TensorSource, lowering: DecoderLowering = {}): OnnxModel {
+    return buildDecoderGraph(this.#description, tensors, lowering);
+  }
+}
+
+function summarizeBlock(block: BlockDescription, index: number): Block {
+  const sites = blockSites(block);
+  return {
+    index,
+    name: block.name,
+    sites,
+    inputs: [...new Set(sites.map((site) => site.input))],
+    otherTensors: [...blockOtherTensors(block).keys()],
+  };
+}
