@@ -140,7 +140,8 @@ async function readShape(source: TensorSource, name: string, module: PlanesModul
     );
   }
   const scaleDtype = source.tensors.get(name + SUFFIXES.scales)?.dtype === 'F32' ? 'F32' : 'F16';
-  return { ...module, bits, scaleDtype };
+  const { outFeatures, inFeatures, groupSize } = module;
+  return { outFeatures, inFeatures, groupSize, bits, scaleDtype };
 }
 
 /** Reads a tensor and checks its header against the one the layout prescribes. */

@@ -1,0 +1,144 @@
+/** The finished blocks of a run, one file each in the `planes` layout: what a killed run resumes from, and what every artifact is written from. */
+import { mkdir, readdir, rm } from 'node:fs/promises';
+import { join } from 'node:path';
+import { openSafetensors } from '../../formats/safetensors/reader.ts';
+import { createSafetensorsSink } from '../../formats/safetensors/writer.ts';
+import type { TensorSource } from '../../formats/tensor.ts';
+import { FormatError, RecipeError } from '../errors.ts';
+import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
+import { encodePlanes, planesDeclarations, type QuantizedGrid, readPlanes, readPlanesGrid } from './planes.ts';
+import { type PlanesEntry, parsePlanesMetadata, planesMetadata } from './planes-metadata.ts';
+import type { QuantizedSource } from './quantized-source.ts';
+
+const RECIPE = 'pcomp.recipe';
+const DETAILS = 'pcomp.details';
+const SUFFIX = '.safetensors';
+const EMBEDDINGS = 'embeddings';
+
+/** What a run wants back of a finished part besides its weights, for its report: plain JSON. */
+export type PartDetails = Readonly<Record<string, unknown>>;
+
+export class PartStore implements QuantizedSource {
+  readonly #folder: string;
+  readonly #recipeHash: string;
+  /** Part -> its details. */
+  readonly #parts = new Map<string, PartDetails>();
+  /** Module -> where it is. */
+  readonly #modules = new Map<string, { readonly path: string; readonly entry: PlanesEntry }>();
+
+  private constructor(folder: string, recipeHash: string) {
+    this.#folder = folder;
+    this.#recipeHash = recipeHash;
+  }
+
+  /** Opens a folder of parts, made if absent. Throws RecipeError when a part comes from another recipe, FormatError when one is broken. */
+  static async open(folder: string, recipeHash: string): Promise<PartStore> {
+    const store = new PartStore(folder, recipeHash);
+    await mkdir(folder, { recursive: true });
+    for (const file of (await readdir(folder)).sort()) {
+      // Anything else is a file that a killed run was writing.
+      if (file.endsWith(SUFFIX)) await store.#index(file.slice(0, -SUFFIX.length));
+      else await rm(join(folder, file), { recursive: true });
+    }
+    return store;
+  }
+
+  /** Whether block `index` is finished. */
+  hasBlock(index: number): boolean {
+    return this.#parts.has(blockPart(index));
+  }
+
+  /** Stores a finished block; when this returns, it survives a crash. */
+  async addBlock(index: number, linears: ReadonlyMap<string, QuantizedLinear>, details: PartDetails = {}): Promise<void> {
+    await this.#add(blockPart(index), linears, details);
+  }
+
+  /** The details a finished block was stored with. */
+  blockDetails(index: number): PartDetails {
+    return this.#parts.get(blockPart(index)) ?? {};
+  }
+
+  /** Whether the quantized embeddings and output head are stored. */
+  get hasEmbeddings(): boolean {
+    return this.#parts.has(EMBEDDINGS);
+  }
+
+  /** Stores quantized embeddings, by module name: (vocabSize, hiddenSize) as a linear. */
+  async addEmbeddings(linears: ReadonlyMap<string, QuantizedLinear>): Promise<void> {
+    await this.#add(EMBEDDINGS, linears, {});
+  }
+
+  /** Every module stored so far. */
+  get names(): readonly string[] {
+    return [...this.#modules.keys()];
+  }
+
+  has(name: string): boolean {
+    return this.#modules.has(name);
+  }
+
+  async readGrid(name: string): Promise<QuantizedGrid> {
+    return this.#read(name, readPlanesGrid);
+  }
+
+  async read(name: string): Promise<QuantizedLinear> {
+    return this.#read(name, readPlanes);
+  }
+
+  async #read<T>(name: string, reader: (source: TensorSource, name: string, entry: PlanesEntry) => Promise<T>): Promise<T> {
+    const module = this.#modules.get(name);
+    if (!module) throw new RangeError(`${this.#folder} holds no module "${name}"`);
+    await using source = await openSafetensors(module.path);
+    return await reader(source, name, module.entry);
+  }
+
+  async #add(part: string, linears: ReadonlyMap<string, QuantizedLinear>, details: PartDetails): Promise<void> {
+    if (this.#parts.has(part)) throw new Error(`${part} is stored twice`);
+    const entries = new Map([...linears].map(([name, q]): [string, PlanesEntry] => [name, entryOf(name, q)]));
+    const groupSize = [...entries.values()][0]?.groupSize ?? 1;
+    const metadata = planesMetadata(groupSize, entries).set(RECIPE, this.#recipeHash).set(DETAILS, JSON.stringify(details));
+    const declarations = [...linears].flatMap(([name, q]) => planesDeclarations(name, q));
+    await using sink = await createSafetensorsSink(this.#pathOf(part), declarations, metadata);
+    for (const [name, q] of linears) {
+      for (const tensor of encodePlanes(name, q)) await sink.write(tensor.name, tensor.data);
+    }
+    await sink.finalize();
+    this.#remember(part, entries, details);
+  }
+
+  async #index(part: string): Promise<void> {
+    const path = this.#pathOf(part);
+    await using source = await openSafetensors(path);
+    if (source.metadata.get(RECIPE) !== this.#recipeHash) {
+      throw new RecipeError(
+        `${path}: was made by another recipe or from other inputs. Repeat that recipe, or start again with --overwrite.`,
+      );
+    }
+    this.#remember(part, parsePlanesMetadata(path, source.metadata), parseDetails(path, source.metadata.get(DETAILS)));
+  }
+
+  #remember(part: string, entries: ReadonlyMap<string, PlanesEntry>, details: PartDetails): void {
+    this.#parts.set(part, details);
+    for (const [name, entry] of entries) this.#modules.set(name, { path: this.#pathOf(part), entry });
+  }
+
+  #pathOf(part: string): string {
+    return join(this.#folder, part + SUFFIX);
+  }
+}
+
+function blockPart(index: number): string {
+  return `block-${String(index).padStart(5, '0')}`;
+}
+
+function entryOf(name: string, { outFeatures, inFeatures, groupSize }: QuantizedLinear): PlanesEntry {
+  return { outFeatures, inFeatures, groupSize, input: name };
+}
+
+function parseDetails(path: string, text = '{}'): PartDetails {
+  try {
+    return JSON.parse(text) as PartDetails;
+  } catch (cause) {
+    throw new FormatError(path, 'part-details', 'its details are not JSON', { cause });
+  }
+}

@@ -1,0 +1,200 @@
+import { mkdtempSync, readdirSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import fc from 'fast-check';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { byteLengthOf } from '../../formats/dtype.ts';
+import { openSafetensors } from '../../formats/safetensors/reader.ts';
+import type { Tensor, TensorSource } from '../../formats/tensor.ts';
+import { PartStore } from '../../src/artifacts/parts.ts';
+import { encodePlanes, planesDeclarations, readPlanes, readPlanesGrid } from '../../src/artifacts/planes.ts';
+import { parsePlanesMetadata, planesMetadata } from '../../src/artifacts/planes-metadata.ts';
+import { FormatError, RecipeError } from '../../src/errors.ts';
+import { dequantize, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
+import { randomLinear } from './random-linear.ts';
+
+/** A source over tensors in memory. */
+function memory(tensors: readonly Tensor[]): TensorSource {
+  const byName = new Map(tensors.map((tensor) => [tensor.name, tensor]));
+  return {
+    path: 'memory',
+    tensors: byName,
+    metadata: new Map(),
+    files: [],
+    read: async (name) => byName.get(name)!,
+    readRows: () => Promise.reject(new Error('not used')),
+    close: async () => undefined,
+    [Symbol.asyncDispose]: async () => undefined,
+  };
+}
+
+const MIXED = randomLinear({ rows: 7, columns: 77, groupSize: 16, bits: [1, 2, 3, 8, 5], seed: 3 });
+
+describe('the planes layout', () => {
+  it('brings back any mix of widths, odd sizes and short last groups, bit for bit', async () => {
+    const options = fc.record({
+      rows: fc.integer({ min: 1, max: 9 }),
+      columns: fc.integer({ min: 1, max: 90 }),
+      groupSize: fc.constantFrom(16, 32, 48),
+      bits: fc.array(fc.integer({ min: 0, max: 8 }), { minLength: 1, maxLength: 6 }),
+      seed: fc.nat(),
+      scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
+    });
+    await fc.assert(
+      fc.asyncProperty(options, async (chosen) => {
+        const q = randomLinear(chosen);
+        const tensors = encodePlanes('m', q);
+        expect(tensors.map(({ name, dtype, shape }) => ({ name, dtype, shape }))).toEqual(planesDeclarations('m', q));
+        for (const tensor of tensors) expect(tensor.data.byteLength).toBe(byteLengthOf(tensor.dtype, tensor.shape));
+        const back = await readPlanes(memory(tensors), 'm', q);
+        expect(dequantize(back)).toEqual(dequantize(q));
+        expect([back.bits, back.codes, back.zeroPoints]).toEqual([q.bits, q.codes, q.zeroPoints]);
+        // Without any stored group there are no scales whose dtype could be told.
+        if (q.bits.some((bits) => bits > 0)) expect(back).toEqual(q);
+      }),
+      { numRuns: 60 },
+    );
+  });
+
+  it('has the sizes of the specification: 4096 x 4096 at uniform 2 bits', () => {
+    const bits = new Uint8Array(32).fill(2);
+    const declared = planesDeclarations('m', { outFeatures: 4096, inFeatures: 4096, groupSize: 128, bits, scaleDtype: 'F16' });
+    const sizes = Object.fromEntries(declared.map(({ name, dtype, shape }) => [name, byteLengthOf(dtype, shape)]));
+    expect(sizes).toEqual({ 'm.pq_bits': 32, 'm.pq_codes': 4194304, 'm.pq_scales': 262144, 'm.pq_zeros': 32768 });
+  });
+
+  it('reads everything but the codes without touching them', async () => {
+    const tensors = encodePlanes('m', MIXED).filter(({ name }) => name !== 'm.pq_codes');
+    const { codes: _, ...grid } = MIXED;
+    expect(await readPlanesGrid(memory(tensors), 'm', MIXED)).toEqual(grid);
+  });
+
+  it.each([
+    ['a missing tensor', 'planes-tensor-missing', (all: Tensor[]) => all.filter(({ name }) => name !== 'm.pq_zeros')],
+    [
+      'codes of another length',
+      'planes-tensor-shape',
+      (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_codes' ? { ...t, shape: [t.shape[0] - 1] } : t)),
+    ],
+    [
+      'scales of another dtype',
+      'planes-tensor-shape',
+      (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_scales' ? { ...t, dtype: 'BF16' as const } : t)),
+    ],
+    [
+      'a width of 9 bits',
+      'planes-width',
+      (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_bits' ? { ...t, data: Uint8Array.of(9, 2, 3, 8, 5) } : t)),
+    ],
+    [
+      'too few groups',
+      'planes-tensor-shape',
+      (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_bits' ? { ...t, shape: [4], data: t.data.slice(1) } : t)),
+    ],
+  ])('refuses %s', async (_, rule, damage) => {
+    const error = await readPlanes(memory(damage(encodePlanes('m', MIXED))), 'm', MIXED).catch((thrown: unknown) => thrown);
+    expect(error).toBeInstanceOf(FormatError);
+    expect(error).toMatchObject({ rule });
+  });
+});
+
+describe('the metadata of the planes layout', () => {
+  const entry = { outFeatures: 4, inFeatures: 64, groupSize: 32, input: 'a' };
+
+  it('comes back as it was, and is the JSON that the format page prescribes', () => {
+    const modules = new Map([
+      ['a', entry],
+      ['b', { ...entry, groupSize: 16 }],
+    ]);
+    const metadata = planesMetadata(32, modules);
+    expect(JSON.parse(metadata.get('pcomp.quant')!)).toEqual({
+      group_size: 32,
+      modules: { a: { shape: [4, 64], input: 'a' }, b: { shape: [4, 64], input: 'a', group_size: 16 } },
+      inputs: { a: { transform: 'none', block: 32, folded: false } },
+    });
+    expect(parsePlanesMetadata('f', metadata)).toEqual(modules);
+  });
+
+  it.each([
+    ['another version', 'planes-version', { 'pcomp.layout_version': '2' }],
+    ['text that is no JSON', 'planes-metadata', { 'pcomp.quant': '{' }],
+    ['no modules', 'planes-metadata', { 'pcomp.quant': '{"inputs":{}}' }],
+    [
+      'a shape of one number',
+      'planes-metadata',
+      { 'pcomp.quant': '{"inputs":{},"group_size":32,"modules":{"a":{"shape":[4],"input":"a"}}}' },
+    ],
+    [
+      'a group size of 0',
+      'planes-metadata',
+      { 'pcomp.quant': '{"inputs":{},"group_size":0,"modules":{"a":{"shape":[4,4],"input":"a"}}}' },
+    ],
+    [
+      'a transform it cannot undo',
+      'planes-transform',
+      { 'pcomp.quant': '{"inputs":{"a":{"transform":"had"}},"group_size":32,"modules":{}}' },
+    ],
+  ])('refuses %s', (_, rule, change) => {
+    const metadata = new Map([...planesMetadata(32, new Map([['a', entry]])), ...Object.entries(change)]);
+    expect(() => parsePlanesMetadata('f', metadata)).toThrow(expect.objectContaining({ rule }));
+  });
+});
+
+describe('the parts of a run', () => {
+  let folder: string;
+  beforeEach(() => {
+    folder = mkdtempSync(join(tmpdir(), 'pcomp-parts-'));
+  });
+  afterEach(() => rmSync(folder, { recursive: true }));
+
+  it('are found again by a later run of the same recipe, with their details, and yield equal bytes', async () => {
+    const other = randomLinear({ rows: 3, columns: 40, groupSize: 32, bits: [4], seed: 9 });
+    const first = await PartStore.open(folder, 'r1');
+    await first.addBlock(
+      7,
+      new Map<string, QuantizedLinear>([
+        ['x.q', MIXED],
+        ['x.k', other],
+      ]),
+      { error: 0.5 },
+    );
+    await first.addEmbeddings(new Map([['emb', other]]));
+    const again = await PartStore.open(folder, 'r1');
+    expect([again.hasBlock(7), again.hasBlock(8), again.hasEmbeddings, again.names]).toEqual([
+      true,
+      false,
+      true,
+      ['x.q', 'x.k', 'emb'],
+    ]);
+    expect(await again.read('x.q')).toEqual(MIXED);
+    expect(await again.read('emb')).toEqual(other);
+    expect(again.blockDetails(7)).toEqual({ error: 0.5 });
+    expect(readdirSync(folder)).toEqual(['block-00007.safetensors', 'embeddings.safetensors']);
+  });
+
+  it('of another recipe are refused', async () => {
+    await (await PartStore.open(folder, 'r1')).addBlock(0, new Map([['q', MIXED]]));
+    await expect(PartStore.open(folder, 'r2')).rejects.toThrow(RecipeError);
+  });
+
+  it('that a killed run was writing are dropped, finished ones kept', async () => {
+    await (await PartStore.open(folder, 'r1')).addBlock(0, new Map([['q', MIXED]]));
+    writeFileSync(join(folder, 'block-00001.safetensors.partial'), 'torn');
+    const store = await PartStore.open(folder, 'r1');
+    expect([store.hasBlock(0), store.hasBlock(1)]).toEqual([true, false]);
+    expect(readdirSync(folder)).toEqual(['block-00000.safetensors']);
+  });
+
+  it('that were damaged are named', async () => {
+    await (await PartStore.open(folder, 'r1')).addBlock(0, new Map([['q', MIXED]]));
+    truncateSync(join(folder, 'block-00000.safetensors'), 100);
+    await expect(PartStore.open(folder, 'r1')).rejects.toThrow(/block-00000/);
+  });
+
+  it('are files that any safetensors reader opens', async () => {
+    await (await PartStore.open(folder, 'r1')).addBlock(0, new Map([['q', MIXED]]));
+    await using source = await openSafetensors(join(folder, 'block-00000.safetensors'));
+    expect(source.metadata.get('format')).toBe('pt');
+    expect([...source.tensors.keys()].sort()).toEqual(['q.pq_bits', 'q.pq_codes', 'q.pq_offsets', 'q.pq_scales', 'q.pq_zeros']);
+  });
+});

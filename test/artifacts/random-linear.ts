@@ -1,0 +1,49 @@
+/** Random quantized linears for tests: every width, short last groups, F16 grids. */
+import { roundToF16 } from '../../formats/dtype.ts';
+import { groupCount, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
+
+/** Small deterministic generator (mulberry32), uniform in [0, 1). */
+export function uniform(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = Math.imul(state ^ (state >>> 15), state | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+export interface RandomLinearOptions {
+  readonly rows: number;
+  readonly columns: number;
+  readonly groupSize: number;
+  /** Widths of the groups; repeated as often as needed. */
+  readonly bits: readonly number[];
+  readonly seed?: number;
+  /** Levels of 1-bit groups are -+a. */
+  readonly symmetricOneBit?: boolean;
+  readonly scaleDtype?: 'F16' | 'F32';
+}
+
+export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
+  const { rows, columns, groupSize, seed = 1, scaleDtype = 'F16' } = options;
+  const random = uniform(seed);
+  const groups = groupCount(columns, groupSize);
+  const bits = Uint8Array.from({ length: groups }, (_, g) => options.bits[g % options.bits.length]);
+  const round = scaleDtype === 'F16' ? roundToF16 : Math.fround;
+  const codes = Uint8Array.from({ length: rows * columns }, (_, i) => {
+    const width = bits[Math.floor((i % columns) / groupSize)];
+    return Math.floor(random() * (1 << width));
+  });
+  const scales = new Float32Array(rows * groups);
+  const zeroPoints = new Uint8Array(rows * groups);
+  const offsets = new Float32Array(rows * groups);
+  for (let i = 0; i < scales.length; i++) {
+    const width = bits[i % groups];
+    scales[i] = width === 0 ? 1 : round(0.01 + 0.02 * random());
+    if (width >= 2) zeroPoints[i] = Math.floor(random() * (1 << width));
+    if (width === 1) offsets[i] = options.symmetricOneBit ? -scales[i] / 2 : round(-0.03 * random());
+  }
+  const grid = { outFeatures: rows, inFeatures: columns, groupSize, bits, codes, scales, zeroPoints, scaleDtype };
+  return bits.includes(1) ? { ...grid, offsets } : grid;
+}
