@@ -42,20 +42,22 @@ export async function embedTokens(
 
   const maxRows = Math.max(1, Math.floor((options.chunkBytes ?? TABLE_CHUNK_BYTES) / (hiddenSize * 4)));
   const row = new Float32Array(hiddenSize);
-  for (let i = 0; i < order.length; ) {
-    const start = ids[order[i]];
-    let next = i;
-    while (next < order.length && ids[order[next]] < start + maxRows) next++;
-    const table = await weights.loadRows(model.tokenEmbedding, start, ids[order[next - 1]] + 1);
-    for (; i < next; i++) {
-      const token = order[i];
-      const from = (ids[token] - start) * hiddenSize;
-      row.set(table.subarray(from, from + hiddenSize));
-      if (positionRows) addRow(row, positionRows, positions[token] * hiddenSize);
-      await states.store.write(token, row);
+  await states.fill(async (store) => {
+    for (let i = 0; i < order.length; ) {
+      const start = ids[order[i]];
+      let next = i;
+      while (next < order.length && ids[order[next]] < start + maxRows) next++;
+      const table = await weights.loadRows(model.tokenEmbedding, start, ids[order[next - 1]] + 1);
+      for (; i < next; i++) {
+        const token = order[i];
+        const from = (ids[token] - start) * hiddenSize;
+        row.set(table.subarray(from, from + hiddenSize));
+        if (positionRows) addRow(row, positionRows, positions[token] * hiddenSize);
+        await store.write(token, row);
+      }
+      options.onProgress?.(i, order.length);
     }
-    options.onProgress?.(i, order.length);
-  }
+  });
 }
 
 /** All windows one after the other: token ids, and each token's position in its window. */

@@ -87,7 +87,7 @@ export class HiddenStates implements AsyncDisposable {
   readonly batches: readonly WindowBatch[];
   /** (tokenCount, hiddenSize), windows one after the other. */
   readonly store: StateStore;
-  #moving = false;
+  #condition: 'empty' | 'whole' | 'torn' = 'empty';
 
   /** @param batchTokens most tokens, pads included, that run at once */
   constructor(windows: readonly Int32Array[], hiddenSize: number, batchTokens: number, spool: Spool) {
@@ -100,6 +100,7 @@ export class HiddenStates implements AsyncDisposable {
 
   /** The batch as a block takes it: `hidden` (batch, sequence, hiddenSize) and `lengths` (batch). */
   async feeds(batch: WindowBatch): Promise<{ hidden: NdArray; lengths: NdArray }> {
+    this.#assertWhole();
     const { hiddenSize } = this;
     const rows = await this.store.read(batch.rowStart, batch.rowEnd);
     const count = batch.lengths.length;
@@ -109,15 +110,30 @@ export class HiddenStates implements AsyncDisposable {
     };
   }
 
+  /** Lets `write` put the embeddings of all tokens into the store; from then on, and not before, there are states. */
+  async fill(write: (store: StateStore) => Promise<void>): Promise<void> {
+    this.#condition = 'empty';
+    await write(this.store);
+    this.#condition = 'whole';
+  }
+
   /**
-   * Replaces the states of every batch in place by what `move` makes of them (real rows, pads dropped). When `move` throws,
-   * some batches are one block further than others: the states are then unusable and say so.
+   * Replaces the states of every batch in place by what `move` makes of them (real rows, pads dropped). When `move` throws after
+   * some batches have moved, the states are of two depths: they are then unusable until they are filled again.
    */
   async replace(move: (batch: WindowBatch) => Promise<Float32Array>): Promise<void> {
     this.#assertWhole();
-    this.#moving = true;
-    for (const batch of this.batches) await this.store.write(batch.rowStart, await move(batch));
-    this.#moving = false;
+    let written = false;
+    try {
+      for (const batch of this.batches) {
+        const rows = await move(batch);
+        written = true;
+        await this.store.write(batch.rowStart, rows);
+      }
+    } catch (error) {
+      if (written) this.#condition = 'torn';
+      throw error;
+    }
   }
 
   /** The states, a window at a time, in order. */
@@ -136,6 +152,8 @@ export class HiddenStates implements AsyncDisposable {
   }
 
   #assertWhole(): void {
-    if (this.#moving) throw new Error('an earlier pass over the hidden states failed half-way; start again from the embeddings');
+    if (this.#condition === 'empty') throw new Error('there are no hidden states yet: start with the embeddings');
+    if (this.#condition === 'torn')
+      throw new Error('a pass over the hidden states failed half-way: start again from the embeddings');
   }
 }

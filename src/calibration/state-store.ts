@@ -51,9 +51,10 @@ export class Spool implements AsyncDisposable {
 
   /** Removes the temporary folder. Stores that are still open become useless. */
   async [Symbol.asyncDispose](): Promise<void> {
-    const folder = this.#folder;
+    // A folder that could not be made was reported when it was needed.
+    const folder = await this.#folder?.catch(() => undefined);
     this.#folder = undefined;
-    if (folder) await rm(await folder, { recursive: true, force: true });
+    if (folder !== undefined) await rm(folder, { recursive: true, force: true });
   }
 }
 
@@ -136,10 +137,9 @@ export class StateStore implements AsyncDisposable {
     this.#open = false;
     this.#ram = new Float32Array(0);
     this.#owner.release();
-    if (!this.#file) return;
-    const { path, handle } = await this.#file;
-    await handle.close();
-    await rm(path, { force: true });
+    const file = await this.#file?.catch(() => undefined);
+    await file?.handle.close();
+    if (file) await rm(file.path, { force: true });
   }
 
   #spooled(): Promise<SpoolFile> {

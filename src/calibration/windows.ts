@@ -1,10 +1,6 @@
 /** Text as tokens, cut into the windows that calibration and evaluation run over. */
+import { Random } from '../compute/random.ts';
 import { RecipeError } from '../errors.ts';
-
-/** Uniform random 32-bit words; the product's is the Philox stream of a seed and a name. */
-export interface RandomWords {
-  nextUint32(): number;
-}
 
 export interface CalibrationWindows {
   /** Token ids of each window, none empty. */
@@ -20,8 +16,7 @@ export interface CalibrationWindows {
  */
 export function calibrationWindows(
   tokens: Int32Array,
-  options: { readonly samples: number; readonly sequenceLength: number },
-  random: RandomWords,
+  options: { readonly samples: number; readonly sequenceLength: number; readonly seed: number },
 ): CalibrationWindows {
   const { samples, sequenceLength } = options;
   if (!Number.isInteger(samples) || samples < 1)
@@ -38,8 +33,9 @@ export function calibrationWindows(
     return { windows: [tokens.slice()], notes };
   }
   const starts = tokens.length - sequenceLength + 1;
+  const random = new Random(options.seed, 'calibration windows');
   const windows = Array.from({ length: samples }, () => {
-    const start = uniformBelow(starts, random);
+    const start = random.nextBelow(starts);
     return tokens.slice(start, start + sequenceLength);
   });
   const wanted = samples * sequenceLength;
@@ -73,15 +69,6 @@ export function evaluationWindows(tokens: Int32Array, length: number): Evaluatio
   }
   if (scoredTokens === 0) throw new RecipeError(`the text has ${tokens.length} tokens; at least 2 are needed to score one`);
   return { windows, scoredTokens };
-}
-
-/** A whole number in `[0, bound)`, each equally likely; words of the incomplete last multiple of `bound` are thrown away. */
-function uniformBelow(bound: number, random: RandomWords): number {
-  const limit = 2 ** 32 - (2 ** 32 % bound);
-  for (;;) {
-    const word = random.nextUint32();
-    if (word < limit) return word % bound;
-  }
 }
 
 function assertSequenceLength(length: number, least: number): void {
