@@ -8,8 +8,14 @@ export interface ValueInfo {
   readonly name: string;
   /** `null`: unknown element type. ONNX strings are not tensors we handle. */
   readonly dtype: DType | null;
-  /** `null`: unknown rank. */
+  /** `null`: unknown rank. A dimension of which nothing is known is `''`. */
   readonly shape: readonly Dim[] | null;
+  /**
+   * The type as the file spells it, when dtype and shape do not tell all of it: sequences, maps, optionals, strings,
+   * denotations. Written back as long as it still says this dtype and this shape.
+   */
+  readonly encodedType?: Uint8Array;
+  readonly unknown?: readonly Uint8Array[];
 }
 
 /** Small constant inside an attribute, or an initializer's header. */
@@ -17,10 +23,17 @@ export interface InlineTensor {
   readonly dtype: DType;
   readonly shape: readonly number[];
   readonly data: Uint8Array;
+  readonly name?: string;
+  readonly unknown?: readonly Uint8Array[];
 }
 
-/** Attribute values by ONNX kind. Integers are `bigint` only when they leave the safe range. */
-export type Attribute =
+/**
+ * Attribute values by ONNX kind. Integers are `bigint` only when they leave the safe range. Kinds that are not listed
+ * (sparse tensors, types, lists of tensors or graphs, strings that are not UTF-8) travel in their node's `unknown`.
+ */
+export type Attribute = AttributeValue & { readonly unknown?: readonly Uint8Array[] };
+
+export type AttributeValue =
   | { readonly kind: 'float'; readonly value: number }
   | { readonly kind: 'int'; readonly value: number | bigint }
   | { readonly kind: 'string'; readonly value: string }
@@ -39,7 +52,7 @@ export interface Node {
   readonly inputs: readonly string[];
   readonly outputs: readonly string[];
   readonly attributes: Readonly<Record<string, Attribute>>;
-  /** Encoded fields this schema does not know, kept as they were. */
+  /** Encoded fields this model has no place for (documentation, overload, metadata, ...), kept as they were. */
   readonly unknown?: readonly Uint8Array[];
 }
 
@@ -62,6 +75,9 @@ export interface Graph {
   outputs: ValueInfo[];
   valueInfo: ValueInfo[];
   initializers: Map<string, Initializer>;
+  /** Inputs that an initializer of the same name gives a default, so that a caller may override it. Main graph only. */
+  overridableInputs?: ValueInfo[];
+  /** Encoded fields this model has no place for: documentation, sparse initializers, initializers of strings, annotations, ... */
   unknown?: readonly Uint8Array[];
 }
 
@@ -73,5 +89,6 @@ export interface OnnxModel {
   producerVersion: string;
   graph: Graph;
   metadata: Map<string, string>;
+  /** Encoded fields this model has no place for: documentation, functions, training information, device configurations, ... */
   unknown?: readonly Uint8Array[];
 }
