@@ -1,0 +1,253 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { inlineInitializer } from '../../../formats/onnx/initializers.ts';
+import type { Graph, OnnxModel } from '../../../formats/onnx/model.ts';
+import { decodeLinear, storedLinears } from '../../../src/artifacts/onnx/linear-decode.ts';
+import { type AccuracyLevel, LinearRenderer } from '../../../src/artifacts/onnx/linear-graph.ts';
+import { QuantizedInitializers } from '../../../src/artifacts/onnx/linear-initializers.ts';
+import { layOutLinear } from '../../../src/artifacts/onnx/linear-layout.ts';
+import type { QuantizedSource } from '../../../src/artifacts/quantized-source.ts';
+import { asBytes } from '../../../src/artifacts/tensor-bytes.ts';
+import { FormatError, RecipeError } from '../../../src/errors.ts';
+import { GraphBuilder } from '../../../src/graph/builder.ts';
+import { dequantize, type QuantizedLinear } from '../../../src/methods/quantize/quantized-linear.ts';
+import { f32, openGraph } from '../../support/run-graph.ts';
+import { randomLinear, uniform } from '../random-linear.ts';
+
+function sourceOf(linears: Readonly<Record<string, QuantizedLinear>>): QuantizedSource {
+  return { has: (name) => name in linears, readGrid: async (name) => linears[name], read: async (name) => linears[name] };
+}
+
+/** A graph that applies every linear to one input. */
+async function graphOf(
+  linears: Readonly<Record<string, QuantizedLinear>>,
+  level: AccuracyLevel,
+  bias?: Float32Array,
+): Promise<OnnxModel> {
+  const initializers = await QuantizedInitializers.create(sourceOf(linears), Object.keys(linears));
+  const builder = new GraphBuilder();
+  const [first] = Object.values(linears);
+  const x = builder.input('x', 'F32', ['batch_size', 'sequence_length', first.inFeatures]);
+  const renderer = new LinearRenderer(builder, level);
+  for (const [name, layout] of initializers.layouts) {
+    const biasValue = bias ? builder.initializer(inlineInitializer(`${name}.bias`, 'F32', [bias.length], asBytes(bias))) : null;
+    builder.output(`y.${name}`, renderer.render(name, layout, initializers.of(name), x, biasValue));
+  }
+  return builder.build();
+}
+
+/** x W^T + b in float64. */
+function multiply(x: Float32Array, weight: Float32Array, q: QuantizedLinear, bias?: Float32Array): Float64Array {
+  const { inFeatures: k, outFeatures: n } = q;
+  const rows = x.length / k;
+  const y = new Float64Array(rows * n);
+  for (let r = 0; r < rows; r++) {
+    for (let o = 0; o < n; o++) {
+      let sum = bias ? bias[o] : 0;
+      for (let j = 0; j < k; j++) sum += x[r * k + j] * weight[o * k + j];
+      y[r * n + o] = sum;
+    }
+  }
+  return y;
+}
+
+function relativeError(actual: ArrayLike<number>, expected: Float64Array): number {
+  let error = 0;
+  let norm = 0;
+  for (let i = 0; i < expected.length; i++) {
+    error += (actual[i] - expected[i]) ** 2;
+    norm += expected[i] ** 2;
+  }
+  return Math.sqrt(error / norm);
+}
+
+function inputs(columns: number): Float32Array {
+  const random = uniform(5);
+  return Float32Array.from({ length: 2 * 3 * columns }, () => random() * 2 - 1);
+}
+
+const CASES: readonly (readonly [string, Parameters<typeof randomLinear>[0]])[] = [
+  ['uniform 2 bits', { rows: 24, columns: 256, groupSize: 64, bits: [2] }],
+  ['uniform 3 bits', { rows: 24, columns: 256, groupSize: 64, bits: [3] }],
+  ['uniform 4 bits, groups of 128', { rows: 24, columns: 256, groupSize: 128, bits: [4] }],
+  ['uniform 8 bits, groups of 32', { rows: 24, columns: 96, groupSize: 32, bits: [8] }],
+  ['uniform 1 bit', { rows: 24, columns: 128, groupSize: 32, bits: [1] }],
+  ['uniform 1 bit, levels -+a', { rows: 24, columns: 128, groupSize: 32, bits: [1], symmetricOneBit: true }],
+  ['1 to 4 bits', { rows: 17, columns: 256, groupSize: 32, bits: [1, 2, 3, 4] }],
+  ['1 to 8 bits', { rows: 17, columns: 256, groupSize: 32, bits: [1, 2, 3, 4, 5, 6, 7, 8] }],
+  ['widths that lie in order already', { rows: 17, columns: 128, groupSize: 32, bits: [4, 3, 2, 2] }],
+  ['a ragged uniform layer', { rows: 9, columns: 172, groupSize: 32, bits: [2] }],
+  ['a ragged mixed layer, the short group widest', { rows: 9, columns: 172, groupSize: 32, bits: [1, 2, 2, 3, 1, 3] }],
+  ['a ragged mixed layer, the short group narrowest', { rows: 9, columns: 172, groupSize: 32, bits: [3, 2, 4, 3, 3, 1] }],
+  ['a ragged mixed layer in order', { rows: 9, columns: 172, groupSize: 32, bits: [4, 3, 2, 2, 2, 2] }],
+  ['a layer narrower than a group', { rows: 9, columns: 40, groupSize: 128, bits: [2] }],
+  ['a group of no bits', { rows: 9, columns: 128, groupSize: 32, bits: [2, 0, 4, 2] }],
+];
+
+describe('a quantized linear in ONNX', () => {
+  it.each(CASES)('with %s runs as its decoded weights do, and decodes to the same float32', async (_, options) => {
+    const q = randomLinear(options);
+    const x = inputs(q.inFeatures);
+    const bias = Float32Array.from({ length: q.outFeatures }, (_, i) => i / 10 - 1);
+    const expected = multiply(x, dequantize(q), q, bias);
+    for (const [level, tolerance] of [
+      [1, 1e-5],
+      [4, 8e-3],
+    ] as const) {
+      const model = await graphOf({ m: q }, level, bias);
+      expectLint(model.graph, level);
+      const session = await openGraph(model);
+      const { 'y.m': y } = await session.run({ x: f32([2, 3, q.inFeatures], x) });
+      await session.release();
+      expect(y.shape).toEqual([2, 3, q.outFeatures]);
+      expect(relativeError(y.data as Float32Array, expected)).toBeLessThan(tolerance);
+      const stored = (await storedLinears('m.onnx', model.graph)).get('m')!;
+      expect(await decodeLinear('m.onnx', stored, q.inFeatures)).toEqual(dequantize(q));
+    }
+  });
+
+  it('decodes bit for bit whatever its widths, sizes and levels', async () => {
+    const options = fc.record({
+      rows: fc.integer({ min: 1, max: 6 }),
+      columns: fc.integer({ min: 1, max: 150 }),
+      groupSize: fc.constantFrom(16, 32, 64),
+      bits: fc.array(fc.integer({ min: 0, max: 8 }), { minLength: 1, maxLength: 8 }),
+      seed: fc.nat(),
+      scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
+    });
+    await fc.assert(
+      fc.asyncProperty(options, async (chosen) => {
+        const q = randomLinear(chosen);
+        const { graph } = await graphOf({ m: q }, 4);
+        const stored = (await storedLinears('m.onnx', graph)).get('m')!;
+        expect(await decodeLinear('m.onnx', stored, q.inFeatures)).toEqual(dequantize(q));
+      }),
+      { numRuns: 60 },
+    );
+  });
+
+  it('keeps the levels of a 1-bit group whose mean float32 cannot hold', async () => {
+    const q = {
+      ...randomLinear({ rows: 1, columns: 32, groupSize: 32, bits: [1] }),
+      scales: Float32Array.of(2),
+      offsets: Float32Array.of(2 ** -24),
+    };
+    const { graph } = await graphOf({ m: q }, 1);
+    const stored = (await storedLinears('m.onnx', graph)).get('m')!;
+    const decoded = await decodeLinear('m.onnx', stored, 32);
+    expect(new Set(decoded)).toEqual(new Set([2 ** -24, 2]));
+    expect(decoded).toEqual(dequantize(q));
+  });
+
+  it('shares gather, split and group sums with its neighbours when they agree on the order, and not otherwise', async () => {
+    const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [1, 4, 2, 4], seed: 1 });
+    const k = randomLinear({ rows: 6, columns: 128, groupSize: 32, bits: [1, 3, 2, 3], seed: 2 });
+    const v = randomLinear({ rows: 6, columns: 128, groupSize: 32, bits: [2, 4, 4, 2], seed: 3 });
+    const model = await graphOf({ q, k, v }, 1);
+    const count = (op: string) => model.graph.nodes.filter((node) => node.op === op).length;
+    expect({ splits: count('Split'), sums: count('ReduceSum'), products: count('MatMulNBits') }).toEqual({
+      splits: 2,
+      sums: 1,
+      products: 6,
+    });
+    expect([...model.graph.initializers.keys()].filter((name) => name.endsWith('.group_order'))).toEqual([
+      'q.group_order',
+      'v.group_order',
+    ]);
+    const x = inputs(128);
+    const session = await openGraph(model);
+    const outputs = await session.run({ x: f32([2, 3, 128], x) });
+    await session.release();
+    for (const [name, linear] of Object.entries({ q, k, v })) {
+      expect(relativeError(outputs[`y.${name}`].data as Float32Array, multiply(x, dequantize(linear), linear))).toBeLessThan(
+        1e-5,
+      );
+    }
+    const stored = await storedLinears('m.onnx', model.graph);
+    for (const [name, linear] of Object.entries({ q, k, v }))
+      expect(await decodeLinear('m.onnx', stored.get(name)!, 128)).toEqual(dequantize(linear));
+  });
+
+  it('needs no gather when its parts lie in order, and no mean branch when its 1-bit levels are symmetric', async () => {
+    const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [4, 2, 1, 1], symmetricOneBit: true });
+    const { graph } = await graphOf({ q }, 4);
+    expect(graph.nodes.map((node) => node.op)).toEqual(['Split', 'MatMulNBits', 'MatMulNBits', 'Add']);
+  });
+
+  it('names its constants as onnxruntime-genai does', async () => {
+    const uniform = await graphOf(
+      { 'model.layers.0.self_attn.q_proj': randomLinear({ rows: 4, columns: 64, groupSize: 32, bits: [4] }) },
+      4,
+    );
+    expect([...uniform.graph.initializers.keys()]).toEqual(
+      ['qweight', 'scales', 'qzeros'].map((part) => `model.layers.0.self_attn.q_proj.MatMulNBits.${part}`),
+    );
+    const mixed = await graphOf({ q: randomLinear({ rows: 4, columns: 64, groupSize: 32, bits: [4, 2] }) }, 4);
+    expect([...mixed.graph.initializers.keys()].filter((name) => name.startsWith('q.'))).toEqual(
+      ['4', '2'].flatMap((bits) => ['qweight', 'scales', 'qzeros'].map((part) => `q.MatMulNBits.${part}_${bits}`)),
+    );
+  });
+
+  it('refuses group sizes that MatMulNBits does not take', () => {
+    for (const groupSize of [8, 48]) {
+      expect(() => layOutLinear(randomLinear({ rows: 2, columns: 96, groupSize, bits: [2] }))).toThrow(RecipeError);
+    }
+  });
+});
+
+/** onnx-runtime page, check 5. */
+function expectLint(graph: Graph, level: number): void {
+  for (const node of graph.nodes.filter(({ op }) => op === 'MatMulNBits')) {
+    expect(node.attributes.accuracy_level).toEqual({ kind: 'int', value: level });
+    expect([2, 4, 8]).toContain(Number(node.attributes.bits.value));
+    expect(node.inputs[4] ?? '').toBe('');
+    expect(graph.initializers.get(node.inputs[3])?.dtype).toBe('U8');
+  }
+}
+
+describe('an ONNX graph that is not as pcomp writes it', () => {
+  const q = randomLinear({ rows: 4, columns: 128, groupSize: 32, bits: [2, 4, 1, 4] });
+  const damaged: readonly (readonly [string, string, (graph: Graph) => void])[] = [
+    ['a missing constant', 'onnx-linear-constant', (graph) => graph.initializers.delete('m.MatMulNBits.scales_4')],
+    [
+      'a constant of the wrong size',
+      'onnx-linear-size',
+      (graph) =>
+        graph.initializers.set(
+          'm.MatMulNBits.qweight_2',
+          inlineInitializer('m.MatMulNBits.qweight_2', 'U8', [8], new Uint8Array(8)),
+        ),
+    ],
+    [
+      'a group order with a group twice',
+      'onnx-linear-order',
+      (graph) =>
+        graph.initializers.set(
+          'm.group_order',
+          inlineInitializer('m.group_order', 'I64', [4], asBytes(BigInt64Array.of(0n, 0n, 1n, 2n))),
+        ),
+    ],
+    ['3-bit operands', 'onnx-linear-bits', (graph) => setAttribute(graph, 'bits', 3)],
+    ['no block size', 'onnx-linear-attribute', (graph) => setAttribute(graph, 'block_size', 0)],
+  ];
+
+  it.each(damaged)('is refused for %s', async (_, rule, damage) => {
+    const { graph } = await graphOf({ m: q }, 4);
+    damage(graph);
+    const error = await storedLinears('m.onnx', graph).catch((thrown: unknown) => thrown);
+    expect(error).toBeInstanceOf(FormatError);
+    expect(error).toMatchObject({ rule });
+  });
+
+  it('is refused when its groups do not make the layer', async () => {
+    const { graph } = await graphOf({ m: q }, 4);
+    const stored = (await storedLinears('m.onnx', graph)).get('m')!;
+    await expect(decodeLinear('m.onnx', stored, 64)).rejects.toMatchObject({ rule: 'onnx-linear-shape' });
+  });
+});
+
+function setAttribute(graph: Graph, name: string, value: number): void {
+  const index = graph.nodes.findIndex(({ op }) => op === 'MatMulNBits');
+  const node = graph.nodes[index];
+  graph.nodes[index] = { ...node, attributes: { ...node.attributes, [name]: { kind: 'int', value } } };
+}
