@@ -5,15 +5,18 @@ import { GraphBuilder, type Value } from '../graph/builder.ts';
 import { positionsFromLengths } from '../graph/token-positions.ts';
 import { type BlockParts, renderBlock, renderNorm } from './block-renderer.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
+import { blockSites } from './expected-tensors.ts';
 import type { BlockGraph, LinearSite, NormGraph } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
 /** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
-export function buildBlockGraph(description: DecoderDescription, block: BlockDescription): BlockGraph {
+export function buildBlockGraph(description: DecoderDescription, named: BlockDescription): BlockGraph {
   const { shape, rotary } = description;
   const { headCount, kvHeadCount, headDim, hiddenSize } = shape;
-  const prefix = `${block.name}.`;
-  const local = (name: string): string => name.slice(prefix.length);
+  const prefix = `${named.name}.`;
+  const block = withoutPrefix(named, prefix);
+  const sites = new Map(blockSites(named).map((site) => [site.name, site]));
+
   const builder = new GraphBuilder('block');
   const hidden = builder.input('hidden', 'F32', ['batch', 'sequence', hiddenSize]);
   const lengths = builder.input('lengths', 'I32', ['batch']);
@@ -25,23 +28,22 @@ export function buildBlockGraph(description: DecoderDescription, block: BlockDes
           sin: builder.initializer(rotaryTable('sin_cache', 'sin', rotary)),
         }
       : undefined;
-
   const weights = new Map<string, LinearSite | string>();
-  const siteInputs = new Map<string, string>();
-  const observed = new Map<string, Value>();
-  const weightInput = (name: string, source: LinearSite | string, dims: readonly number[]): Value => {
-    weights.set(local(name), source);
-    return builder.input(local(name), 'F32', dims);
+  const siteInputs = new Map<string, Value>();
+  const tensor = (name: string, dims: readonly number[]): Value => {
+    weights.set(name, prefix + name);
+    return builder.input(name, 'F32', dims);
   };
   const parts: BlockParts = {
-    tensor: (name, dims) => weightInput(name, name, dims),
+    tensor,
     linear(site, x) {
-      const weight = weightInput(`${site.name}.weight`, site, [site.outFeatures, site.inFeatures]);
-      return builder.rootScope(local(site.name), () => {
+      const input = `${site.name}.weight`;
+      weights.set(input, sites.get(prefix + site.name)!);
+      const weight = builder.input(input, 'F32', [site.outFeatures, site.inFeatures]);
+      return builder.rootScope(site.name, () => {
         // onnxruntime makes one product of the two, without moving the weight.
         const y = builder.matmul(x, builder.transpose(weight, [1, 0]));
-        if (!site.hasBias) return y;
-        return builder.add(y, weightInput(`${site.name}.bias`, `${site.name}.bias`, [site.outFeatures]));
+        return site.hasBias ? builder.add(y, tensor(`${site.name}.bias`, [site.outFeatures])) : y;
       });
     },
     attend: (_, q, k, v) => {
@@ -55,44 +57,44 @@ export function buildBlockGraph(description: DecoderDescription, block: BlockDes
         ...(tables ? { rotary: tables } : {}),
       }).output;
     },
-    observe(input, value) {
-      siteInputs.set(input, local(input));
-      observed.set(local(input), value);
-    },
+    observe: (input, value) => siteInputs.set(input, value),
   };
   const normed = renderNorm(builder, parts, block.attentionNorm, hidden);
   const residual = renderBlock(builder, shape, block, parts, hidden, normed);
   builder.output('hidden_out', builder.add(residual.hidden, residual.branch));
-  for (const [name, value] of observed) builder.output(name, value);
+  for (const [name, value] of siteInputs) builder.output(name, value);
   return {
     model: builder.build(),
-    key: graphKey('block', { headCount, kvHeadCount, headDim, rotary, block }, prefix),
+    key: graphKey({ headCount, kvHeadCount, headDim, rotary, block }),
     weights,
-    siteInputs,
+    siteInputs: new Map([...siteInputs.keys()].map((input) => [prefix + input, input])),
   };
 }
 
 /** `hidden` (rows, hiddenSize) -> `hidden_out`, the norm before the output head. */
 export function buildNormGraph(description: DecoderDescription): NormGraph {
-  const { finalNorm, shape } = description;
+  const { name } = description.finalNorm;
+  const norm = { ...description.finalNorm, name: 'norm' };
   const builder = new GraphBuilder('final_norm');
-  const hidden = builder.input('hidden', 'F32', ['rows', shape.hiddenSize]);
+  const hidden = builder.input('hidden', 'F32', ['rows', description.shape.hiddenSize]);
   const weights = new Map<string, string>();
-  const tensor = (name: string, dims: readonly number[]): Value => {
-    const input = name.slice(finalNorm.name.length + 1);
-    weights.set(input, name);
+  const tensor = (input: string, dims: readonly number[]): Value => {
+    weights.set(input, name + input.slice(norm.name.length));
     return builder.input(input, 'F32', dims);
   };
-  builder.output('hidden_out', renderNorm(builder, { tensor }, finalNorm, hidden));
-  return { model: builder.build(), key: graphKey('norm', { finalNorm }, `${finalNorm.name}.`), weights };
+  builder.output('hidden_out', renderNorm(builder, { tensor }, norm, hidden));
+  return { model: builder.build(), key: graphKey({ norm }), weights };
 }
 
-/** A digest of all that shapes the graph; what only names the block is left out. */
-function graphKey(kind: string, made: unknown, prefix: string): string {
-  const name = prefix.slice(0, -1);
-  const json = JSON.stringify(made, (_, value: unknown) => {
-    if (typeof value !== 'string') return value;
-    return value.startsWith(prefix) ? value.slice(prefix.length) : value === name ? '' : value;
-  });
-  return `${kind}-${createHash('sha256').update(json).digest('hex')}`;
+/** The block as if it had no name: blocks of one make become equal. */
+function withoutPrefix(block: BlockDescription, prefix: string): BlockDescription {
+  const json = JSON.stringify({ ...block, name: '' }, (_, value: unknown) =>
+    typeof value === 'string' && value.startsWith(prefix) ? value.slice(prefix.length) : value,
+  );
+  return JSON.parse(json) as BlockDescription;
+}
+
+/** A digest of all that shapes a graph. */
+function graphKey(made: unknown): string {
+  return createHash('sha256').update(JSON.stringify(made)).digest('hex');
 }
