@@ -4,6 +4,8 @@ import { stat } from 'node:fs/promises';
 import { EnvironmentError, FormatError, RecipeError } from '../errors.ts';
 import { parseTable } from './table.ts';
 
+const DEFAULT_FIELD = 'text';
+
 /** One file of text, as `--calibration` and `--text` name it. */
 export interface TextFile {
   readonly path: string;
@@ -18,12 +20,12 @@ export interface TextFile {
 
 /**
  * Reads `notes.txt`, `data.jsonl`, `data.jsonl:field`, `table.csv:column` or `table.tsv:column`. Any other ending is plain text.
- * The field `messages` takes a chat: the `content` of its messages, joined by line breaks.
+ * A field that is named (`chat.jsonl:messages`) may hold a chat: it gives the `content` of its messages, joined by line breaks.
  * Throws RecipeError for a table without a column.
  */
 export function parseTextFile(argument: string): TextFile {
   const lines = /^(.*\.(?:jsonl|ndjson))(?::([^/\\]+))?$/is.exec(argument);
-  if (lines) return { path: lines[1], kind: 'json-lines', field: lines[2] ?? 'text' };
+  if (lines) return { path: lines[1], kind: 'json-lines', field: lines[2] ?? DEFAULT_FIELD };
   const table = /^(.*\.(csv|tsv))(?::([^/\\]+))?$/is.exec(argument);
   if (table) {
     if (table[3] === undefined) throw new RecipeError(`${argument}: name the column that holds the text, ${argument}:COLUMN`);
@@ -62,7 +64,7 @@ async function* documentsOf(file: TextFile): AsyncGenerator<string> {
       for await (const line of textLines(file.path)) {
         number++;
         if (line.trim() === '') continue;
-        const text = fieldOf(file.path, number, line, file.field ?? 'text');
+        const text = fieldOf(file.path, number, line, file.field ?? DEFAULT_FIELD);
         if (text !== '') yield text;
       }
       return;
@@ -109,7 +111,7 @@ function fieldOf(path: string, number: number, line: string, field: string): str
   }
   const text = Object.hasOwn(value, field) ? (value as Record<string, unknown>)[field] : undefined;
   if (typeof text === 'string') return text;
-  if (field === 'messages' && isChat(text)) return text.map((message) => message.content).join('\n');
+  if (field !== DEFAULT_FIELD && isChat(text)) return text.map((message) => message.content).join('\n');
   const fields = Object.keys(value).slice(0, 8).join(', ');
   const rule = text === undefined ? 'json-line-field-missing' : 'json-line-field-type';
   const found = text === undefined ? `has no field "${field}"` : `has a field "${field}" that is not a string`;
