@@ -33,6 +33,14 @@ export interface Blas {
   inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array>;
   /** Mean over rows of `KL(softmax(target row) || softmax(trial row))`, in nats; log-softmax in fp32 or better, no clamps. */
   meanKl(target: Matrix, trial: Matrix): Promise<number>;
+  /** The same against one target many times, at a third of the work. Takes `target.data` over: it is overwritten. */
+  klTarget(target: Matrix): Promise<KlTarget>;
+}
+
+/** A target distribution per row, ready to be compared with. */
+export interface KlTarget {
+  /** Mean over rows of `KL(target || softmax(trial row))`, in nats; exactly 0 for the target's own logits. */
+  meanKl(trial: Matrix): Promise<number>;
 }
 
 export interface GramAccumulator {
@@ -48,8 +56,11 @@ export interface GramAccumulator {
 export class NotPositiveDefiniteError extends Error {
   /** Index of the first pivot that was not positive. */
   readonly pivot: number;
+  /** What it was. */
+  readonly value: number;
   constructor(pivot: number, value: number) {
     super(`pivot ${pivot} of the Cholesky factorization is ${value}, not positive`);
     this.pivot = pivot;
+    this.value = value;
   }
 }

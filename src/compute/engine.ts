@@ -36,6 +36,8 @@ export interface CompileOptions {
   readonly optimization?: 'all' | 'disabled';
   /** Cache key of a graph that is compiled often: the program is then shared, and released with the engine. */
   readonly key?: string;
+  /** `false` for a large graph that runs once: about half the peak memory, up to twice as slow. Default true. */
+  readonly memoryArena?: boolean;
 }
 
 export interface Engine extends AsyncDisposable {
@@ -48,4 +50,6 @@ export interface Engine extends AsyncDisposable {
   compile(model: OnnxModel, options?: CompileOptions): Promise<Program>;
   /** Opens a model file by path (external data beside it is mapped by the runtime). */
   open(path: string, options?: CompileOptions): Promise<Program>;
+  /** An engine that computes in fp64: absent where this one does, else a companion on the CPU, released with this one. */
+  doublePrecision?(): Promise<Engine>;
 }
