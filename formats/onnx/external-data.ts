@@ -98,10 +98,9 @@ export class ExternalDataWriter implements AsyncDisposable {
 
   async #closeShard(): Promise<void> {
     const handle = this.#handle;
+    const shard = this.#shards.at(-1);
     this.#handle = undefined;
-    if (handle === undefined) return;
-    await handle.sync();
-    await handle.close();
+    if (handle !== undefined && shard !== undefined) await syncAndClose(handle, this.#temporaryPath(shard.name));
   }
 
   #temporaryPath(name: string): string {
@@ -111,11 +110,28 @@ export class ExternalDataWriter implements AsyncDisposable {
 
 /** Appends all of `bytes`. Throws EnvironmentError DISK_FULL when there is no room. */
 export async function write(handle: FileHandle | undefined, path: string, bytes: Uint8Array): Promise<void> {
+  if (handle === undefined) throw new Error(`${path} is not open`);
   try {
-    for (let done = 0; done < bytes.byteLength; ) done += (await handle!.write(bytes, done)).bytesWritten;
+    for (let done = 0; done < bytes.byteLength; ) done += (await handle.write(bytes, done)).bytesWritten;
   } catch (cause) {
-    const { code } = cause as NodeJS.ErrnoException;
-    if (code !== 'ENOSPC' && code !== 'EDQUOT') throw cause;
-    throw new EnvironmentError('DISK_FULL', `${path}: the disk is full. Free some space, or write to another disk.`, { cause });
+    throw diskFull(cause, path);
   }
+}
+
+/** Makes the file durable and closes it. A disk may turn out to be full only now. */
+export async function syncAndClose(handle: FileHandle, path: string): Promise<void> {
+  try {
+    await handle.sync();
+  } catch (cause) {
+    throw diskFull(cause, path);
+  } finally {
+    await handle.close();
+  }
+}
+
+/** The error to throw for one the system gave. */
+function diskFull(cause: unknown, path: string): unknown {
+  const { code } = cause as NodeJS.ErrnoException;
+  if (code !== 'ENOSPC' && code !== 'EDQUOT') return cause;
+  return new EnvironmentError('DISK_FULL', `${path}: the disk is full. Free some space, or write to another disk.`, { cause });
 }

@@ -3,7 +3,7 @@ import { open, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { UnsupportedError } from '../../src/errors.ts';
 import { assemble, type ExternalPlace, initializersOf, layoutModel, readExactly } from './encoder.ts';
-import { ExternalDataWriter, MAX_SHARD_BYTES, temporaryName, type WrittenFile, write } from './external-data.ts';
+import { ExternalDataWriter, MAX_SHARD_BYTES, syncAndClose, temporaryName, type WrittenFile, write } from './external-data.ts';
 import type { Initializer, OnnxModel } from './model.ts';
 import { LARGE_BYTES } from './tensor-reader.ts';
 
@@ -50,12 +50,11 @@ export async function writeOnnx(
   const temporaryPath = join(folder, temporaryName(fileName));
   try {
     const handle = await open(temporaryPath, 'w');
-    try {
-      await write(handle, temporaryPath, bytes);
-      await handle.sync();
-    } finally {
+    await write(handle, temporaryPath, bytes).catch(async (error) => {
       await handle.close();
-    }
+      throw error;
+    });
+    await syncAndClose(handle, temporaryPath);
     const data = await external.finalize();
     await rename(temporaryPath, path);
     return { model: { path, byteLength: bytes.byteLength }, data };
