@@ -7,7 +7,7 @@ import type { TensorSource } from '../../formats/tensor.ts';
 import { FormatError, RecipeError } from '../errors.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { encodePlanes, planesDeclarations, type QuantizedGrid, readPlanes, readPlanesGrid } from './planes.ts';
-import { type PlanesEntry, parsePlanesMetadata, planesMetadata } from './planes-metadata.ts';
+import { parseQuantMetadata, type QuantizedModule, quantMetadata } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 
 const RECIPE = 'pcomp.recipe';
@@ -24,7 +24,7 @@ export class PartStore implements QuantizedSource {
   /** Part -> its details. */
   readonly #parts = new Map<string, PartDetails>();
   /** Module -> where it is. */
-  readonly #modules = new Map<string, { readonly path: string; readonly entry: PlanesEntry }>();
+  readonly #modules = new Map<string, { readonly path: string; readonly entry: QuantizedModule }>();
 
   private constructor(folder: string, recipeHash: string) {
     this.#folder = folder;
@@ -85,7 +85,7 @@ export class PartStore implements QuantizedSource {
     return this.#read(name, readPlanes);
   }
 
-  async #read<T>(name: string, reader: (source: TensorSource, name: string, entry: PlanesEntry) => Promise<T>): Promise<T> {
+  async #read<T>(name: string, reader: (source: TensorSource, name: string, entry: QuantizedModule) => Promise<T>): Promise<T> {
     const module = this.#modules.get(name);
     if (!module) throw new RangeError(`${this.#folder} holds no module "${name}"`);
     await using source = await openSafetensors(module.path);
@@ -94,9 +94,11 @@ export class PartStore implements QuantizedSource {
 
   async #add(part: string, linears: ReadonlyMap<string, QuantizedLinear>, details: PartDetails): Promise<void> {
     if (this.#parts.has(part)) throw new Error(`${part} is stored twice`);
-    const entries = new Map([...linears].map(([name, q]): [string, PlanesEntry] => [name, entryOf(name, q)]));
+    const entries = new Map([...linears].map(([name, q]): [string, QuantizedModule] => [name, entryOf(name, q)]));
     const groupSize = [...entries.values()][0]?.groupSize ?? 1;
-    const metadata = planesMetadata(groupSize, entries).set(RECIPE, this.#recipeHash).set(DETAILS, JSON.stringify(details));
+    const metadata = quantMetadata('planes', groupSize, entries)
+      .set(RECIPE, this.#recipeHash)
+      .set(DETAILS, JSON.stringify(details));
     const declarations = [...linears].flatMap(([name, q]) => planesDeclarations(name, q));
     await using sink = await createSafetensorsSink(this.#pathOf(part), declarations, metadata);
     for (const [name, q] of linears) {
@@ -114,10 +116,10 @@ export class PartStore implements QuantizedSource {
         `${path}: was made by another recipe or from other inputs. Repeat that recipe, or start again with --overwrite.`,
       );
     }
-    this.#remember(part, parsePlanesMetadata(path, source.metadata), parseDetails(path, source.metadata.get(DETAILS)));
+    this.#remember(part, parseQuantMetadata(path, source.metadata), parseDetails(path, source.metadata.get(DETAILS)));
   }
 
-  #remember(part: string, entries: ReadonlyMap<string, PlanesEntry>, details: PartDetails): void {
+  #remember(part: string, entries: ReadonlyMap<string, QuantizedModule>, details: PartDetails): void {
     this.#parts.set(part, details);
     for (const [name, entry] of entries) this.#modules.set(name, { path: this.#pathOf(part), entry });
   }
@@ -131,8 +133,8 @@ function blockPart(index: number): string {
   return `block-${String(index).padStart(5, '0')}`;
 }
 
-function entryOf(name: string, { outFeatures, inFeatures, groupSize }: QuantizedLinear): PlanesEntry {
-  return { outFeatures, inFeatures, groupSize, input: name };
+function entryOf(name: string, { outFeatures, inFeatures, groupSize }: QuantizedLinear): QuantizedModule {
+  return { outFeatures, inFeatures, groupSize, input: name, transposed: false };
 }
 
 function parseDetails(path: string, text = '{}'): PartDetails {

@@ -4,7 +4,9 @@ import type { Tensor, TensorDeclaration, TensorSource } from '../../formats/tens
 import { FormatError } from '../errors.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../methods/quantize/quantized-linear.ts';
+import { readExpected } from './expected-tensor.ts';
 import { packPlanes, planeWordCount, unpackPlanes } from './packing/bit-planes.ts';
+import type { QuantizedModule } from './quant-metadata.ts';
 import { asBytes, asWords } from './tensor-bytes.ts';
 
 /** Everything of a quantized linear but its codes: small, and enough to lay out or account for an artifact. */
@@ -120,15 +122,11 @@ function columnsOfGroups(
   return result;
 }
 
-/** What `__metadata__` says of a module; the tensors alone do not tell the number of columns or the group size. */
-export interface PlanesModule {
-  readonly outFeatures: number;
-  readonly inFeatures: number;
-  readonly groupSize: number;
-}
+/** What the metadata says of a module. */
+export type PlanesModule = Pick<QuantizedModule, 'outFeatures' | 'inFeatures' | 'groupSize'>;
 
-/** Reads the shape of module `name` from its header tensors. Throws FormatError when they contradict the metadata. */
-async function readShape(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedShape> {
+/** Reads the widths of module `name`, and the dtype of its scales from the headers. Throws FormatError when they contradict the metadata. */
+export async function readPlanesShape(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedShape> {
   const groups = groupCount(module.inFeatures, module.groupSize);
   const bits = (await readExpected(source, { name: name + SUFFIXES.bits, dtype: 'U8', shape: [groups] })).slice();
   const wide = bits.find((width) => width > 8);
@@ -144,24 +142,9 @@ async function readShape(source: TensorSource, name: string, module: PlanesModul
   return { outFeatures, inFeatures, groupSize, bits, scaleDtype };
 }
 
-/** Reads a tensor and checks its header against the one the layout prescribes. */
-async function readExpected(source: TensorSource, expected: TensorDeclaration): Promise<Uint8Array> {
-  const info = source.tensors.get(expected.name);
-  const wanted = `${expected.dtype} [${expected.shape}]`;
-  if (!info) throw new FormatError(source.path, 'planes-tensor-missing', `the layout needs tensor "${expected.name}", ${wanted}`);
-  const found = `${info.dtype} [${info.shape}]`;
-  if (found !== wanted)
-    throw new FormatError(
-      source.path,
-      'planes-tensor-shape',
-      `tensor "${expected.name}" is ${found}, the layout needs ${wanted}`,
-    );
-  return (await source.read(expected.name)).data;
-}
-
 /** Reads module `name` without its codes. */
 export async function readPlanesGrid(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedGrid> {
-  const shape = await readShape(source, name, module);
+  const shape = await readPlanesShape(source, name, module);
   const declared = new Map(planesDeclarations(name, shape).map((tensor) => [tensor.name, tensor]));
   const read = async (suffix: string): Promise<Uint8Array> => {
     const declaration = declared.get(name + suffix);

@@ -8,7 +8,7 @@ import { openSafetensors } from '../../formats/safetensors/reader.ts';
 import type { Tensor, TensorSource } from '../../formats/tensor.ts';
 import { PartStore } from '../../src/artifacts/parts.ts';
 import { encodePlanes, planesDeclarations, readPlanes, readPlanesGrid } from '../../src/artifacts/planes.ts';
-import { parsePlanesMetadata, planesMetadata } from '../../src/artifacts/planes-metadata.ts';
+import { layoutOf, parseQuantMetadata, quantMetadata } from '../../src/artifacts/quant-metadata.ts';
 import { FormatError, RecipeError } from '../../src/errors.ts';
 import { dequantize, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 import { randomLinear } from './random-linear.ts';
@@ -70,15 +70,15 @@ describe('the planes layout', () => {
   });
 
   it.each([
-    ['a missing tensor', 'planes-tensor-missing', (all: Tensor[]) => all.filter(({ name }) => name !== 'm.pq_zeros')],
+    ['a missing tensor', 'layout-tensor-missing', (all: Tensor[]) => all.filter(({ name }) => name !== 'm.pq_zeros')],
     [
       'codes of another length',
-      'planes-tensor-shape',
+      'layout-tensor-shape',
       (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_codes' ? { ...t, shape: [t.shape[0] - 1] } : t)),
     ],
     [
       'scales of another dtype',
-      'planes-tensor-shape',
+      'layout-tensor-shape',
       (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_scales' ? { ...t, dtype: 'BF16' as const } : t)),
     ],
     [
@@ -88,7 +88,7 @@ describe('the planes layout', () => {
     ],
     [
       'too few groups',
-      'planes-tensor-shape',
+      'layout-tensor-shape',
       (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_bits' ? { ...t, shape: [4], data: t.data.slice(1) } : t)),
     ],
   ])('refuses %s', async (_, rule, damage) => {
@@ -98,45 +98,52 @@ describe('the planes layout', () => {
   });
 });
 
-describe('the metadata of the planes layout', () => {
-  const entry = { outFeatures: 4, inFeatures: 64, groupSize: 32, input: 'a' };
+describe('the metadata of an artifact', () => {
+  const entry = { outFeatures: 4, inFeatures: 64, groupSize: 32, input: 'a', transposed: false };
 
   it('comes back as it was, and is the JSON that the format page prescribes', () => {
     const modules = new Map([
       ['a', entry],
-      ['b', { ...entry, groupSize: 16 }],
+      ['b', { ...entry, groupSize: 16, transposed: true, bits: [1, 2, 3, 4] }],
     ]);
-    const metadata = planesMetadata(32, modules);
+    const metadata = quantMetadata('planes', 32, modules);
+    expect(layoutOf('f', metadata)).toBe('planes');
+    expect(layoutOf('f', new Map())).toBeUndefined();
     expect(JSON.parse(metadata.get('pcomp.quant')!)).toEqual({
       group_size: 32,
-      modules: { a: { shape: [4, 64], input: 'a' }, b: { shape: [4, 64], input: 'a', group_size: 16 } },
+      modules: {
+        a: { shape: [4, 64], input: 'a' },
+        b: { shape: [4, 64], input: 'a', group_size: 16, transposed: true, bits: [1, 2, 3, 4] },
+      },
       inputs: { a: { transform: 'none', block: 32, folded: false } },
     });
-    expect(parsePlanesMetadata('f', metadata)).toEqual(modules);
+    expect(parseQuantMetadata('f', metadata)).toEqual(modules);
   });
 
+  const withModule = (module: string) => ({ 'pcomp.quant': `{"inputs":{},"group_size":32,"modules":{"a":${module}}}` });
   it.each([
-    ['another version', 'planes-version', { 'pcomp.layout_version': '2' }],
-    ['text that is no JSON', 'planes-metadata', { 'pcomp.quant': '{' }],
-    ['no modules', 'planes-metadata', { 'pcomp.quant': '{"inputs":{}}' }],
-    [
-      'a shape of one number',
-      'planes-metadata',
-      { 'pcomp.quant': '{"inputs":{},"group_size":32,"modules":{"a":{"shape":[4],"input":"a"}}}' },
-    ],
-    [
-      'a group size of 0',
-      'planes-metadata',
-      { 'pcomp.quant': '{"inputs":{},"group_size":0,"modules":{"a":{"shape":[4,4],"input":"a"}}}' },
-    ],
+    ['another version', 'quant-version', { 'pcomp.layout_version': '2' }],
+    ['text that is no JSON', 'quant-metadata', { 'pcomp.quant': '{' }],
+    ['no modules', 'quant-metadata', { 'pcomp.quant': '{"inputs":{}}' }],
+    ['a module that is no object', 'quant-metadata', withModule('7')],
+    ['a shape of one number', 'quant-metadata', withModule('{"shape":[4],"input":"a"}')],
+    ['a group size of 0', 'quant-metadata', withModule('{"shape":[4,4],"input":"a","group_size":0}')],
+    ['no input', 'quant-metadata', withModule('{"shape":[4,4]}')],
+    ['too few widths', 'quant-metadata', withModule('{"shape":[4,64],"input":"a","bits":[2]}')],
+    ['a width of 9', 'quant-metadata', withModule('{"shape":[4,4],"input":"a","bits":[9]}')],
     [
       'a transform it cannot undo',
-      'planes-transform',
+      'quant-transform',
       { 'pcomp.quant': '{"inputs":{"a":{"transform":"had"}},"group_size":32,"modules":{}}' },
     ],
-  ])('refuses %s', (_, rule, change) => {
-    const metadata = new Map([...planesMetadata(32, new Map([['a', entry]])), ...Object.entries(change)]);
-    expect(() => parsePlanesMetadata('f', metadata)).toThrow(expect.objectContaining({ rule }));
+  ])('is refused for %s', (_, rule, change) => {
+    const metadata = quantMetadata('planes', 32, new Map([['a', entry]]));
+    for (const [key, value] of Object.entries(change)) metadata.set(key, value);
+    expect(() => parseQuantMetadata('f', metadata)).toThrow(expect.objectContaining({ rule }));
+  });
+
+  it('is refused for a layout of another version of pcomp', () => {
+    expect(() => layoutOf('f', new Map([['pcomp.layout', 'waves']]))).toThrow(/planes, gptq, onnx/);
   });
 });
 
@@ -194,7 +201,6 @@ describe('the parts of a run', () => {
   it('are files that any safetensors reader opens', async () => {
     await (await PartStore.open(folder, 'r1')).addBlock(0, new Map([['q', MIXED]]));
     await using source = await openSafetensors(join(folder, 'block-00000.safetensors'));
-    expect(source.metadata.get('format')).toBe('pt');
     expect([...source.tensors.keys()].sort()).toEqual(['q.pq_bits', 'q.pq_codes', 'q.pq_offsets', 'q.pq_scales', 'q.pq_zeros']);
   });
 });

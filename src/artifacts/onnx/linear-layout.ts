@@ -52,7 +52,16 @@ export function blockSizeOf(inFeatures: number, groupSize: number): number {
 
 /** Lays out one linear; reads no codes. */
 export function layOutLinear(grid: QuantizedGrid): OnnxLinearLayout {
-  const { outFeatures, inFeatures, groupSize, bits } = grid;
+  const meanGroups = [...grid.bits.keys()].filter((g) => grid.bits[g] === 1 && hasMean(grid, g));
+  return layOutShape(grid, meanGroups);
+}
+
+/** As `layOutLinear` for a linear whose levels are not known yet: `meanGroups` says which groups are to have a mean. */
+export function layOutShape(
+  shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize'> & { readonly bits: ArrayLike<number> },
+  meanGroups: readonly number[],
+): OnnxLinearLayout {
+  const { outFeatures, inFeatures, groupSize, bits } = shape;
   const groups = groupCount(inFeatures, groupSize);
   const blockSize = blockSizeOf(inFeatures, groupSize);
   const indices = Array.from({ length: groups }, (_, g) => g);
@@ -61,7 +70,6 @@ export function layOutLinear(grid: QuantizedGrid): OnnxLinearLayout {
     .filter((part) => part.groups.length > 0);
   const order = sorted.flatMap((part) => part.groups);
   const reordered = order.some((group, place) => group !== place);
-  const meanGroups = indices.filter((g) => bits[g] === 1 && hasMean(grid, g));
   // Whole groups are gathered and summed: a short last group is filled up with columns of zeros for that.
   const whole = groups * blockSize;
   const padding = reordered || meanGroups.length > 0 ? whole - inFeatures : 0;

@@ -1,0 +1,104 @@
+/**
+ * What quantized modules cost. *Code bits* are the widths decided; *stored bits* are everything a file holds for them: codes with
+ * their padding, scales, zero points, offsets, means, width tables, group orders.
+ */
+import { byteLengthOf } from '../../formats/dtype.ts';
+import type { TensorDeclaration } from '../../formats/tensor.ts';
+import { gptqDeclarations } from './gptq.ts';
+import { type OnnxLinearLayout, partRowBytes } from './onnx/linear-layout.ts';
+import { planesDeclarations, type QuantizedShape } from './planes.ts';
+
+/** One quantized module in one layout. */
+export interface ModuleStorage {
+  readonly name: string;
+  readonly outFeatures: number;
+  readonly inFeatures: number;
+  readonly groupSize: number;
+  /** Width of each group, in natural column order. */
+  readonly bits: readonly number[];
+  readonly codeBits: number;
+  readonly storedBits: number;
+}
+
+/** All modules of an artifact. */
+export interface Storage {
+  /** Quantized linear layers of the blocks, in model order. */
+  readonly modules: readonly ModuleStorage[];
+  /** Quantized embeddings and output head; not part of the two averages. */
+  readonly embeddings: readonly ModuleStorage[];
+  /** Mean code bits over the quantized weights of `modules`; the width of the float type when there are none. */
+  readonly averageBits: number;
+  /** Stored bits of `modules` over their weights; the width of the float type when there are none. */
+  readonly bitsPerWeight: number;
+}
+
+/** Sum over groups of width times weights. */
+export function codeBitsOf(
+  shape: Pick<QuantizedShape, 'outFeatures' | 'inFeatures' | 'groupSize'> & { readonly bits: ArrayLike<number> },
+): number {
+  const { outFeatures, inFeatures, groupSize, bits } = shape;
+  let sum = 0;
+  for (let g = 0; g < bits.length; g++) sum += bits[g] * Math.min(groupSize, inFeatures - g * groupSize);
+  return sum * outFeatures;
+}
+
+/** Stored bits in the layout `planes`. */
+export function planesStoredBits(shape: QuantizedShape): number {
+  return bitsOf(planesDeclarations('', shape));
+}
+
+/** Stored bits in the layout `gptq`; the module must suit it. */
+export function gptqStoredBits(shape: QuantizedShape): number {
+  return bitsOf(gptqDeclarations('', shape));
+}
+
+/** Bits of a group order in ONNX: I64 per group. */
+const INDEX_BITS = 64;
+
+/**
+ * Stored bits in the layout `onnx`, by module. Sites that read one activation in one order share the order, and the list of groups that
+ * have means: the first one pays.
+ * @param modules in graph order, with the name of the activation each reads
+ */
+export function onnxStoredBits(
+  modules: Iterable<readonly [name: string, input: string, layout: OnnxLinearLayout]>,
+): Map<string, number> {
+  const shared = new Set<string>();
+  const sharedBits = (key: string, indices: readonly number[]): number => {
+    if (shared.has(key)) return 0;
+    shared.add(key);
+    return indices.length * INDEX_BITS;
+  };
+  const result = new Map<string, number>();
+  for (const [name, input, layout] of modules) {
+    const { outFeatures: rows, inFeatures, blockSize, parts, order, meanGroups } = layout;
+    let bits = 0;
+    for (const part of parts) {
+      const bytes = partRowBytes(part, blockSize);
+      bits += rows * 8 * (bytes.qweight + bytes.qzeros + 4 * part.groups.length);
+    }
+    bits += rows * 32 * meanGroups.length;
+    if (order) bits += sharedBits(`${input} order ${order} of ${blockSize}`, order);
+    const some = meanGroups.length > 0 && meanGroups.length < Math.ceil(inFeatures / blockSize);
+    if (some) bits += sharedBits(`${input} means ${meanGroups} of ${blockSize}`, meanGroups);
+    result.set(name, bits);
+  }
+  return result;
+}
+
+/** Averages over modules. @param floatBits width of the float type, which counts when nothing is quantized */
+export function summarizeStorage(
+  modules: readonly ModuleStorage[],
+  embeddings: readonly ModuleStorage[],
+  floatBits: number,
+): Storage {
+  const weights = modules.reduce((sum, module) => sum + module.outFeatures * module.inFeatures, 0);
+  if (weights === 0) return { modules, embeddings, averageBits: floatBits, bitsPerWeight: floatBits };
+  const averageBits = modules.reduce((sum, module) => sum + module.codeBits, 0) / weights;
+  const bitsPerWeight = modules.reduce((sum, module) => sum + module.storedBits, 0) / weights;
+  return { modules, embeddings, averageBits, bitsPerWeight };
+}
+
+function bitsOf(declarations: readonly TensorDeclaration[]): number {
+  return declarations.reduce((sum, { dtype, shape }) => sum + 8 * byteLengthOf(dtype, shape), 0);
+}

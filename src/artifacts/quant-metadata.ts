@@ -1,0 +1,121 @@
+/** What an artifact says of its quantized modules: one JSON in the metadata of a safetensors or ONNX file, whatever the layout. */
+import { FormatError } from '../errors.ts';
+
+export const LAYOUTS = ['planes', 'gptq', 'onnx'] as const;
+/** How the codes are stored. */
+export type LayoutName = (typeof LAYOUTS)[number];
+
+/** A quantized module. Its tensors alone do not tell the number of columns, or the size of its groups. */
+export interface QuantizedModule {
+  readonly outFeatures: number;
+  readonly inFeatures: number;
+  readonly groupSize: number;
+  /** First of the modules that read the same activation. */
+  readonly input: string;
+  /** The model expects the weight as (inFeatures, outFeatures). */
+  readonly transposed: boolean;
+  /** Widths of the groups, where the layout itself does not keep them. */
+  readonly bits?: readonly number[];
+}
+
+/** Strings to store: deterministic, in the order of `modules`. A module whose group size is not `groupSize` says so itself. */
+export function quantMetadata(
+  layout: LayoutName,
+  groupSize: number,
+  modules: ReadonlyMap<string, QuantizedModule>,
+): Map<string, string> {
+  const inputs = new Set<string>();
+  const entries = [...modules].map(([name, module]) => {
+    inputs.add(module.input);
+    const entry = {
+      shape: [module.outFeatures, module.inFeatures],
+      input: module.input,
+      ...(module.groupSize === groupSize ? {} : { group_size: module.groupSize }),
+      ...(module.transposed ? { transposed: true } : {}),
+      ...(module.bits ? { bits: module.bits } : {}),
+    };
+    return [name, entry] as const;
+  });
+  const quant = {
+    group_size: groupSize,
+    modules: Object.fromEntries(entries),
+    inputs: Object.fromEntries([...inputs].map((input) => [input, { transform: 'none', block: groupSize, folded: false }])),
+  };
+  return new Map([
+    ['pcomp.layout', layout],
+    ['pcomp.layout_version', '1'],
+    ['pcomp.quant', JSON.stringify(quant)],
+  ]);
+}
+
+/** The layout a file says it is in; undefined for files of others. Throws FormatError for a layout this version does not know. */
+export function layoutOf(path: string, metadata: ReadonlyMap<string, string>): LayoutName | undefined {
+  const name = metadata.get('pcomp.layout');
+  if (name === undefined) return undefined;
+  const layout = LAYOUTS.find((known) => known === name);
+  if (layout === undefined)
+    throw new FormatError(path, 'quant-layout', `its layout is "${name}", pcomp reads ${LAYOUTS.join(', ')}`);
+  return layout;
+}
+
+/** Modules of a file. Throws FormatError on another version, a transform this version does not know, or malformed JSON. */
+export function parseQuantMetadata(path: string, metadata: ReadonlyMap<string, string>): Map<string, QuantizedModule> {
+  const version = metadata.get('pcomp.layout_version');
+  if (version !== '1') {
+    throw new FormatError(path, 'quant-version', `layout version is ${version ?? 'missing'}, pcomp reads version 1`);
+  }
+  const quant = parseJson(path, metadata.get('pcomp.quant'));
+  if (!isRecord(quant) || !isRecord(quant['modules']) || !isRecord(quant['inputs'])) {
+    throw new FormatError(path, 'quant-metadata', 'pcomp.quant needs objects "modules" and "inputs"');
+  }
+  for (const [input, value] of Object.entries(quant['inputs'])) {
+    if (!isRecord(value) || value['transform'] !== 'none') {
+      throw new FormatError(
+        path,
+        'quant-transform',
+        `input "${input}" has a transform that is not "none", the only one pcomp reads`,
+      );
+    }
+  }
+  const modules = new Map<string, QuantizedModule>();
+  for (const [name, value] of Object.entries(quant['modules'])) {
+    modules.set(name, parseModule(path, name, value, quant['group_size']));
+  }
+  return modules;
+}
+
+function parseModule(path: string, name: string, value: unknown, defaultGroupSize: unknown): QuantizedModule {
+  const fail = (rule: string) => new FormatError(path, 'quant-metadata', `pcomp.quant: module "${name}" ${rule}`);
+  if (!isRecord(value)) throw fail('is not an object');
+  const { shape, input, transposed = false, bits } = value;
+  const groupSize = value['group_size'] ?? defaultGroupSize;
+  if (!Array.isArray(shape) || shape.length !== 2 || !shape.every(isPositive))
+    throw fail('needs a shape of two positive integers');
+  if (!isPositive(groupSize)) throw fail('has no positive group_size');
+  if (typeof input !== 'string') throw fail('names no input');
+  if (typeof transposed !== 'boolean') throw fail('has a "transposed" that is not true or false');
+  const [outFeatures, inFeatures] = shape as [number, number];
+  const module = { outFeatures, inFeatures, groupSize, input, transposed };
+  if (bits === undefined) return module;
+  const groups = Math.ceil(inFeatures / groupSize);
+  const widths =
+    Array.isArray(bits) && bits.length === groups && bits.every((width) => Number.isInteger(width) && width >= 0 && width <= 8);
+  if (!widths) throw fail(`needs ${groups} widths of 0 to 8 bits`);
+  return { ...module, bits: bits as number[] };
+}
+
+function parseJson(path: string, text: string | undefined): unknown {
+  try {
+    return JSON.parse(text ?? 'null');
+  } catch (cause) {
+    throw new FormatError(path, 'quant-metadata', 'pcomp.quant is not JSON', { cause });
+  }
+}
+
+function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value);
+}
+
+function isPositive(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) > 0;
+}
