@@ -26,7 +26,7 @@ export class ConfigReader {
 
   /** Whether the field is there; null counts as absent, as it does for the libraries that write these files. */
   has(field: string): boolean {
-    return Object.hasOwn(this.fields, field) && this.fields[field] !== null;
+    return Object.hasOwn(this.fields, field) && this.fields[field] !== null && this.fields[field] !== undefined;
   }
 
   /** A size or count: an integer of at least 1. */

@@ -12,7 +12,7 @@ export function describeGpt2(config: ConfigReader, source: TensorSource): Decode
   if (hiddenSize % headCount !== 0) throw config.broken('config-heads', 'n_head', `it must divide the "n_embd" of ${hiddenSize}`);
   if (config.boolean('add_cross_attention', false))
     throw config.unsupported('add_cross_attention', 'only decoders without an encoder are supported (false)');
-  const contextLength = config.count(config.has('n_positions') ? 'n_positions' : 'n_ctx');
+  const contextLength = config.count(config.has('n_ctx') && !config.has('n_positions') ? 'n_ctx' : 'n_positions');
   const prefix = source.tensors.has('wte.weight') ? '' : 'transformer.';
   const tied = config.boolean('tie_word_embeddings', true);
   const epsilon = config.positive('layer_norm_epsilon', 1e-5);

@@ -126,8 +126,7 @@ function readWindows(config: ConfigReader, traits: LlamaTraits, blockCount: numb
   return Array.from({ length: blockCount }, (_, i) => {
     const slides = types ? types[i] === 'sliding_attention' : traits.slides?.(config, i, traits.rotates?.(config, i) ?? true);
     if (!slides) return undefined;
-    if (config.has('sliding_window')) return config.count('sliding_window');
-    if (types) throw config.broken('config-field-missing', 'sliding_window', '"layer_types" asks for it');
+    if (types || config.has('sliding_window')) return config.count('sliding_window');
     // null says: no window. A field left out has its class's default.
     return Object.hasOwn(config.fields, 'sliding_window') ? undefined : traits.slidingWindow;
   });
