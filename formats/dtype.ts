@@ -123,8 +123,8 @@ export function fromFloat32(dtype: FloatDType, values: Float32Array): Uint8Array
   }
 }
 
-const exponentOf = new Float64Array(1);
-const exponentWords = new Uint32Array(exponentOf.buffer);
+const double = new Float64Array(1);
+const doubleWords = new Uint32Array(double.buffer);
 
 /**
  * The F16 value nearest to any double, ties to even, in one rounding: subnormals kept, 65520 and more infinite, -0 and NaN as they are.
@@ -132,11 +132,13 @@ const exponentWords = new Uint32Array(exponentOf.buffer);
 export function roundToF16(x: number): number {
   const size = Math.abs(x);
   if (!(size < 65520)) return size >= 65520 ? (x < 0 ? -Infinity : Infinity) : x;
-  exponentOf[0] = size;
-  const exponent = Math.max((exponentWords[1] >>> 20) - 1023, -14);
-  // F16 keeps 10 bits after the leading one, a double 52. Adding 2^(exponent + 42) leaves the adder no bits below
-  // 2^(exponent - 10), so the addition itself rounds as F16 would.
-  const magic = 2 ** (exponent + 42);
+  double[0] = size;
+  const exponent = Math.max((doubleWords[1] >>> 20) - 1023, -14);
+  // F16 keeps 10 bits after the leading one, a double 52. Adding 2^(exponent + 42) leaves the sum no bits below
+  // 2^(exponent - 10), so the addition itself rounds as F16 would. The power is put together from its bits: `**` is slow.
+  doubleWords[0] = 0;
+  doubleWords[1] = (exponent + 42 + 1023) << 20;
+  const magic = double[0];
   const rounded = size + magic - magic;
   return x < 0 || Object.is(x, -0) ? -rounded : rounded;
 }

@@ -92,7 +92,7 @@ function unwritable(path: string, byteLength: number, error: unknown): unknown {
   if (code === 'EFBIG') {
     return new EnvironmentError('DISK_FULL', `${path}: ${byteLength} bytes are more than a file may have on this disk`, cause);
   }
-  if (['EACCES', 'EPERM', 'EROFS', 'ENOENT', 'ENOTDIR', 'EISDIR'].includes(code)) {
+  if (['EACCES', 'EPERM', 'EROFS', 'ENOENT', 'ENOTDIR', 'EISDIR', 'ERR_FS_EISDIR'].includes(code)) {
     return new EnvironmentError('FILE_UNREADABLE', `${path}: cannot be written (${(error as Error).message})`, cause);
   }
   return error;
