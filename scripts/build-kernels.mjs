@@ -4,22 +4,29 @@ import { fileURLToPath } from 'node:url';
 import asc from 'assemblyscript/asc';
 
 const root = fileURLToPath(new URL('../src/compute/kernels/', import.meta.url));
-const flags = ['-O3', '--converge', '--noAssert', '--runtime', 'stub', '--enable', 'simd'];
-const { error, stderr, binary } = await (async () => {
-  let output;
-  const result = await asc.main(['assembly/index.ts', '--outFile', 'kernels.wasm', '--baseDir', root, ...flags], {
+const FLAGS = ['-O3', '--converge', '--noAssert', '--runtime', 'stub', '--enable', 'simd'];
+
+/**
+ * The compiled module; throws what the compiler complains about.
+ * @returns {Promise<Uint8Array>}
+ */
+export async function buildKernels() {
+  /** @type {Uint8Array | undefined} */
+  let binary;
+  const { error, stderr } = await asc.main(['assembly/index.ts', '--outFile', 'kernels.wasm', '--baseDir', root, ...FLAGS], {
     writeFile: (_name, data) => {
-      output = data;
+      binary = data;
     },
   });
-  return { error: result.error, stderr: result.stderr.toString(), binary: output };
-})();
-if (error || !binary) {
-  process.stderr.write(`${stderr}${error?.message ?? 'no output'}\n`);
-  process.exit(1);
+  if (error || !binary) throw new Error(`${stderr}${error?.message ?? 'no output'}`);
+  return binary;
 }
-const base64 = Buffer.from(binary).toString('base64');
-await writeFile(
-  `${root}kernels.generated.ts`,
-  `/** Built from assembly/ by scripts/build-kernels.mjs; ${binary.length} bytes of WASM. Do not edit. */\nexport const KERNELS_WASM =\n  '${base64}';\n`,
-);
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const binary = await buildKernels();
+  const base64 = Buffer.from(binary).toString('base64');
+  await writeFile(
+    `${root}kernels.generated.ts`,
+    `/** Built from assembly/ by scripts/build-kernels.mjs; ${binary.length} bytes of WASM. Do not edit. */\nexport const KERNELS_WASM =\n  '${base64}';\n`,
+  );
+}

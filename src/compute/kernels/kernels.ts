@@ -35,7 +35,7 @@ export interface Compensated {
 export interface Kernels {
   /** Min-max grid with zero in range, or with its zero point at `2^(b-1)` when symmetric (slim-llm 4.3, section 9 for rows of zeros). b >= 2. */
   minMaxGrid(group: Group, bits: number, symmetric: boolean): Grid;
-  /** The 1-bit grid: levels `mu -+ a`, mean and mean absolute deviation of each row; `mu = 0` when symmetric (slim-llm 4.3). */
+  /** The 1-bit grid: levels `mu -+ a`, `mu = mean w` (0 when symmetric), `a = mean |w|` (slim-llm 4.3). A constant row is exact. */
   twoLevelGrid(group: Group, symmetric: boolean): Grid;
   /**
    * Scales that minimise `sum weight |w - wq|^2.4` among 101 multiples of the given grid's within 10 % (slim-llm 4.3); zeros stay. b >= 2.

@@ -123,9 +123,13 @@ async function computeFactor(
   const order = columnRange(0, n);
   if (orderName === 'descending') order.sort((a, b) => diagonal[b] - diagonal[a] || a - b);
   const dead = new Set<number>(order.filter((j) => diagonal[j] === 0));
+  const hessian = stats.hessian;
+  const damp = orderName === 'natural' ? withDiagonal : withPermutedDiagonal;
   for (let dampening = context.options.dampening; ; dampening += DAMPENING_STEP) {
     try {
-      const upper = await context.blas.inverseFactor(dampedHessian(stats.hessian, order, dead, dampening), n);
+      const upper = await damp(hessian, order, dampedDiagonal(diagonal, dampening), (damped) =>
+        context.blas.inverseFactor(damped, n),
+      );
       return new DampedFactor(upper, order, dead, dampening);
     } catch (error) {
       if (!(error instanceof NotPositiveDefiniteError)) throw error;
@@ -140,17 +144,52 @@ async function computeFactor(
   }
 }
 
-/** H in visiting order, dead columns with a diagonal of 1, and `dampening` times the mean diagonal added (slim-llm 4.1). */
-function dampedHessian(hessian: Float64Array, order: Uint32Array, dead: ReadonlySet<number>, dampening: number): Float64Array {
+/** Diagonal of the matrix to factor: dead columns get 1, then all get `dampening` times the mean (slim-llm 4.1). */
+function dampedDiagonal(diagonal: Float64Array, dampening: number): Float64Array {
+  const live = diagonal.map((value) => (value === 0 ? 1 : value));
+  const mean = live.reduce((sum, value) => sum + value, 0) / live.length;
+  return live.map((value) => value + dampening * mean);
+}
+
+/** What is done with H while it has another diagonal. */
+type UseHessian = (damped: Float64Array) => Promise<Float64Array>;
+
+/**
+ * H itself, its diagonal exchanged while it is used: for 11008 inputs a copy would be another 969 MB at the moment of highest memory.
+ * Nobody else computes with the statistics of an input while one of its sites is being quantized.
+ */
+async function withDiagonal(
+  hessian: Float64Array,
+  order: Uint32Array,
+  diagonal: Float64Array,
+  use: UseHessian,
+): Promise<Float64Array> {
+  const n = order.length;
+  const original = Float64Array.from({ length: n }, (_, j) => hessian[j * n + j]);
+  const write = (values: Float64Array) => {
+    for (let j = 0; j < n; j++) hessian[j * n + j] = values[j];
+  };
+  write(diagonal);
+  try {
+    return await use(hessian);
+  } finally {
+    write(original);
+  }
+}
+
+/** A copy of H with rows and columns in visiting order. */
+function withPermutedDiagonal(
+  hessian: Float64Array,
+  order: Uint32Array,
+  diagonal: Float64Array,
+  use: UseHessian,
+): Promise<Float64Array> {
   const n = order.length;
   const damped = new Float64Array(n * n);
-  let trace = 0;
   for (let i = 0; i < n; i++) {
     const source = order[i] * n;
     for (let j = 0; j < n; j++) damped[i * n + j] = hessian[source + order[j]];
-    if (dead.has(order[i])) damped[i * n + i] = 1;
-    trace += damped[i * n + i];
+    damped[i * n + i] = diagonal[order[i]];
   }
-  for (let i = 0; i < n; i++) damped[i * n + i] += (dampening * trace) / n;
-  return damped;
+  return use(damped);
 }

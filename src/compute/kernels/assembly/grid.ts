@@ -48,7 +48,7 @@ export function minMaxGrid(
 }
 
 /**
- * Two levels `mu -+ a`, `mu = mean w` (0 when symmetric), `a = mean |w - mu|`, stored as `o = mu - a`, `s = 2 a`.
+ * Two levels `mu -+ a`, `mu = mean w` (0 when symmetric), `a = mean |w|`, stored as `o = mu - a`, `s = 2 a` (slim-llm 4.3).
  * A constant row gets s = 1 and itself as the lower level, which makes it exact.
  */
 export function twoLevelGrid(
@@ -68,23 +68,19 @@ export function twoLevelGrid(
     const first = v128.load(groupAt + row);
     let constant = f32x4.eq(first, first);
     let mu = zeros;
+    let a = zeros;
     let at = groupAt + row;
     for (let j = 0; j < columns; j++) {
       const w = v128.load(at);
       mu = f32x4.add(mu, w);
+      a = f32x4.add(a, f32x4.abs(w));
       constant = v128.and(constant, f32x4.eq(w, first));
       at += step;
     }
     mu = f32x4.div(mu, count);
     if (symmetric) {
       mu = zeros;
-      constant = f32x4.eq(first, f32x4.splat(NaN)); // levels -a and +a hold any constant row
-    }
-    let a = zeros;
-    at = groupAt + row;
-    for (let j = 0; j < columns; j++) {
-      a = f32x4.add(a, f32x4.abs(f32x4.sub(v128.load(at), mu)));
-      at += step;
+      constant = zeros; // levels -a and +a hold any constant row
     }
     a = f32x4.div(a, count);
     const single = v128.or(constant, f32x4.eq(a, zeros));

@@ -56,12 +56,14 @@ export async function divergences(blas: Blas, problem: AllocationProblem, rankin
     for (let start = 0; start < batch.rows; start += TOKENS) {
       const rows = Math.min(TOKENS, batch.rows - start);
       const x = { rows, columns: inFeatures, data: batch.data.subarray(start * inFeatures, (start + rows) * inFeatures) };
-      const target = await blas.gemm(x, weight, { transposeB: true, beta: 1, out: biasRows(bias, rows, outFeatures) });
+      const target = await blas.klTarget(
+        await blas.gemm(x, weight, { transposeB: true, beta: 1, out: biasRows(bias, rows, outFeatures) }),
+      );
       const trial = await blas.gemm(x, uniform, { beta: 1, out: biasRows(bias, rows, outFeatures) });
-      sums[0] += rows * (await blas.meanKl(target, trial));
+      sums[0] += rows * (await target.meanKl(trial));
       for (const [i, move] of moves.entries()) {
         await blas.gemm(takeInputs(x, move.columns), move.change, { beta: 1, out: trial });
-        sums[i + 1] += rows * (await blas.meanKl(target, trial));
+        sums[i + 1] += rows * (await target.meanKl(trial));
       }
       tokenCount += rows;
     }
