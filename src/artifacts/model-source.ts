@@ -8,13 +8,14 @@ import type { TensorSource } from '../../formats/tensor.ts';
 import { EnvironmentError, FormatError } from '../errors.ts';
 import { createModel } from '../model/architectures/index.ts';
 import type { LinearSite, Model, WeightReader } from '../model/model.ts';
-import { type ModuleStorage, type Storage, summarizeStorage } from './accounting.ts';
+import { type Storage, summarizeStorage } from './accounting.ts';
 import { DecodedSource } from './decoded-source.ts';
 import type { GptqFormat } from './gptq.ts';
 import { OnnxTensors, onnxModules } from './onnx/onnx-modules.ts';
 import { errorCode } from './process-lock.ts';
 import { type LayoutName, layoutOf } from './quant-metadata.ts';
 import { SourceWeights } from './source-weights.ts';
+import { storageOfModules } from './storage-of-modules.ts';
 import { gptqModules, planesModules, type StoredModules } from './stored-modules.ts';
 
 /** An open model. Weights can be read until it is disposed. */
@@ -87,15 +88,11 @@ async function describe({ tensors: stored, modules }: Opened, place: Place): Pro
 }
 
 async function storageOf(model: Model, tensors: TensorSource, modules: StoredModules | undefined): Promise<Storage> {
-  const sites = model.blocks.flatMap((block) => block.sites);
-  const linears: ModuleStorage[] = [];
-  const embeddings: ModuleStorage[] = [];
-  const siteNames = new Set(sites.map((site) => site.name));
-  for (const site of sites) if (modules?.modules.has(site.name)) linears.push(await modules.storage(site.name));
-  for (const name of modules?.modules.keys() ?? []) {
-    if (!siteNames.has(name)) embeddings.push(await modules!.storage(name));
-  }
-  return summarizeStorage(linears, embeddings, meanFloatBits(sites, tensors));
+  const floatBits = meanFloatBits(
+    model.blocks.flatMap((block) => block.sites),
+    tensors,
+  );
+  return modules ? storageOfModules(model, modules, floatBits) : summarizeStorage([], [], floatBits);
 }
 
 /** Mean width of the sites' weights as the checkpoint has them. */

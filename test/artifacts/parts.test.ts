@@ -8,7 +8,7 @@ import { openSafetensors } from '../../formats/safetensors/reader.ts';
 import type { Tensor, TensorSource } from '../../formats/tensor.ts';
 import { PartStore } from '../../src/artifacts/parts.ts';
 import { encodePlanes, planesDeclarations, readPlanes, readPlanesGrid } from '../../src/artifacts/planes.ts';
-import { layoutOf, parseQuantMetadata, quantMetadata } from '../../src/artifacts/quant-metadata.ts';
+import { layoutOf, parseQuantMetadata, type QuantizedModule, quantMetadata } from '../../src/artifacts/quant-metadata.ts';
 import { FormatError, RecipeError } from '../../src/errors.ts';
 import { dequantize, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 import { randomLinear } from './random-linear.ts';
@@ -102,7 +102,7 @@ describe('the metadata of an artifact', () => {
   const entry = { outFeatures: 4, inFeatures: 64, groupSize: 32, input: 'a', transposed: false };
 
   it('comes back as it was, and is the JSON that the format page prescribes', () => {
-    const modules = new Map([
+    const modules = new Map<string, QuantizedModule>([
       ['a', entry],
       ['b', { ...entry, groupSize: 16, transposed: true, bits: [1, 2, 3, 4] }],
     ]);

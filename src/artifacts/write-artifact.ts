@@ -1,0 +1,166 @@
+/** Writes a whole artifact into its folder from a run's parts: every format asked for, configuration, tokenizer; and reads it back. */
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { openCheckpoint } from '../../formats/checkpoint.ts';
+import { openOnnx } from '../../formats/onnx/reader.ts';
+import type { TensorSource } from '../../formats/tensor.ts';
+import { FormatError } from '../errors.ts';
+import type { Storage } from './accounting.ts';
+import { copyModelFiles } from './copied-files.ts';
+import { embeddingModules } from './describe-modules.ts';
+import { explainDiskError } from './durable.ts';
+import { gptqLoaders } from './gptq-config.ts';
+import { writeJson } from './manifest.ts';
+import type { ModelSource } from './model-source.ts';
+import { genaiConfig } from './onnx/genai-config.ts';
+import { OnnxTensors, onnxModules } from './onnx/onnx-modules.ts';
+import { type WrittenOnnxArtifact, writeOnnxArtifact } from './onnx/write-onnx.ts';
+import { errorCode } from './process-lock.ts';
+import type { LayoutName } from './quant-metadata.ts';
+import type { QuantizedSource } from './quantized-source.ts';
+import { storageOfModules } from './storage-of-modules.ts';
+import { gptqModules, planesModules, type StoredModules } from './stored-modules.ts';
+import { solvedHashes, verifyModules } from './verify.ts';
+import { writeGptq, writePlanes } from './write-safetensors.ts';
+
+/** `safetensors` is the layout `planes`. */
+export type ArtifactFormat = 'onnx' | 'safetensors' | 'gptq';
+
+export interface WriteOptions {
+  /** The float model. */
+  readonly source: ModelSource;
+  readonly quantized: QuantizedSource;
+  /** The artifact's folder: exists and is empty. */
+  readonly folder: string;
+  readonly formats: readonly ArtifactFormat[];
+  /** Version of pcomp. */
+  readonly version: string;
+  /** Bound on each weight file; default 2 GB for ONNX data, 5 GB for safetensors. */
+  readonly maxShardBytes?: number;
+}
+
+/** One format as it was written. */
+export interface WrittenFormat {
+  readonly layout: LayoutName;
+  /** Weight files, by their path below the folder. */
+  readonly files: readonly string[];
+  readonly weightBytes: number;
+  readonly storage: Storage;
+}
+
+export interface WrittenArtifact {
+  readonly formats: readonly WrittenFormat[];
+  /** SHA-256 of each quantized module's decoded float32 weight. */
+  readonly weights: Readonly<Record<string, string>>;
+  /** What the user should know: who loads it, what was left out. */
+  readonly notes: readonly string[];
+}
+
+/** Writes and verifies. Throws RecipeError when a format cannot hold the model, EnvironmentError DISK_FULL. */
+export async function writeArtifact(options: WriteOptions): Promise<WrittenArtifact> {
+  try {
+    return await write(options);
+  } catch (error) {
+    throw explainDiskError(error, options.folder);
+  }
+}
+
+async function write({ source, quantized, folder, formats, version, maxShardBytes }: WriteOptions): Promise<WrittenArtifact> {
+  const { model, tensors } = source;
+  const notes: string[] = [];
+  const written: WrittenFormat[] = [];
+  const names = [...model.blocks.flatMap((block) => block.sites.map((site) => site.name)), ...embeddingModules(model)];
+  const expected = await solvedHashes(
+    quantized,
+    names.filter((name) => quantized.has(name)),
+  );
+  const shards = maxShardBytes === undefined ? {} : { maxShardBytes };
+  const changes: Record<string, unknown> = {};
+  const finish = async (opened: TensorSource, stored: StoredModules, files: readonly string[]): Promise<WrittenFormat> => {
+    await verifyModules(opened.path, stored, expected);
+    const weightBytes = opened.files.reduce((sum, file) => sum + file.byteLength, 0);
+    return { layout: stored.layout, files, weightBytes, storage: await storageOfModules(model, stored) };
+  };
+  let onnx: WrittenOnnxArtifact | undefined;
+  for (const format of formats) {
+    if (format === 'onnx') {
+      onnx = await writeOnnxArtifact({ model, tensors, quantized, folder, version, ...shards });
+      written.push(await checkOnnx(folder, onnx, finish));
+      changes['transformers.js_config'] = transformersJsConfig(source.config, onnx);
+      continue;
+    }
+    if (format === 'safetensors') {
+      const files = await writePlanes({ model, tensors, quantized, folder, ...shards });
+      await using opened = await openCheckpoint(folder);
+      const one = await finish(opened, planesModules(shardsOf(opened)), files);
+      written.push(one);
+      changes['quantization_config'] = planesConfig(one.storage);
+      continue;
+    }
+    const { files, config, left } = await writeGptq({ model, tensors, quantized, folder, ...shards });
+    for (const [name, why] of left) notes.push(`gptq: ${name} stays in float, it ${why}`);
+    notes.push(...gptqLoaders(config).map((line) => `gptq: ${line}`));
+    await using opened = await openCheckpoint(folder);
+    written.push(await finish(opened, gptqModules(shardsOf(opened), config.checkpoint_format), files));
+    changes['quantization_config'] = config;
+    await writeJson(join(folder, 'quantize_config.json'), config);
+  }
+  await writeJson(join(folder, 'config.json'), { ...source.config, ...changes });
+  await copyModelFiles(source.folder, folder);
+  const generation = await generationConfig(source);
+  await writeJson(join(folder, 'generation_config.json'), generation);
+  if (onnx) {
+    const genai = genaiConfig(model, onnx.graph, onnx.modelFile, generation);
+    if (genai) await writeJson(join(folder, 'genai_config.json'), genai);
+    else notes.push(`onnxruntime-genai does not know ${model.architecture}: no genai_config.json was written`);
+  }
+  return { formats: written, weights: Object.fromEntries(expected), notes };
+}
+
+type Finish = (opened: TensorSource, stored: StoredModules, files: readonly string[]) => Promise<WrittenFormat>;
+
+async function checkOnnx(folder: string, onnx: WrittenOnnxArtifact, finish: Finish): Promise<WrittenFormat> {
+  await using file = await openOnnx(join(folder, ...onnx.modelFile.split('/')));
+  const stored = await onnxModules(file);
+  return finish(
+    new OnnxTensors(file),
+    stored,
+    onnx.files.map(({ name }) => name),
+  );
+}
+
+function shardsOf(source: TensorSource): readonly TensorSource[] {
+  return 'shards' in source ? (source.shards as readonly TensorSource[]) : [source];
+}
+
+function transformersJsConfig(config: Readonly<Record<string, unknown>>, onnx: WrittenOnnxArtifact): Record<string, unknown> {
+  const given = config['transformers.js_config'];
+  const kept = typeof given === 'object' && given !== null ? given : {};
+  // What the source said of its own ONNX files does not hold for ours.
+  return { ...kept, use_external_data_format: onnx.externalDataFormat };
+}
+
+/** Makes readers that do not know the layout refuse it, instead of misreading it. */
+function planesConfig({ modules, averageBits, bitsPerWeight }: Storage): Record<string, unknown> {
+  return { quant_method: 'pcomp-planes', version: 1, group_size: modules[0]?.groupSize, bits: averageBits, bpw: bitsPerWeight };
+}
+
+/** The source's generation_config.json; without one, the special tokens of its config.json. */
+async function generationConfig(source: ModelSource): Promise<Record<string, unknown>> {
+  const path = join(source.folder, 'generation_config.json');
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    if (errorCode(error) !== 'ENOENT') throw error;
+    const tokens = ['bos_token_id', 'eos_token_id', 'pad_token_id'].filter((name) => source.config[name] !== undefined);
+    return { _from_model_config: true, ...Object.fromEntries(tokens.map((name) => [name, source.config[name]])) };
+  }
+  try {
+    const value: unknown = JSON.parse(text);
+    if (typeof value === 'object' && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
+  } catch (cause) {
+    throw new FormatError(path, 'generation-config-not-json', 'not JSON', { cause });
+  }
+  throw new FormatError(path, 'generation-config-not-an-object', 'must be a JSON object');
+}
