@@ -15,6 +15,12 @@ export interface WrittenFile {
   readonly byteLength: number;
 }
 
+interface OpenShard {
+  readonly name: string;
+  readonly handle: FileHandle;
+  byteLength: number;
+}
+
 /** What a file is called until it is whole. */
 export function temporaryName(name: string): string {
   return `.${name}.partial`;
@@ -28,8 +34,8 @@ export class ExternalDataWriter implements AsyncDisposable {
   readonly #folder: string;
   readonly #fileName: string;
   readonly #maxShardBytes: number;
-  readonly #shards: { readonly name: string; byteLength: number }[] = [];
-  #handle: FileHandle | undefined;
+  readonly #shards: OpenShard[] = [];
+  #open: OpenShard | undefined;
   #finalized = false;
 
   /**
@@ -42,23 +48,15 @@ export class ExternalDataWriter implements AsyncDisposable {
     this.#maxShardBytes = maxShardBytes;
   }
 
-  /** Appends a tensor of `byteLength` bytes, given in chunks. */
+  /** Appends a tensor of `byteLength` bytes, given in chunks. Throws EnvironmentError DISK_FULL when there is no room. */
   async add(byteLength: number, chunks: AsyncIterable<Uint8Array>): Promise<ExternalPlace> {
-    let shard = this.#shards.at(-1);
-    let offset = Math.ceil((shard?.byteLength ?? 0) / ALIGNMENT) * ALIGNMENT;
-    if (
-      shard === undefined ||
-      this.#handle === undefined ||
-      (shard.byteLength > 0 && offset + byteLength >= this.#maxShardBytes)
-    ) {
-      shard = await this.#openShard();
-      offset = 0;
-    }
+    const shard = await this.#shardFor(byteLength);
     const path = this.#temporaryPath(shard.name);
-    await write(this.#handle, path, new Uint8Array(offset - shard.byteLength));
+    const offset = aligned(shard.byteLength);
+    await write(shard.handle, path, new Uint8Array(offset - shard.byteLength));
     shard.byteLength = offset;
     for await (const chunk of chunks) {
-      await write(this.#handle, path, chunk);
+      await write(shard.handle, path, chunk);
       shard.byteLength += chunk.byteLength;
     }
     if (shard.byteLength !== offset + byteLength) {
@@ -69,7 +67,7 @@ export class ExternalDataWriter implements AsyncDisposable {
 
   /** Makes the files durable and gives them their names. */
   async finalize(): Promise<readonly WrittenFile[]> {
-    await this.#closeShard();
+    await this.#closeOpenShard();
     const files: WrittenFile[] = [];
     for (const { name, byteLength } of this.#shards) {
       const path = join(this.#folder, name);
@@ -82,25 +80,27 @@ export class ExternalDataWriter implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     if (this.#finalized) return;
-    await this.#handle?.close();
-    this.#handle = undefined;
+    await this.#open?.handle.close();
+    this.#open = undefined;
     for (const { name } of this.#shards) await rm(this.#temporaryPath(name), { force: true });
   }
 
-  async #openShard(): Promise<{ readonly name: string; byteLength: number }> {
-    await this.#closeShard();
+  /** The shard being written, or the next one when a tensor of `byteLength` bytes would take it to the bound. */
+  async #shardFor(byteLength: number): Promise<OpenShard> {
+    const current = this.#open;
+    if (current !== undefined && aligned(current.byteLength) + byteLength < this.#maxShardBytes) return current;
+    await this.#closeOpenShard();
     const index = this.#shards.length;
-    const shard = { name: `${this.#fileName}_data${index === 0 ? '' : `_${index}`}`, byteLength: 0 };
-    this.#handle = await open(this.#temporaryPath(shard.name), 'w');
-    this.#shards.push(shard);
-    return shard;
+    const name = `${this.#fileName}_data${index === 0 ? '' : `_${index}`}`;
+    this.#open = { name, byteLength: 0, handle: await open(this.#temporaryPath(name), 'w') };
+    this.#shards.push(this.#open);
+    return this.#open;
   }
 
-  async #closeShard(): Promise<void> {
-    const handle = this.#handle;
-    const shard = this.#shards.at(-1);
-    this.#handle = undefined;
-    if (handle !== undefined && shard !== undefined) await syncAndClose(handle, this.#temporaryPath(shard.name));
+  async #closeOpenShard(): Promise<void> {
+    const shard = this.#open;
+    this.#open = undefined;
+    if (shard !== undefined) await syncAndClose(shard.handle, this.#temporaryPath(shard.name));
   }
 
   #temporaryPath(name: string): string {
@@ -108,9 +108,24 @@ export class ExternalDataWriter implements AsyncDisposable {
   }
 }
 
+function aligned(offset: number): number {
+  return Math.ceil(offset / ALIGNMENT) * ALIGNMENT;
+}
+
+/** Writes a whole file. Throws EnvironmentError DISK_FULL when there is no room. */
+export async function writeDurably(path: string, bytes: Uint8Array): Promise<void> {
+  const handle = await open(path, 'w');
+  try {
+    await write(handle, path, bytes);
+  } catch (error) {
+    await handle.close();
+    throw error;
+  }
+  await syncAndClose(handle, path);
+}
+
 /** Appends all of `bytes`. Throws EnvironmentError DISK_FULL when there is no room. */
-export async function write(handle: FileHandle | undefined, path: string, bytes: Uint8Array): Promise<void> {
-  if (handle === undefined) throw new Error(`${path} is not open`);
+async function write(handle: FileHandle, path: string, bytes: Uint8Array): Promise<void> {
   try {
     for (let done = 0; done < bytes.byteLength; ) done += (await handle.write(bytes, done)).bytesWritten;
   } catch (cause) {
@@ -119,7 +134,7 @@ export async function write(handle: FileHandle | undefined, path: string, bytes:
 }
 
 /** Makes the file durable and closes it. A disk may turn out to be full only now. */
-export async function syncAndClose(handle: FileHandle, path: string): Promise<void> {
+async function syncAndClose(handle: FileHandle, path: string): Promise<void> {
   try {
     await handle.sync();
   } catch (cause) {

@@ -1,9 +1,9 @@
 /** Writes ONNX models: a small .onnx file, and the weights beside it as external data, streamed. */
-import { open, rename, rm } from 'node:fs/promises';
+import { rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { UnsupportedError } from '../../src/errors.ts';
 import { assemble, type ExternalPlace, initializersOf, layoutModel, readExactly } from './encoder.ts';
-import { ExternalDataWriter, MAX_SHARD_BYTES, syncAndClose, temporaryName, type WrittenFile, write } from './external-data.ts';
+import { ExternalDataWriter, MAX_SHARD_BYTES, temporaryName, type WrittenFile, writeDurably } from './external-data.ts';
 import type { Initializer, OnnxModel } from './model.ts';
 import { LARGE_BYTES } from './tensor-reader.ts';
 
@@ -49,12 +49,7 @@ export async function writeOnnx(
   const path = join(folder, fileName);
   const temporaryPath = join(folder, temporaryName(fileName));
   try {
-    const handle = await open(temporaryPath, 'w');
-    await write(handle, temporaryPath, bytes).catch(async (error) => {
-      await handle.close();
-      throw error;
-    });
-    await syncAndClose(handle, temporaryPath);
+    await writeDurably(temporaryPath, bytes);
     const data = await external.finalize();
     await rename(temporaryPath, path);
     return { model: { path, byteLength: bytes.byteLength }, data };

@@ -72,7 +72,7 @@ function graph(depth: number, outer: readonly string[]): fc.Arbitrary<Graph> {
     const visible = [...outer, ...inputs, ...constants];
     for (let i = 0; i < nodeCount; i++) {
       const readable = ['', ...visible];
-      const subgraphs =
+      const subgraphs: fc.Arbitrary<Record<string, Graph>> =
         depth < 2 && i === 1
           ? fc.dictionary(
               text.filter((key) => key !== ''),
@@ -87,7 +87,7 @@ function graph(depth: number, outer: readonly string[]): fc.Arbitrary<Graph> {
             op: text.map((op) => `Op${op}`),
             domain: fc.constantFrom('', 'com.microsoft', 'some.where'),
             inputs: fc.array(fc.constantFrom(...readable), { maxLength: 4 }),
-            outputs: fc.constant([`${prefix}.v${i}`, '', `${prefix}.u${i}`]),
+            outputs: fc.constant<readonly string[]>([`${prefix}.v${i}`, '', `${prefix}.u${i}`]),
             attributes: fc
               .tuple(
                 fc.dictionary(
@@ -163,7 +163,7 @@ describe('an ONNX model that is written and read again', () => {
         });
         expect(await encodeOnnx(read)).toEqual(bytes);
       }),
-      { numRuns: 60 },
+      { numRuns: 150 },
     );
   });
 

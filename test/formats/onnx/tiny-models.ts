@@ -18,7 +18,7 @@ export const node = (
   attributes,
 });
 
-export const value = (name: string, shape: readonly Dim[], dtype: DType = 'F32'): ValueInfo => ({ name, dtype, shape });
+export const value = (name: string, shape: readonly Dim[] | null, dtype: DType = 'F32'): ValueInfo => ({ name, dtype, shape });
 
 export const floats = (name: string, shape: readonly number[], values: ArrayLike<number>): Initializer =>
   inlineInitializer(name, 'F32', shape, new Uint8Array(Float32Array.from(values).buffer));
