@@ -33,7 +33,7 @@ export interface Blas {
   inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array>;
   /** Mean over rows of `KL(softmax(target row) || softmax(trial row))`, in nats; log-softmax in fp32 or better, no clamps. */
   meanKl(target: Matrix, trial: Matrix): Promise<number>;
-  /** The same against one target many times, at a third of the work. Takes `target.data` over: it is overwritten. */
+  /** The same against one target many times, at half the work. Takes `target.data` over: it is overwritten. */
   klTarget(target: Matrix): Promise<KlTarget>;
 }
 

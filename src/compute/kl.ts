@@ -15,35 +15,33 @@ const logSoftmax = (input: string, output: string): LiteralNode => ({
   attributes: { axis: -1 },
 });
 const softmax = (input: string, output: string): LiteralNode => ({ ...logSoftmax(input, output), op: 'Softmax' });
-const dotRows = (a: string, b: string, output: string): LiteralNode[] => [
-  { op: 'Mul', inputs: [a, b], output: 'terms' },
-  { op: 'ReduceSum', inputs: ['terms', 'last'], output, attributes: { keepdims: 0 } },
+/** Per row: sum of p (log p - log softmax(trial)). Differences of logarithms are small, so their sums lose nothing in fp32. */
+const divergence: readonly LiteralNode[] = [
+  logSoftmax('trial', 'log_q'),
+  { op: 'Sub', inputs: ['log_p', 'log_q'], output: 'log_ratio' },
+  { op: 'Mul', inputs: ['p', 'log_ratio'], output: 'terms' },
+  { op: 'ReduceSum', inputs: ['terms', 'last'], output: 'kl', attributes: { keepdims: 0 } },
 ];
 
+const LOGITS = ['F32', 'rows', 'columns'] as const;
+
 const DIRECT = literalGraph('mean kl', {
-  inputs: { target: ['F32', 'rows', 'columns'], trial: ['F32', 'rows', 'columns'] },
+  inputs: { target: LOGITS, trial: LOGITS },
   outputs: { kl: ['F32', 'rows'] },
-  nodes: [
-    softmax('target', 'p'),
-    logSoftmax('target', 'log_p'),
-    logSoftmax('trial', 'log_q'),
-    { op: 'Sub', inputs: ['log_p', 'log_q'], output: 'log_ratio' },
-    ...dotRows('p', 'log_ratio', 'kl'),
-  ],
+  nodes: [softmax('target', 'p'), logSoftmax('target', 'log_p'), ...divergence],
   axes: { last: -1 },
 });
 
-const SOFTMAX = literalGraph('softmax', {
-  inputs: { logits: ['F32', 'rows', 'columns'] },
-  outputs: { p: ['F32', 'rows', 'columns'] },
-  nodes: [softmax('logits', 'p')],
+const PREPARE = literalGraph('target distribution', {
+  inputs: { target: LOGITS },
+  outputs: { p: LOGITS, log_p: LOGITS },
+  nodes: [softmax('target', 'p'), logSoftmax('target', 'log_p')],
 });
 
-/** Sum over columns of p log softmax(trial): minus the cross entropy. */
-const CROSS = literalGraph('cross entropy', {
-  inputs: { p: ['F32', 'rows', 'columns'], trial: ['F32', 'rows', 'columns'] },
-  outputs: { sums: ['F32', 'rows'] },
-  nodes: [logSoftmax('trial', 'log_q'), ...dotRows('p', 'log_q', 'sums')],
+const PREPARED = literalGraph('mean kl of a prepared target', {
+  inputs: { p: LOGITS, log_p: LOGITS, trial: LOGITS },
+  outputs: { kl: ['F32', 'rows'] },
+  nodes: divergence,
   axes: { last: -1 },
 });
 
@@ -59,43 +57,40 @@ export async function meanKl(compile: Compile, target: Matrix, trial: Matrix): P
   return total / target.rows;
 }
 
-/** Softmax of the target, in its own memory, and its entropy: what stays the same from trial to trial. */
+/** Softmax of the target and its logarithm: what stays the same from trial to trial. */
 export class PreparedKl implements KlTarget {
   readonly #p: Matrix;
-  readonly #cross: Program;
-  /** Sum over rows of p log p. */
-  readonly #own: Float64Array;
+  readonly #logP: Matrix;
+  readonly #program: Program;
 
-  private constructor(p: Matrix, cross: Program, own: Float64Array) {
+  private constructor(p: Matrix, logP: Matrix, program: Program) {
     this.#p = p;
-    this.#cross = cross;
-    this.#own = own;
+    this.#logP = logP;
+    this.#program = program;
   }
 
+  /** The logarithm takes the place of the target's logits. */
   static async prepare(compile: Compile, target: Matrix): Promise<PreparedKl> {
-    const softmaxProgram = await compile(SOFTMAX, { key: 'softmax' });
-    const cross = await compile(CROSS, { key: 'cross entropy' });
-    const own = new Float64Array(target.rows);
-    let memory = new Float32Array(0);
+    const prepare = await compile(PREPARE, { key: 'target distribution' });
+    const p: Matrix = { ...target, data: new Float32Array(target.data.length) };
+    const [longest] = chunks(target);
+    const memory = new Float32Array(longest === undefined ? 0 : longest[1] * target.columns);
     for (const [start, end] of chunks(target)) {
       const logits = rowsOf(target, start, end);
-      if (memory.length < logits.data.length) memory = new Float32Array(logits.data.length);
-      const p: NdArray = { ...logits, data: memory.subarray(0, logits.data.length) };
-      await softmaxProgram.run({ logits }, { into: { p } });
-      const { sums } = await cross.run({ p, trial: logits });
-      own.set(sums.data as Float32Array, start);
-      (logits.data as Float32Array).set(p.data as Float32Array);
+      const logP: NdArray = { ...logits, data: memory.subarray(0, logits.data.length) };
+      await prepare.run({ target: logits }, { into: { p: rowsOf(p, start, end), log_p: logP } });
+      target.data.set(logP.data as Float32Array, start * target.columns);
     }
-    return new PreparedKl(target, cross, own);
+    return new PreparedKl(p, target, await compile(PREPARED, { key: 'mean kl of a prepared target' }));
   }
 
   async meanKl(trial: Matrix): Promise<number> {
     assertSameShape(this.#p, trial);
     let total = 0;
     for (const [start, end] of chunks(trial)) {
-      const { sums } = await this.#cross.run({ p: rowsOf(this.#p, start, end), trial: rowsOf(trial, start, end) });
-      // The two sums of a row are close: subtracted one by one, in fp64, their common part is gone before the total grows.
-      for (let row = start; row < end; row++) total += this.#own[row] - Number(sums.data[row - start]);
+      const [p, logP, logits] = [this.#p, this.#logP, trial].map((matrix) => rowsOf(matrix, start, end));
+      const { kl } = await this.#program.run({ p, log_p: logP, trial: logits });
+      total += sum(kl);
     }
     return total / trial.rows;
   }

@@ -15,12 +15,10 @@ export function createBlas(engine: Engine): Blas {
 
 class EngineBlas implements Blas {
   readonly #engine: Engine;
-  readonly #compile: Compile;
   readonly #staging = new Staging();
 
   constructor(engine: Engine) {
     this.#engine = engine;
-    this.#compile = (model, options) => engine.compile(model, options);
   }
 
   async gemm(
@@ -61,7 +59,7 @@ class EngineBlas implements Blas {
 
   async inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array> {
     if (hessian.length !== n * n) throw new Error(`inverseFactor: ${hessian.length} elements are not (${n}, ${n})`);
-    const engine = (await this.#engine.doublePrecision?.()) ?? this.#engine;
+    const engine = await this.#exactEngine();
     const product: Product64 = async ({ a, b, c, rows, inner, columns, transposeB = false, subtract = false }) => {
       const scalars = subtract ? { alpha: -1, beta: 1 } : { alpha: 1, beta: 0 };
       const program = await gemmProgram(engine, { dtype: 'F64', transposeA: false, transposeB, ...scalars });
@@ -86,12 +84,19 @@ class EngineBlas implements Blas {
   }
 
   meanKl(target: Matrix, trial: Matrix): Promise<number> {
-    return meanKl(this.#compile, target, trial);
+    return meanKl(this.#compileExact, target, trial);
   }
 
   klTarget(target: Matrix): Promise<KlTarget> {
-    return PreparedKl.prepare(this.#compile, target);
+    return PreparedKl.prepare(this.#compileExact, target);
   }
+
+  async #exactEngine(): Promise<Engine> {
+    return (await this.#engine.doublePrecision?.()) ?? this.#engine;
+  }
+
+  /** Divergences are compared to the sixth digit and read their logits once: exact logarithms are worth more than a device's speed. */
+  readonly #compileExact: Compile = async (model, options) => (await this.#exactEngine()).compile(model, options);
 
   /** Product, conversion and sum in one graph: the sum runs on all threads and the fp32 tile never leaves the cache. */
   readonly #tileOnCpu: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
