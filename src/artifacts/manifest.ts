@@ -57,11 +57,11 @@ export async function writeReport(folder: string, report: Readonly<Record<string
   await writeJson(join(folder, 'report.json'), report);
 }
 
-/** Writes JSON for people and programs: indented, keys in the order given, short lists of numbers on one line. */
+/** Writes JSON for people and programs: indented, keys in the order given, lists of numbers on one line. */
 export async function writeJson(path: string, value: unknown): Promise<void> {
-  const text = JSON.stringify(value, undefined, 2).replace(
-    /\[\s+([-\d.,\se+]+?)\s+\]/g,
-    (_, items: string) => `[${items.split(/,\s+/).join(', ')}]`,
-  );
+  // Strings hold no raw line breaks: only lists match.
+  const text = JSON.stringify(value, undefined, 2).replace(/\[\n\s+([-+\d.e,\s]+?)\n\s+\]/g, (_, items: string) => {
+    return `[${items.split(/,\s+/).join(', ')}]`;
+  });
   await writeDurably(path, `${text}\n`);
 }

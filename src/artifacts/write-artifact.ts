@@ -122,7 +122,7 @@ type Finish = (opened: TensorSource, stored: StoredModules, files: readonly stri
 async function checkOnnx(folder: string, onnx: WrittenOnnxArtifact, finish: Finish): Promise<WrittenFormat> {
   await using file = await openOnnx(join(folder, ...onnx.modelFile.split('/')));
   const stored = await onnxModules(file);
-  return finish(
+  return await finish(
     new OnnxTensors(file),
     stored,
     onnx.files.map(({ name }) => name),
