@@ -43,6 +43,10 @@ interface Settings {
   readonly strict: boolean;
 }
 
+// Every session has threads of its own; those of one that has just run would spin on the cores that the next one needs.
+// Measured on two busy cores, three sessions in turn: 3 to 4 times faster without spinning.
+const SHARED_CORES = { intra_op: { allow_spinning: '0' } };
+
 class OrtEngine implements Engine {
   readonly name = 'ort';
   readonly device: Device;
@@ -107,7 +111,7 @@ class OrtEngine implements Engine {
       intraOpNumThreads: this.threads,
       graphOptimizationLevel: optimization,
       enableCpuMemArena: memoryArena,
-      ...(this.#settings.strict && { extra: { session: { disable_cpu_ep_fallback: '1' } } }),
+      extra: { session: { ...SHARED_CORES, ...(this.#settings.strict && { disable_cpu_ep_fallback: '1' }) } },
     };
     let session: InferenceSession;
     try {

@@ -14,7 +14,7 @@ const FP32 = 1e-5;
 let engine: Engine;
 let blas: Blas;
 beforeAll(async () => {
-  engine = await createEngine({ threads: 2 });
+  engine = await createEngine({ threads: 1 });
   blas = createBlas(engine);
 });
 afterAll(() => engine[Symbol.asyncDispose]());
