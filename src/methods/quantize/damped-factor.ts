@@ -10,6 +10,8 @@ import type { QuantizeContext } from './quantizer.ts';
 const DAMPENING_STEP = 0.01;
 /** With as much damping as the mean diagonal any true Hessian factors; beyond it the matrix is not one. */
 const DAMPENING_LIMIT = 1;
+/** Columns transposed together, so that the cache lines written to are filled. */
+const TILE = 32;
 
 /** Upper triangular U of the columns in visiting order, as float32, row after row without the zeros: half the memory of a square. */
 export class DampedFactor {
@@ -46,16 +48,18 @@ export class DampedFactor {
     return block;
   }
 
-  /** U of visited columns [start, end) against all later ones, (end - start, n - end). */
-  laterBlock(start: number, end: number): Matrix {
-    const rows = end - start;
-    const columns = this.features - end;
-    const data = new Float32Array(rows * columns);
-    for (let j = start; j < end; j++) {
-      const row = this.#rowStart(j);
-      data.set(this.#packed.subarray(row + end - j, row + this.features - j), (j - start) * columns);
+  /** U of visited columns [start, end) against later ones [from, to), transposed: (to - from, end - start). */
+  laterBlock(start: number, end: number, from: number, to: number): Matrix {
+    const columns = end - start;
+    const data = new Float32Array((to - from) * columns);
+    for (let tile = from; tile < to; tile += TILE) {
+      const tileEnd = Math.min(tile + TILE, to);
+      for (let j = start; j < end; j++) {
+        const row = this.#rowStart(j) - j;
+        for (let k = tile; k < tileEnd; k++) data[(k - from) * columns + j - start] = this.#packed[row + k];
+      }
     }
-    return { rows, columns, data };
+    return { rows: to - from, columns, data };
   }
 
   /** `U_jj^2`, by visited column: the reciprocal of what later inputs cannot explain of input j. */

@@ -63,7 +63,7 @@ describe('the small vector', () => {
       .forEach((value, j) => {
         expect(value).toBeCloseTo(row[j], 6);
       });
-    expect([...factor.laterBlock(0, 1).data]).toEqual([...factor.diagonalBlock(0, 4).subarray(1, 4)]);
+    expect([...factor.laterBlock(0, 1, 1, 4).data]).toEqual([...factor.diagonalBlock(0, 4).subarray(1, 4)]);
     // [H^-1]_jj by Cramer's rule.
     const inverse = [4, 4, 4, 4].map((n, j) => minor(SMALL_HESSIAN, n, j) / determinant(SMALL_HESSIAN, 4));
     factor.inverseDiagonal().forEach((value, j) => {
@@ -85,6 +85,18 @@ describe('the small vector', () => {
     );
     expect([...codes].map((code) => code - 1)).toEqual([0, -1, -1, 1]);
     expect(loss).toBeCloseTo(2.36, 6);
+  });
+
+  test('blocks of U lie as they should, whatever the tile', async () => {
+    const n = 70;
+    const hessian = damp(statsOf(randomTokens(200, n)).hessian, n, 0.01);
+    const upper = await naiveBlas().inverseFactor(hessian, n);
+    const factor = await naturalFactor(hessian, n);
+    const block = factor.laterBlock(3, 20, 25, 69);
+    expect([block.rows, block.columns]).toEqual([44, 17]);
+    for (let k = 25; k < 69; k++) {
+      for (let j = 3; j < 20; j++) expect(block.data[(k - 25) * 17 + j - 3]).toBe(Math.fround(upper[j * n + k]));
+    }
   });
 
   test('has the errors of the specification', async () => {
@@ -243,6 +255,37 @@ describe('on a random layer', () => {
       if (name !== 'rtn') expect(relativeError).toBe(0);
     }
   });
+});
+
+test('a layer wider than a span is swept as the oracle sweeps it', async () => {
+  const [rows, n, blockSize] = [3, 1100, 200];
+  // Any upper triangle will do: factoring a Hessian of this size would be slow.
+  const upper = Float64Array.from(randomWeight(n, n, 42, 0.01), (z, i) => {
+    const [row, column] = [Math.floor(i / n), i % n];
+    return column === row ? 1 + Math.abs(z) : column > row ? z : 0;
+  });
+  const weight = randomWeight(rows, n, 41);
+  const factor = new DampedFactor(
+    upper,
+    Uint32Array.from({ length: n }, (_, j) => j),
+    new Set(),
+    0,
+  );
+  const grid = { scale: new Float32Array(rows).fill(0.0625), shift: new Float32Array(rows).fill(4) };
+  const found = new Uint8Array(rows * n);
+  await sweep(
+    naiveBlas(),
+    factor,
+    Float32Array.from({ length: n * rows }, (_, i) => weight[(i % rows) * n + Math.floor(i / rows)]),
+    blockSize,
+    ({ group }) => ({ bits: new Uint8Array(group.columns).fill(3), grid }),
+    ({ start }, codes) => {
+      for (let i = 0; i < codes.length; i++) found[(i % rows) * n + start + Math.floor(i / rows)] = codes[i];
+    },
+  );
+  const { codes } = gptqOracle(Float64Array.from(weight), rows, upper, blockSize, () => ({ bits: 3, scale: 0.0625, shift: 4 }));
+  // Float32 may flip a tie, and what follows it in the row.
+  expect(found.filter((code, i) => code === codes[i]).length / codes.length).toBeGreaterThan(0.98);
 });
 
 describe('the Hessian', () => {
