@@ -1,5 +1,5 @@
 /** Loads onnxruntime-node, which may be absent, the first time arithmetic is asked for. */
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type * as OrtModule from 'onnxruntime-node';
@@ -38,7 +38,8 @@ export async function importOrt(importer: () => Promise<Ort>): Promise<Ort> {
 /** WebGPU's Vulkan loader complains on stderr when the variable is unset; it wants a folder of the user's own. */
 export function ensureRuntimeFolder(): void {
   if (process.platform !== 'linux' || process.env['XDG_RUNTIME_DIR']) return;
-  const folder = mkdtempSync(join(tmpdir(), 'pcomp-runtime-'));
+  // One per user, not one per process: nothing is left to remove after a kill.
+  const folder = join(tmpdir(), `pcomp-runtime-${process.getuid?.() ?? 0}`);
+  mkdirSync(folder, { recursive: true, mode: 0o700 });
   process.env['XDG_RUNTIME_DIR'] = folder;
-  process.once('exit', () => rmSync(folder, { recursive: true, force: true }));
 }
