@@ -6,7 +6,7 @@ import { ArithmeticOps } from './ops/arithmetic.ts';
 import { describe } from './ops/layout.ts';
 import { GraphError, sameShape } from './shape.ts';
 
-export type { NodeOptions, OutputType, Value } from './core.ts';
+export type { Value } from './core.ts';
 export { GraphError } from './shape.ts';
 
 /** Domain of the operators that only onnxruntime has. */

@@ -1,4 +1,7 @@
-/** The whole decoder as runtimes run it: token ids and a cache in, logits and the longer cache out. */
+/**
+ * The whole decoder as runtimes run it: token ids and a cache in, logits and the longer cache out. Rows of a batch are
+ * padded to the right: GroupQueryAttention is told how many tokens of a row are real, not which.
+ */
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorSource } from '../../formats/tensor.ts';
 import { attention, type RotaryTables } from '../graph/attention.ts';
