@@ -2,7 +2,7 @@
 import { cp, mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fromFloat32 } from '../formats/dtype.ts';
-import { createShardedSink } from '../formats/safetensors/shards.ts';
+import { createShardedSink } from '../formats/safetensors/sharded-writer.ts';
 
 export interface SyntheticShape {
   readonly hidden: number;
@@ -94,12 +94,12 @@ export async function writeSynthetic(
     linear('mlp.down_proj', hidden, intermediate);
   }
   const declarations = [...tensors].map(([name, [dims]]) => ({ name, dtype: 'BF16' as const, shape: dims }));
-  await using sink = await createShardedSink(folder, declarations, { maxShardBytes: 2e9, metadata: { format: 'pt' } });
+  await using sink = await createShardedSink(folder, declarations, { maxShardBytes: 2e9, metadata: new Map([['format', 'pt']]) });
   const noise = new Noise(1);
   for (const [name, [dims, deviation]] of tensors) {
     const values = new Float32Array(dims.reduce((product, dim) => product * dim, 1));
     if (deviation > 0) noise.fill(values, deviation);
-    else values.forEach((_, i) => (values[i] = i % OUTLIER_EVERY === 7 ? OUTLIER_GAIN : 1));
+    else for (let i = 0; i < values.length; i++) values[i] = i % OUTLIER_EVERY === 7 ? OUTLIER_GAIN : 1;
     await sink.write(name, fromFloat32('BF16', values));
   }
   await sink.finalize();

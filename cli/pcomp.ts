@@ -1,9 +1,8 @@
 #!/usr/bin/env node
 /** The program: parses argv, runs a command, turns errors into one line and an exit code. */
-import { readFileSync } from 'node:fs';
 import { Command, CommanderError } from 'commander';
 import { PcompError, RecipeError, UnsupportedError } from '../src/errors.ts';
-import { packageRoot } from '../src/package-root.ts';
+import { packageVersion } from '../src/package-root.ts';
 import { evaluateCommand } from './evaluate.ts';
 import { inspectCommand } from './inspect.ts';
 import { quantizeCommand } from './quantize.ts';
@@ -12,11 +11,10 @@ const EXIT = { done: 0, failed: 1, badRequest: 2, interrupted: 130 } as const;
 
 /** Runs the program on arguments (without node and script). Resolves to the exit code. */
 async function main(args: readonly string[]): Promise<number> {
-  const { version } = JSON.parse(readFileSync(new URL('package.json', packageRoot()), 'utf8')) as { version: string };
   const abort = new AbortController();
   const program = new Command('pcomp')
     .description('Compresses trained models for deployment: 2-bit ONNX artifacts from Hugging Face checkpoints.')
-    .version(version)
+    .version(packageVersion())
     .exitOverride()
     .configureOutput({ outputError: (text, write) => write(text.replace(/^error: /, 'pcomp: ')) })
     .showSuggestionAfterError();

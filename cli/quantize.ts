@@ -169,14 +169,11 @@ function describe(outcome: QuantizeOutcome): string {
     `${(outcome.sourceBytes / bytes).toFixed(2)}x`,
   ]);
   const table = renderTable(['format', 'stored bpw', 'quantized', 'unquantized', 'files', 'source/files'], rows);
-  if (outcome.dryRun) {
+  if (outcome.run === undefined) {
     pairs.push(['peak memory', `about ${formatSize(outcome.predictedPeakBytes)}`], ['passes', outcome.passes]);
     return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
   }
-  pairs.push(
-    ['time', formatDuration(outcome.seconds)],
-    ['peak memory', formatSize(outcome.peakBytes)],
-    ['device', outcome.device],
-  );
-  return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${outcome.output}`;
+  const { seconds, peakBytes, device, output } = outcome.run;
+  pairs.push(['time', formatDuration(seconds)], ['peak memory', formatSize(peakBytes)], ['device', device]);
+  return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${output}`;
 }

@@ -135,8 +135,8 @@ export class ArtifactLogits implements LogitsSource {
     }
   }
 
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.#program[Symbol.asyncDispose]();
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#program[Symbol.asyncDispose]();
   }
 }
 

@@ -1,5 +1,5 @@
-/** Where the package lives, whether it runs from source (src/) or as published (dist/src/). */
-import { existsSync } from 'node:fs';
+/** Where the package lives, whether it runs from source (src/) or as published (dist/src/), and which version it is. */
+import { existsSync, readFileSync } from 'node:fs';
 
 /** URL of the folder that holds package.json and assets/, with a trailing slash. */
 export function packageRoot(): URL {
@@ -10,4 +10,9 @@ export function packageRoot(): URL {
     folder = parent;
   }
   return folder;
+}
+
+/** The version in package.json. */
+export function packageVersion(): string {
+  return (JSON.parse(readFileSync(new URL('package.json', packageRoot()), 'utf8')) as { version: string }).version;
 }

@@ -1,10 +1,14 @@
 /** What to do, as validated plain data. Flags and a YAML/JSON file are two spellings of it. */
+import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import { DEVICES, type DeviceRequest } from './compute/engine.ts';
 import { RecipeError } from './errors.ts';
-import { QUANTIZERS, type QuantizerName } from './methods/quantize/index.ts';
+import { QUANTIZERS } from './methods/quantize/index.ts';
 
-export const FORMATS = ['onnx', 'safetensors', 'gptq'] as const;
-export type ArtifactFormat = (typeof FORMATS)[number];
+export type { ArtifactFormat };
+
+export const FORMATS = ['onnx', 'safetensors', 'gptq'] as const satisfies readonly ArtifactFormat[];
+
+export type QuantizerName = keyof typeof QUANTIZERS;
 
 export const GROUP_SIZES = [32, 64, 128, 256] as const;
 export const PRESETS = ['paper'] as const;
@@ -21,8 +25,8 @@ export interface MachineOptions {
 export interface QuantizeRecipe extends MachineOptions {
   readonly method: QuantizerName;
   readonly preset: (typeof PRESETS)[number];
-  /** Mean code bits over the quantized weights. */
-  readonly bits: number;
+  /** Mean code bits over the quantized weights; absent when a plan says every width. */
+  readonly bits?: number;
   readonly groupSize: number;
   readonly formats: readonly ArtifactFormat[];
   /** Globs on module names. */
@@ -84,12 +88,12 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
   if (given.preset === 'best') {
     throw new RecipeError('--preset best: not in this version yet; use --preset paper, the published SliM-LLM');
   }
-  if (given.bits === undefined) throw new RecipeError('--bits: a budget is required, e.g. --bits 2');
+  if (given.bits === undefined && given.plan === undefined) throw new RecipeError('--bits: a budget is required, e.g. --bits 2');
   const method = oneOf('method', given.method, Object.keys(QUANTIZERS) as QuantizerName[]);
   const recipe: QuantizeRecipe = {
     method,
     preset: oneOf('preset', given.preset, PRESETS),
-    bits: integer('bits', given.bits, 1, 8),
+    ...(given.bits === undefined ? {} : { bits: integer('bits', given.bits, 1, 8) }),
     groupSize: oneOf('groupSize', number('groupSize', given.groupSize), GROUP_SIZES),
     formats: formats(list('formats', given.formats)),
     skip: list('skip', given.skip),
@@ -138,7 +142,10 @@ function checkTogether(recipe: QuantizeRecipe, request: QuantizeRequest): void {
       throw new RecipeError(`${flag(key)}: --method ${recipe.method} does not use it; it goes with ${methods.join(', ')}`);
     }
   }
-  if (recipe.method === 'slim-llm' && recipe.plan === undefined && (recipe.bits < 2 || recipe.bits > 7)) {
+  if (recipe.plan !== undefined && recipe.bits !== undefined) {
+    throw new RecipeError(`--bits ${recipe.bits}: the plan says every width; give --bits or --plan`);
+  }
+  if (recipe.method === 'slim-llm' && recipe.bits !== undefined && (recipe.bits < 2 || recipe.bits > 7)) {
     throw new RecipeError(
       `--bits ${recipe.bits}: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for ${recipe.bits} bits use --method gptq`,
     );

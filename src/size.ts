@@ -17,8 +17,8 @@ const UNITS: Readonly<Record<string, number>> = {
 /** Parses a size into whole bytes; kB MB GB are decimal, KiB MiB GiB binary, a plain number is bytes. */
 export function parseSize(flag: string, text: string): number {
   const match = /^\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*$/i.exec(text);
-  const unit = match && UNITS[match[2].toLowerCase()];
-  if (!match || unit === undefined) {
+  const unit = match ? UNITS[match[2].toLowerCase()] : undefined;
+  if (match === null || unit === undefined) {
     throw new RecipeError(`${flag} ${text}: a size is a number with kB, MB, GB, KiB, MiB or GiB, or plain bytes, e.g. 120MB`);
   }
   const bytes = Math.floor(Number(match[1]) * unit);

@@ -1,5 +1,5 @@
 /** Files of a Hugging Face folder that go into an artifact as they are. */
-import { copyFile, readdir } from 'node:fs/promises';
+import { chmod, copyFile, readdir } from 'node:fs/promises';
 import { join } from 'node:path';
 
 /** Tokenizers in every form, chat templates, and the terms the weights come under. */
@@ -18,6 +18,10 @@ const COPIED = [
 /** Copies them; returns their names, sorted. */
 export async function copyModelFiles(from: string, to: string): Promise<string[]> {
   const names = (await readdir(from)).filter((name) => COPIED.some((pattern) => pattern.test(name))).sort();
-  for (const name of names) await copyFile(join(from, name), join(to, name));
+  for (const name of names) {
+    await copyFile(join(from, name), join(to, name));
+    // A read-only original would make an artifact that --overwrite cannot replace everywhere.
+    await chmod(join(to, name), 0o644);
+  }
   return names;
 }

@@ -4,7 +4,7 @@ import { dirname, join } from 'node:path';
 import { openCheckpoint } from '../../formats/checkpoint.ts';
 import { bitsPerElement } from '../../formats/dtype.ts';
 import { type OnnxFile, openOnnx } from '../../formats/onnx/reader.ts';
-import type { TensorSource } from '../../formats/tensor.ts';
+import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
 import { EnvironmentError, FormatError } from '../errors.ts';
 import { createModel } from '../model/architectures/index.ts';
 import type { LinearSite, Model, WeightReader } from '../model/model.ts';
@@ -33,6 +33,8 @@ export interface ModelSource extends AsyncDisposable {
   readonly weights: WeightReader;
   /** Tensors under their checkpoint names; quantized modules appear as float32 weights. */
   readonly tensors: TensorSource;
+  /** Tensors as the files store them. */
+  readonly storedTensors: readonly TensorInfo[];
   /** Weight files: shards and index, or the .onnx file and its data. */
   readonly files: readonly { readonly path: string; readonly byteLength: number }[];
   /** Size of the weight files. */
@@ -80,6 +82,7 @@ async function describe({ tensors: stored, modules }: Opened, place: Place): Pro
     model,
     weights: new SourceWeights(tensors),
     tensors,
+    storedTensors: [...stored.tensors.values()],
     files: tensors.files,
     weightBytes: tensors.files.reduce((sum, file) => sum + file.byteLength, 0),
     storage: await storageOf(model, tensors, modules),

@@ -34,7 +34,9 @@ export class BlockRunner {
   /** Compiles (or finds) the block's graph and reads its weights. The program belongs to the engine. */
   async load(block: Block, weights: WeightReader): Promise<LoadedBlock> {
     const graph = this.#model.blockGraph(block);
-    const program = await this.#engine.compile(graph.model, { key: graph.key });
+    // An arena would keep the largest run's activations while the block is quantized: 0.8 GB for a 7B block of 2048 tokens,
+    // against 4 % more time.
+    const program = await this.#engine.compile(graph.model, { key: graph.key, memoryArena: false });
     const feeds: Record<string, NdArray> = {};
     for (const input of graph.model.graph.inputs) {
       const source = graph.weights.get(input.name);
@@ -110,10 +112,7 @@ export class BlockRunner {
   }
 
   #assertFinite(loaded: LoadedBlock, output: string, rows: Float32Array, features: number, batch: WindowBatch): void {
-    // 0 * x is 0 for every finite x and NaN for the others, so one sum tells of a whole batch without a branch.
-    let sum = 0;
-    for (let i = 0; i < rows.length; i++) sum += 0 * rows[i];
-    if (sum === 0) return;
+    if (allFinite(rows)) return;
     const at = rows.findIndex((value) => !Number.isFinite(value));
     let row = Math.floor(at / features);
     let window = 0;
@@ -126,4 +125,21 @@ export class BlockRunner {
         'the weights are broken or overflow on this text',
     );
   }
+}
+
+/** 0 * x is 0 for every finite x and NaN for the others: sums tell without a branch; four of them do not wait for each other. */
+function allFinite(values: Float32Array): boolean {
+  let a = 0;
+  let b = 0;
+  let c = 0;
+  let d = 0;
+  const whole = values.length - (values.length % 4);
+  for (let i = 0; i < whole; i += 4) {
+    a += 0 * values[i];
+    b += 0 * values[i + 1];
+    c += 0 * values[i + 2];
+    d += 0 * values[i + 3];
+  }
+  for (let i = whole; i < values.length; i++) a += 0 * values[i];
+  return a + b + c + d === 0;
 }

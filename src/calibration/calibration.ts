@@ -1,5 +1,5 @@
 /** Looks at a model on calibration text, block after block: measure what enters each linear layer, then move on. */
-import type { Blas } from '../compute/blas.ts';
+import type { Blas, GramAccumulator } from '../compute/blas.ts';
 import type { Engine } from '../compute/engine.ts';
 import { RecipeError } from '../errors.ts';
 import type { Block, Model, WeightReader } from '../model/model.ts';
@@ -32,6 +32,14 @@ export interface CalibrationOptions extends SpoolOptions {
   readonly onProgress?: (progress: CalibrationProgress) => void;
   /** Aborting stops a pass after the batch that runs; its reason is thrown. */
   readonly signal?: AbortSignal;
+}
+
+/** One site input during a forward pass: the graph output that shows it, and what becomes of it. */
+interface Observed {
+  readonly input: string;
+  readonly output: string;
+  readonly store: StateStore;
+  readonly gram: GramAccumulator;
 }
 
 /**
@@ -73,25 +81,14 @@ export class Calibration implements AsyncDisposable {
    * (default: all of the block). The hidden states stay as they are. Dispose of the result when the block is done.
    */
   async measure(block: Block, weights: WeightReader, inputs: readonly string[] = block.inputs): Promise<MeasuredBlock> {
-    const { states } = this;
-    const loaded = await this.#runner.load(block, weights);
-    const wanted = inputs.map((input) => this.#accumulator(block, input, loaded.graph.siteInputs.get(input)));
+    const graph = this.#options.model.blockGraph(block);
+    const observed = inputs.map((input) => this.#observe(block, input, graph.siteInputs.get(input)));
     try {
-      const outputs = new Map(wanted.map(({ output, features }) => [output, features]));
-      for (const batch of states.batches) {
-        const made = await this.#runner.run(loaded, states, batch, outputs);
-        for (const { output, features, gram, store } of wanted) {
-          const data = made.get(output)!;
-          await gram.add({ rows: batch.rowEnd - batch.rowStart, columns: features, data });
-          await store.append(data);
-        }
-        this.#report('measure', block, batch.rowEnd, states.tokenCount);
-      }
-      return new MeasuredBlock(
-        wanted.map(({ input, gram, store }) => new MeasuredInput(input, gram.finish(), store, states.batches)),
-      );
+      await this.#pass(block, weights, observed);
+      const { batches } = this.states;
+      return new MeasuredBlock(observed.map(({ input, gram, store }) => new MeasuredInput(input, gram.finish(), store, batches)));
     } catch (error) {
-      for (const { store } of wanted) await store[Symbol.asyncDispose]();
+      for (const { store } of observed) await store[Symbol.asyncDispose]();
       throw error;
     }
   }
@@ -111,14 +108,29 @@ export class Calibration implements AsyncDisposable {
     await this.#spool[Symbol.asyncDispose]();
   }
 
-  #accumulator(block: Block, input: string, output: string | undefined) {
+  #observe(block: Block, input: string, output: string | undefined): Observed {
     const site = block.sites.find((candidate) => candidate.input === input);
     if (site === undefined || output === undefined) {
       throw new Error(`${block.name} has no site input "${input}"; it has ${block.inputs.join(', ')}`);
     }
-    const features = site.inFeatures;
-    const store: StateStore = this.#spool.allocate(this.states.tokenCount, features);
-    return { input, output, features, store, gram: this.#options.blas.gram(features) };
+    const store = this.#spool.allocate(this.states.tokenCount, site.inFeatures);
+    return { input, output, store, gram: this.#options.blas.gram(site.inFeatures) };
+  }
+
+  /** The block's weights live no longer than this: the Hessians are laid out after it. */
+  async #pass(block: Block, weights: WeightReader, observed: readonly Observed[]): Promise<void> {
+    const { states } = this;
+    const loaded = await this.#runner.load(block, weights);
+    const outputs = new Map(observed.map(({ output, store }) => [output, store.columns]));
+    for (const batch of states.batches) {
+      const made = await this.#runner.run(loaded, states, batch, outputs);
+      for (const { output, gram, store } of observed) {
+        const data = made.get(output)!;
+        await gram.add({ rows: batch.rowEnd - batch.rowStart, columns: store.columns, data });
+        await store.append(data);
+      }
+      this.#report('measure', block, batch.rowEnd, states.tokenCount);
+    }
   }
 
   #report(phase: CalibrationPhase, block: Block | undefined, done: number, total: number): void {

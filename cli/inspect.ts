@@ -1,0 +1,71 @@
+/** `pcomp inspect ARTIFACT`: tensors, widths per site and group, sizes, and where the bytes went. */
+import { Command } from 'commander';
+import { type InspectedModule, type Inspection, inspect } from '../src/inspect.ts';
+import { formatSize } from '../src/size.ts';
+import { jsonOption } from './options.ts';
+import { createConsole } from './ui/console.ts';
+import { renderPairs, renderTable } from './ui/table.ts';
+
+export function inspectCommand(signal: AbortSignal): Command {
+  return new Command('inspect')
+    .description('Show what is in a model or an artifact. Reads headers only.')
+    .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote')
+    .option('--groups', 'also the width of every group')
+    .option('--tensors', 'also every stored tensor')
+    .addOption(jsonOption())
+    .action(async (path: string, flags: { groups?: boolean; tensors?: boolean; json?: boolean }) => {
+      const console = createConsole({ json: flags.json === true, quiet: true, signal });
+      const inspection = await inspect(path);
+      console.result(inspection, describe(inspection, flags));
+    });
+}
+
+function describe(inspection: Inspection, flags: { groups?: boolean; tensors?: boolean }): string {
+  const { where, bytes, modules, widths } = inspection;
+  const share = (part: number) => `${formatSize(part)} (${((100 * part) / bytes).toFixed(1)} %)`;
+  const sections = [
+    renderPairs([
+      ['model', `${inspection.architecture}, ${inspection.kind === 'float' ? 'not quantized' : `layout ${inspection.kind}`}`],
+      ['bits per weight', `${inspection.bitsPerWeight.toFixed(4)} stored, ${inspection.averageBits.toFixed(4)} code bits`],
+      ['weight files', formatSize(bytes)],
+      ['  linear layers', share(where.linears)],
+      ['  embeddings, head', share(where.embeddings)],
+      ['  norms and others', share(where.other)],
+      ['  headers, padding', share(where.headers)],
+    ]),
+    renderTable(
+      ['file', 'size'],
+      inspection.files.map((file) => [file.path, formatSize(file.bytes)]),
+    ),
+  ];
+  if (modules.length > 0) {
+    const widest = Object.keys(widths);
+    const rows = modules.map((module) => [
+      module.name,
+      `${module.outFeatures} x ${module.inFeatures}`,
+      module.groupSize,
+      ...widest.map((width) => module.bits.filter((bits) => String(bits) === width).length || ''),
+      module.averageBits.toFixed(3),
+      module.bitsPerWeight.toFixed(3),
+      formatSize(module.bytes),
+    ]);
+    const heads = widest.map((width) => `${width}-bit`);
+    sections.push(renderTable(['module', 'shape', 'group', ...heads, 'code bits', 'bpw', 'size'], rows));
+  }
+  if (flags.groups) sections.push(modules.map(groupLine).join('\n'));
+  if (flags.tensors) {
+    const rows = inspection.tensors.map(({ name, dtype, shape, bytes: size }) => [
+      name,
+      dtype,
+      `[${shape.join(', ')}]`,
+      formatSize(size),
+    ]);
+    sections.push(renderTable(['tensor', 'dtype', 'shape', 'size'], rows));
+  }
+  return sections.join('\n\n');
+}
+
+/** Widths of a module's groups in natural column order, a digit each. */
+function groupLine({ name, bits }: InspectedModule): string {
+  return `${name}  ${bits.join('')}`;
+}

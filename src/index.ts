@@ -1,0 +1,8 @@
+/** pcomp as a library: the runs behind the commands, and the errors they throw. */
+export type { Device, DeviceRequest } from './compute/engine.ts';
+export { EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from './errors.ts';
+export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.ts';
+export { type Inspection, inspect } from './inspect.ts';
+export { type QuantizeOutcome, quantize } from './quantize.ts';
+export { type QuantizeRecipe, type QuantizeRequest, quantizeRecipe } from './recipe.ts';
+export type { Progress, RunHooks } from './run.ts';

@@ -1,0 +1,114 @@
+/** The loop of a quantize run: measure a block, decide and apply each site, store the block, move the text through it. */
+import type { PartStore } from './artifacts/parts.ts';
+import type { Calibration } from './calibration/calibration.ts';
+import type { Blas } from './compute/blas.ts';
+import { dequantize, type QuantizedLinear } from './methods/quantize/quantized-linear.ts';
+import type { BitPlan, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
+import type { Block, LinearSite, Model, WeightReader } from './model/model.ts';
+import type { QuantizeProgress } from './quantize-progress.ts';
+import type { RunHooks } from './run.ts';
+
+export interface BlocksRun {
+  readonly model: Model;
+  /** The float model's weights. */
+  readonly weights: WeightReader;
+  readonly quantizer: Quantizer;
+  readonly options: QuantizeOptions;
+  readonly blas: Blas;
+  /** Absent for a method that needs no text. */
+  readonly calibration: Calibration | undefined;
+  readonly parts: PartStore;
+  /** Module names to quantize. */
+  readonly selected: ReadonlySet<string>;
+  /** Widths to follow instead of deciding. */
+  readonly given: BitPlan | undefined;
+  /** Measure the inputs of a block one after the other, each behind the sites quantized before it. */
+  readonly trueSequential: boolean;
+  /** Called when a block is safely stored. */
+  readonly onStored: () => Promise<void>;
+  readonly progress: QuantizeProgress;
+  readonly hooks: RunHooks;
+}
+
+/** What is remembered of a finished block beside its weights. */
+export interface BlockDetails {
+  readonly sites: Readonly<Record<string, SiteDetails>>;
+}
+
+export interface SiteDetails {
+  readonly plan: SitePlan;
+  /** Relative output error on the calibration text, `tr(dW H dW^T) / tr(W H W^T)`; absent for methods that do not know H. */
+  readonly relativeError?: number;
+  readonly seconds: number;
+}
+
+/** Quantizes every block that is not in `parts` yet. */
+export async function quantizeBlocks(run: BlocksRun): Promise<void> {
+  const { model, parts, calibration } = run;
+  const lastOpen = model.blocks.findLast((block) => !parts.hasBlock(block.index));
+  if (lastOpen === undefined) return;
+  await calibration?.start(run.weights);
+  for (const block of model.blocks) {
+    run.hooks.signal?.throwIfAborted();
+    if (!parts.hasBlock(block.index)) {
+      await quantizeBlock(run, block);
+      await run.onStored();
+    }
+    if (block === lastOpen) return;
+    // The following blocks see what the artifact will make: weights decoded from what was stored.
+    await calibration?.advance(block, decoded(run.weights, parts));
+  }
+}
+
+async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
+  const finished = new Map<string, QuantizedLinear>();
+  const sites: Record<string, SiteDetails> = {};
+  const sitesOf = (input: string) => block.sites.filter((site) => site.input === input && run.selected.has(site.name));
+  const inputs = block.inputs.filter((input) => sitesOf(input).length > 0);
+  const stages = run.trueSequential ? inputs.map((input) => [input]) : [inputs];
+  for (const stage of stages) {
+    if (stage.length === 0) continue;
+    const weights = decoded(run.weights, { has: (name) => finished.has(name), read: async (name) => finished.get(name)! });
+    await using measured = await run.calibration?.measure(block, weights, stage);
+    for (const input of stage) {
+      for (const site of sitesOf(input)) {
+        run.hooks.signal?.throwIfAborted();
+        const started = performance.now();
+        const weight = await run.weights.loadSite(site);
+        const stats = measured?.get(input);
+        const context = contextOf(run);
+        const plan = run.given?.modules[site.name] ?? (await run.quantizer.decide(context, site, weight, stats));
+        const { quantized, relativeError } = await run.quantizer.apply(context, site, weight, stats, plan);
+        finished.set(site.name, quantized);
+        const seconds = (performance.now() - started) / 1000;
+        sites[site.name] = { plan, ...(relativeError === undefined ? {} : { relativeError }), seconds };
+        run.progress.siteDone(block, site);
+      }
+      await measured?.release(input);
+    }
+  }
+  await run.parts.addBlock(block.index, finished, { sites } satisfies BlockDetails);
+}
+
+function contextOf(run: BlocksRun): QuantizeContext {
+  return {
+    blas: run.blas,
+    options: run.options,
+    note: (site, message) => run.hooks.note?.(`${site.name}: ${message}`),
+    loadBias: (site) => run.weights.load(`${site.name}.bias`),
+  };
+}
+
+/** Weights as float32, with the sites that are quantized already decoded from their codes. */
+function decoded(
+  weights: WeightReader,
+  quantized: { has(name: string): boolean; read(name: string): Promise<QuantizedLinear> },
+): WeightReader {
+  return {
+    load: (name) => weights.load(name),
+    loadRows: (name, start, end) => weights.loadRows(name, start, end),
+    info: (name) => weights.info(name),
+    loadSite: async (site: LinearSite) =>
+      quantized.has(site.name) ? dequantize(await quantized.read(site.name)) : weights.loadSite(site),
+  };
+}

@@ -1,0 +1,133 @@
+/** What a run will cost, before it starts: for --dry-run and for the first line of a report. */
+import {
+  codeBitsOf,
+  gptqStoredBits,
+  type ModuleStorage,
+  onnxStoredBits,
+  planesStoredBits,
+  type Storage,
+  summarizeStorage,
+} from './artifacts/accounting.ts';
+import type { ModelSource } from './artifacts/model-source.ts';
+import { layOutLinear, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
+import type { ArtifactFormat } from './artifacts/write-artifact.ts';
+import type { SitePlan } from './methods/quantize/quantizer.ts';
+import type { LinearSite, Model } from './model/model.ts';
+
+export interface MemoryEstimateOptions {
+  readonly needsCalibration: boolean;
+  readonly selected: ReadonlySet<string>;
+  readonly tokens: number;
+  /** Bound on buffered activations. */
+  readonly maxMemory: number;
+}
+
+const RUNTIME_BYTES = 250e6;
+const BATCH_TOKENS = 2048;
+
+/** Peak memory of a quantize run in bytes, from the largest block: an estimate, within about a third of what is measured. */
+export function estimatePeakBytes(model: Model, options: MemoryEstimateOptions): number {
+  const { hiddenSize } = model.shape;
+  let peak = 0;
+  for (const block of model.blocks) {
+    const sites = block.sites.filter((site) => options.selected.has(site.name));
+    const weights = sum(block.sites.map(({ inFeatures, outFeatures }) => 4 * inFeatures * outFeatures));
+    const largest = Math.max(0, ...sites.map(({ inFeatures, outFeatures }) => inFeatures * outFeatures));
+    // A site at work: W twice in float32, its transpose, codes.
+    const work = 13 * largest;
+    if (!options.needsCalibration) {
+      peak = Math.max(peak, work);
+      continue;
+    }
+    const features = [...new Map(sites.map((site) => [site.input, site.inFeatures])).values()];
+    const hessians = sum(features.map((n) => 8 * n * n));
+    const widest = Math.max(0, ...features);
+    const batch = 4 * BATCH_TOKENS * (sum(features) + 2 * hiddenSize);
+    const factor = 12 * widest * widest;
+    peak = Math.max(peak, Math.max(weights + hessians + batch, hessians + factor + work + batch));
+  }
+  const rowFloats = hiddenSize + Math.max(...model.blocks.map((block) => sum(inputsOf(block.sites))));
+  const buffered = options.needsCalibration ? Math.min(options.maxMemory, 4 * options.tokens * rowFloats) : 0;
+  return RUNTIME_BYTES + peak + buffered;
+}
+
+function inputsOf(sites: readonly LinearSite[]): number[] {
+  return [...new Map(sites.map((site) => [site.input, site.inFeatures])).values()];
+}
+
+function sum(values: readonly number[]): number {
+  return values.reduce((total, value) => total + value, 0);
+}
+
+/** Sizes of one format of an artifact. */
+export interface ArtifactSizes {
+  /** Mean code bits over the quantized weights of the blocks. */
+  readonly averageBits: number;
+  /** All stored bits of those modules over their weights. */
+  readonly bitsPerWeight: number;
+  /** What quantized modules take in the weight files, embeddings included. */
+  readonly quantizedBytes: number;
+  /** Everything else in the weight files: float tensors, graph, headers, padding. */
+  readonly unquantizedBytes: number;
+  /** The weight files. */
+  readonly bytes: number;
+  /** Quantized operands as the runtime holds them; ONNX only. */
+  readonly runtimeBytes?: number;
+}
+
+/** Sizes of an artifact of `weightBytes` in weight files. */
+export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactFormat): ArtifactSizes {
+  const { modules, embeddings, averageBits, bitsPerWeight } = storage;
+  const quantizedBytes = sum([...modules, ...embeddings].map((module) => module.storedBits)) / 8;
+  return {
+    averageBits,
+    bitsPerWeight,
+    quantizedBytes,
+    unquantizedBytes: weightBytes - quantizedBytes,
+    bytes: weightBytes,
+    ...(format === 'onnx' ? { runtimeBytes: quantizedBytes } : {}),
+  };
+}
+
+/** What an artifact with these widths would take; headers and padding of the files are left out, embeddings counted as they are stored now. */
+export function predictSizes(
+  source: ModelSource,
+  sites: readonly LinearSite[],
+  plans: ReadonlyMap<string, SitePlan>,
+  format: ArtifactFormat,
+): ArtifactSizes {
+  const shapes = sites.map((site) => ({
+    site,
+    shape: { ...site, ...plans.get(site.name)!, bits: Uint8Array.from(plans.get(site.name)!.bits), scaleDtype: 'F16' as const },
+  }));
+  const onnx =
+    format === 'onnx'
+      ? onnxStoredBits(
+          shapes.map(({ site, shape }): [string, string, OnnxLinearLayout] => [
+            site.name,
+            site.input,
+            layOutLinear(withMeans(shape)),
+          ]),
+        )
+      : undefined;
+  const modules = shapes.map(({ site, shape }): ModuleStorage => {
+    const storedBits = onnx?.get(site.name) ?? (format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(shape));
+    return { ...shape, bits: [...shape.bits], codeBits: codeBitsOf(shape), storedBits };
+  });
+  const replaced = new Set(sites.map((site) => `${site.name}.weight`));
+  const kept = [...source.tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
+  const storage = summarizeStorage(modules, [], 0);
+  const quantizedBytes = sum(modules.map((module) => module.storedBits)) / 8;
+  return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
+}
+
+/** A grid as 1-bit groups usually are: their two levels are not symmetric, so they carry means. */
+function withMeans<T extends { readonly outFeatures: number; readonly bits: Uint8Array }>(shape: T) {
+  const length = shape.outFeatures * shape.bits.length;
+  return {
+    ...shape,
+    scales: new Float32Array(length).fill(1),
+    zeroPoints: new Uint8Array(length),
+    offsets: new Float32Array(length),
+  };
+}
