@@ -5,6 +5,7 @@ import { encodeOnnx } from '../../formats/onnx/writer.ts';
 import type { NdArray } from '../../src/compute/engine.ts';
 
 export interface OpenGraph {
+  readonly inputNames: readonly string[];
   run(feeds: Readonly<Record<string, NdArray>>): Promise<Record<string, NdArray>>;
   release(): Promise<void>;
 }
@@ -18,6 +19,7 @@ const DTYPES = Object.fromEntries(Object.entries(TYPES).map(([dtype, type]) => [
 export async function openGraph(model: OnnxModel): Promise<OpenGraph> {
   const session = await ort.InferenceSession.create(await encodeOnnx(model), { intraOpNumThreads: 1, logSeverityLevel: 3 });
   return {
+    inputNames: session.inputNames,
     async run(feeds) {
       const tensors = Object.entries(feeds).map(([name, { dtype, data, shape }]) => {
         return [name, new ort.Tensor(TYPES[dtype as keyof typeof TYPES], data as Float32Array, [...shape])] as const;
