@@ -43,7 +43,10 @@ export class Spool implements AsyncDisposable {
     try {
       this.#folder ??= mkdtemp(join(this.#parent, 'pcomp-'));
       const path = join(await this.#folder, `activations-${this.#files++}.f32`);
-      return { path, handle: await open(path, 'wx+', 0o600) };
+      const handle = await open(path, 'wx+', 0o600);
+      // A file without a name goes away with the process, however that ends. Where the system refuses, it goes on disposal.
+      await rm(path, { force: true }).catch(() => undefined);
+      return { path, handle };
     } catch (error) {
       throw diskError(error, this.#parent);
     }

@@ -121,11 +121,9 @@ describe('measure', () => {
           batches: (await collect(stats.batches())).map(({ data }) => [...data]),
           hidden: (await collect(pass.hiddenStates())).map(({ hidden }) => [...hidden]),
         });
-        const made = readdirSync(own);
-        expect(made.length).toBe(ramBytes === 1e6 ? 0 : 1);
-        if (made.length > 0) expect(readdirSync(join(own, made[0])).length).toBe(2);
+        expect(readdirSync(own).length).toBe(ramBytes === 1e6 ? 0 : 1);
         await measured.release(second.inputs[0]);
-        if (made.length > 0) expect(readdirSync(join(own, made[0])).length).toBe(1);
+        expect(measured.size).toBe(0);
       }
       expect(readdirSync(own)).toEqual([]);
     }

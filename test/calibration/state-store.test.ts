@@ -86,9 +86,22 @@ describe('a spool', () => {
       expect(readdirSync(own)).toEqual([]);
       await store.append(rowsFrom(2, 1));
       expect(readdirSync(own).length).toBe(1);
+      expect([...(await store.read(0, 3))]).toEqual([...rowsFrom(0, 3)]);
     }
     expect(readdirSync(own)).toEqual([]);
   });
+
+  it.skipIf(process.platform === 'win32')(
+    'keeps its rows in files without a name, which a killed process does not leave behind',
+    async () => {
+      const own = mkdtempSync(join(folder, 'own-'));
+      await using spool = new Spool({ ramBytes: 0, folder: own });
+      await using store = spool.allocate(3, COLUMNS);
+      await store.append(rowsFrom(0, 3));
+      expect(readdirSync(own, { recursive: true }).length).toBe(1);
+      expect([...(await store.read(0, 3))]).toEqual([...rowsFrom(0, 3)]);
+    },
+  );
 
   it('says in one line that its folder cannot be written', async () => {
     const spool = new Spool({ ramBytes: 0, folder: join(folder, 'missing') });
