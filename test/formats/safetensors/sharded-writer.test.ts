@@ -36,6 +36,10 @@ describe('planShards', () => {
     ]);
   });
 
+  it('begins no empty file, whatever comes first', () => {
+    expect(names(planShards([bytes('a', 500), bytes('b', 1)], { maxShardBytes: 100 }))).toEqual([['a'], ['b']]);
+  });
+
   it('keeps tensors of one key together', () => {
     const declarations = [bytes('x.1', 40), bytes('y.1', 40), bytes('x.2', 40), bytes('y.2', 40)];
     expect(names(planShards(declarations, { maxShardBytes: 100, sameShard: (name) => name[0] }))).toEqual([

@@ -129,6 +129,18 @@ describe('the written file', () => {
     expect(Buffer.compare(one, other)).toBe(0);
   });
 
+  it('sorts names by their UTF-8 bytes', async () => {
+    const path = join(scratch.path, 'names.safetensors');
+    // In UTF-16, JavaScript's own order, the last name would come before the one before it; "Z" and "a" differ under locales.
+    const sorted = ['Z', 'a', 'a.b', '\uffee', '\u{1f600}'];
+    await writeAll(
+      path,
+      [...sorted].reverse().map((name) => ({ name, dtype: 'U8', shape: [1] })),
+    );
+    await using source = await openSafetensors(path);
+    expect([...source.tensors.keys()]).toEqual(sorted);
+  });
+
   it('takes rows in any order', async () => {
     const path = join(scratch.path, 'rows.safetensors');
     const matrix = bytesOf(32);
