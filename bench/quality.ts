@@ -1,0 +1,143 @@
+/**
+ * Quality of every quantizer on real models: perplexity on held-out text, everything stored counted, evaluated in memory and through the
+ * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4]`; writes bench/results/quality-<model>.{json,md}.
+ */
+import { existsSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { availableParallelism, tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import { openOnnx } from '../formats/onnx/reader.ts';
+import { writeOnnx } from '../formats/onnx/writer.ts';
+import { openModelSource } from '../src/artifacts/model-source.ts';
+import { parseTextFile, readText } from '../src/calibration/text.ts';
+import { loadTokenizer } from '../src/calibration/tokenizer.ts';
+import { evaluationWindows } from '../src/calibration/windows.ts';
+import { createEngine } from '../src/compute/ort.ts';
+import { evaluate, type QuantizeRequest, quantize, quantizeRecipe } from '../src/index.ts';
+import { ArtifactLogits } from '../src/logits-source.ts';
+import { Scorer } from '../src/scoring.ts';
+import { writeResults } from './results.ts';
+
+const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));
+const shared = process.env['PCOMP_TEST_DATA'] ?? root('../shared/data');
+
+interface Case {
+  readonly model: string;
+  readonly calibration: string;
+  readonly text: string;
+  readonly groupSize: number;
+  readonly sequenceLength: number;
+}
+
+const CASES: Readonly<Record<string, Case>> = {
+  lab: {
+    model: root('fixtures/lab/base'),
+    calibration: root('fixtures/lab/text/python.train.txt'),
+    text: root('fixtures/lab/text/python.eval.txt'),
+    groupSize: 128,
+    sequenceLength: 256,
+  },
+  stories: {
+    model: join(shared, 'stories260k'),
+    calibration: join(shared, 'text/tinystories.197k.txt'),
+    text: join(shared, 'text/tinystories.valid.30k.txt'),
+    groupSize: 32,
+    sequenceLength: 512,
+  },
+};
+
+const METHODS: readonly [string, QuantizeRequest][] = [
+  ['rtn', { method: 'rtn' }],
+  ['gptq', { method: 'gptq' }],
+  ['gptq, act-order', { method: 'gptq', actOrder: true }],
+  ['gptq, act-order, true-sequential', { method: 'gptq', actOrder: true, trueSequential: true }],
+  ['slim-llm', { method: 'slim-llm' }],
+];
+
+const threads = availableParallelism();
+
+/** Perplexity of an ONNX file in onnxruntime with every MatMulNBits at accuracy level 1. */
+async function perplexityAtLevel1(artifact: string, scratch: string, text: string, sequenceLength: number): Promise<number> {
+  await using source = await openModelSource(artifact);
+  if (source.onnxPath === undefined) throw new Error(`${artifact} holds no ONNX model`);
+  await using file = await openOnnx(source.onnxPath);
+  const graph = file.model.graph;
+  graph.nodes = graph.nodes.map((node) =>
+    node.op === 'MatMulNBits' ? { ...node, attributes: { ...node.attributes, accuracy_level: { kind: 'int', value: 1 } } } : node,
+  );
+  const written = await writeOnnx(file.model, scratch, 'level1.onnx');
+  const tokenizer = await loadTokenizer(source.folder, source.model.shape.vocabSize);
+  const { windows } = evaluationWindows(tokenizer.encode(await readText([parseTextFile(text)])), sequenceLength);
+  await using engine = await createEngine({ threads });
+  await using logits = await ArtifactLogits.open({
+    model: source.model,
+    engine,
+    windows,
+    hooks: {},
+    onnxPath: written.model.path,
+  });
+  const scorer = new Scorer();
+  for await (const { windowIndex, start, logits: rows } of logits.rows(4096)) {
+    scorer.add(rows.data, windows[windowIndex].subarray(start + 1, start + 1 + rows.rows), rows.columns);
+  }
+  return scorer.score.perplexity;
+}
+
+const { values, positionals } = parseArgs({ allowPositionals: true, options: { bits: { type: 'string', default: '2,3,4' } } });
+for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
+  const { model, calibration, text, groupSize, sequenceLength } = CASES[name];
+  if (!existsSync(model)) {
+    console.error(`${name}: skipped, ${model} is not there`);
+    continue;
+  }
+  const scratch = await mkdtemp(join(tmpdir(), 'pcomp-quality-'));
+  const machine = { sequenceLength, device: 'cpu', threads, maxMemory: 2 ** 30 } as const;
+  const float = await evaluate(model, { ...machine, text: [text], accuracy: 'exact' });
+  const rows: Record<string, number | string>[] = [
+    {
+      method: 'float',
+      'code bits': float.averageBits,
+      'stored bpw': float.bitsPerWeight,
+      MB: float.bytes / 1e6,
+      perplexity: float.perplexity,
+    },
+  ];
+  for (const bits of values.bits.split(',').map(Number)) {
+    for (const [label, options] of METHODS) {
+      const output = join(scratch, 'out');
+      const needsText = options.method !== 'rtn';
+      const request = {
+        ...options,
+        bits,
+        groupSize,
+        ...(needsText ? { calibration: [calibration], samples: 128, sequenceLength } : {}),
+      };
+      const outcome = await quantize(model, output, quantizeRecipe(request, threads), {
+        overwrite: true,
+        resume: false,
+        dryRun: false,
+      });
+      const exact = await evaluate(output, { ...machine, text: [text], against: model, accuracy: 'exact' });
+      const fast = await evaluate(output, { ...machine, text: [text], accuracy: 'fast' });
+      const level1 = await perplexityAtLevel1(output, scratch, text, sequenceLength);
+      const row = {
+        method: `${label}, ${bits} bits`,
+        'code bits': exact.averageBits,
+        'stored bpw': exact.bitsPerWeight,
+        MB: exact.bytes / 1e6,
+        perplexity: exact.perplexity,
+        'KL, nats': exact.kl ?? Number.NaN,
+        'ONNX, level 1': level1,
+        'level 1 / memory - 1': level1 / exact.perplexity - 1,
+        'ONNX, level 4': fast.perplexity,
+        seconds: outcome.run?.seconds ?? Number.NaN,
+      };
+      console.error(row.method, exact.perplexity.toFixed(3), level1.toFixed(3), fast.perplexity.toFixed(3));
+      rows.push(row);
+    }
+  }
+  await rm(scratch, { recursive: true, force: true });
+  await writeResults(`quality-${name}`, `npx tsx bench/quality.ts ${name} --bits ${values.bits}`, rows);
+}
