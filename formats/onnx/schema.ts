@@ -235,11 +235,9 @@ function codec<T extends WithUnknowns>(name: string): Codec<T> {
 
 export const modelCodec = codec<ModelMessage>('Model');
 export const graphCodec = codec<GraphMessage>('Graph');
-export const nodeCodec = codec<NodeMessage>('Node');
 export const attributeCodec = codec<AttributeMessage>('Attribute');
 export const tensorCodec = codec<TensorMessage>('Tensor');
 export const sparseTensorCodec = codec<SparseTensorMessage>('SparseTensor');
-export const valueInfoCodec = codec<ValueInfoMessage>('ValueInfo');
 export const typeCodec = codec<TypeMessage>('Type');
 export const entryCodec = codec<EntryMessage>('Entry');
 
