@@ -13,6 +13,7 @@ import { ArtifactLogits, BlockLogits, type LogitsSource } from './logits-source.
 import type { RunHooks } from './run.ts';
 import { Scorer } from './scoring.ts';
 
+/** What to evaluate on, and where. */
 export interface EvaluateOptions {
   /** Text files, with selectors (`file.jsonl:field`). */
   readonly text: readonly string[];
@@ -27,6 +28,7 @@ export interface EvaluateOptions {
   readonly maxMemory: number;
 }
 
+/** What was measured; definitions in docs/evaluate.md. */
 export interface Evaluation {
   readonly perplexity: number;
   /** Nats per scored token. */
@@ -49,6 +51,10 @@ export interface Evaluation {
   readonly threads: number;
 }
 
+/**
+ * Evaluates the model or artifact at `path`. Throws RecipeError for a request that makes no sense, FormatError for a broken file,
+ * EnvironmentError for what the machine lacks.
+ */
 export async function evaluate(path: string, options: EvaluateOptions, hooks: RunHooks = {}): Promise<Evaluation> {
   await using source = await openModelSource(path);
   if (options.accuracy === 'fast' && source.onnxPath === undefined) {

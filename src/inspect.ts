@@ -21,6 +21,7 @@ export interface InspectedModule {
   readonly bytes: number;
 }
 
+/** What a model or artifact holds. Sizes in bytes. */
 export interface Inspection {
   readonly path: string;
   /** `float`, or the layout: `onnx`, `planes`, `gptq`. */
@@ -41,6 +42,7 @@ export interface Inspection {
   readonly tensors: readonly InspectedTensor[];
 }
 
+/** Reads the headers of the model or artifact at `path`. Throws FormatError, UnsupportedError, EnvironmentError FILE_UNREADABLE. */
 export async function inspect(path: string): Promise<Inspection> {
   await using source = await openModelSource(path);
   const { model, storage, storedTensors } = source;

@@ -33,6 +33,7 @@ export interface OutputMode {
   readonly dryRun: boolean;
 }
 
+/** What came of a run, or would come of it. */
 export interface QuantizeOutcome {
   readonly architecture: string;
   readonly method: string;

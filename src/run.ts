@@ -8,7 +8,9 @@ export interface Progress {
   readonly total: number;
 }
 
+/** How a run talks to its caller. */
 export interface RunHooks {
+  /** Called often while work goes on. */
   readonly progress?: (progress: Progress) => void;
   /** Something the user should know; printed and kept in report.json. */
   readonly note?: (message: string) => void;
