@@ -61,11 +61,17 @@ export async function sweep(
       const { bits, grid } = grids(block);
       const compensated = wasmKernels().compensate(group, factor.diagonalBlock(start, end), bits, grid);
       accept(block, compensated.codes);
-      for (const e of compensated.errors) loss += e * e;
+      loss += sumOfSquares(compensated.errors);
       errors.set(compensated.errors, (start - first) * rows);
       await pushOn(first, start, end, end, last);
     }
     await pushOn(first, first, last, last, n);
   }
   return loss;
+}
+
+function sumOfSquares(values: Float32Array): number {
+  let sum = 0;
+  for (let i = 0; i < values.length; i++) sum += values[i] * values[i];
+  return sum;
 }

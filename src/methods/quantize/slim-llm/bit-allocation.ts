@@ -5,10 +5,13 @@
 import type { Blas, Matrix } from '../../../compute/blas.ts';
 import type { Group } from '../../../compute/kernels/kernels.ts';
 import { wasmKernels } from '../../../compute/kernels/wasm-kernels.ts';
+import { columnRange } from '../columns.ts';
 import { decodeGroup, fitMinMax } from '../grid.ts';
 
-/** Tokens whose outputs are held at a time. */
+/** Tokens whose outputs are held at a time: enough for products with the whole of W at full speed. */
 const TOKENS = 1024;
+/** Tokens that make all moves before the next ones do: their outputs stay in the cache from one move to the next. */
+const SLAB = 256;
 
 /** What the search looks at: one linear layer and its inputs. */
 export interface AllocationProblem {
@@ -47,25 +50,33 @@ export function rankGroups(salience: Float64Array): number[] {
  * Each y_k is its predecessor plus the change of the two groups that moved, so all k together cost about three products with W.
  */
 export async function divergences(blas: Blas, problem: AllocationProblem, ranking: readonly number[]): Promise<Float64Array> {
-  const { inFeatures, outFeatures, bias } = problem;
+  const { inFeatures, outFeatures, groupSize, bias } = problem;
   const weight = { rows: outFeatures, columns: inFeatures, data: problem.weight };
   const { uniform, moves } = trials(problem, ranking);
   const sums = new Float64Array(moves.length + 1);
+  // Used again for every chunk: fresh memory of this size costs about as much as the products that fill it gain.
+  const outputs = { target: new Float32Array(TOKENS * outFeatures), trial: new Float32Array(TOKENS * outFeatures) };
+  const inputs = new Float32Array(SLAB * 2 * groupSize);
   let tokenCount = 0;
   for await (const batch of problem.batches()) {
     for (let start = 0; start < batch.rows; start += TOKENS) {
-      const rows = Math.min(TOKENS, batch.rows - start);
-      const x = { rows, columns: inFeatures, data: batch.data.subarray(start * inFeatures, (start + rows) * inFeatures) };
-      const target = await blas.klTarget(
-        await blas.gemm(x, weight, { transposeB: true, beta: 1, out: biasRows(bias, rows, outFeatures) }),
-      );
-      const trial = await blas.gemm(x, uniform, { beta: 1, out: biasRows(bias, rows, outFeatures) });
-      sums[0] += rows * (await target.meanKl(trial));
-      for (const [i, move] of moves.entries()) {
-        await blas.gemm(takeInputs(x, move.columns), move.change, { beta: 1, out: trial });
-        sums[i + 1] += rows * (await target.meanKl(trial));
+      const x = rowsOf(batch, start, Math.min(start + TOKENS, batch.rows));
+      const target = biasRows(bias, outputs.target, x.rows, outFeatures);
+      const trial = biasRows(bias, outputs.trial, x.rows, outFeatures);
+      await blas.gemm(x, weight, { transposeB: true, beta: 1, out: target });
+      await blas.gemm(x, uniform, { beta: 1, out: trial });
+      for (let row = 0; row < x.rows; row += SLAB) {
+        const end = Math.min(row + SLAB, x.rows);
+        const slab = rowsOf(x, row, end);
+        const out = rowsOf(trial, row, end);
+        const wanted = await blas.klTarget(rowsOf(target, row, end));
+        sums[0] += slab.rows * (await wanted.meanKl(out));
+        for (const [i, move] of moves.entries()) {
+          await blas.gemm(takeInputs(slab, move.columns, inputs), move.change, { beta: 1, out });
+          sums[i + 1] += slab.rows * (await wanted.meanKl(out));
+        }
       }
-      tokenCount += rows;
+      tokenCount += x.rows;
     }
   }
   return sums.map((sum) => sum / tokenCount);
@@ -88,28 +99,23 @@ interface Move {
 function trials(problem: AllocationProblem, ranking: readonly number[]): { uniform: Matrix; moves: Move[] } {
   const { inFeatures, outFeatures, groupSize, bits } = problem;
   const uniform = { rows: inFeatures, columns: outFeatures, data: new Float32Array(inFeatures * outFeatures) };
-  for (const g of ranking) uniform.data.set(trialWeights(problem.group(g), bits), g * groupSize * outFeatures);
-  const moves = [];
-  for (let k = 1; k < Math.floor(ranking.length / 2); k++) {
-    const ends = [
-      { group: ranking[k - 1], width: bits - 1 },
-      { group: ranking[ranking.length - k], width: bits + 1 },
-    ];
-    const changes = ends.map(({ group: g, width }) => {
-      const change = trialWeights(problem.group(g), width);
-      const from = g * groupSize * outFeatures;
-      for (let i = 0; i < change.length; i++) change[i] -= uniform.data[from + i];
-      return { start: g * groupSize, change };
-    });
-    const count = changes.reduce((sum, { change }) => sum + change.length / outFeatures, 0);
-    const columns = new Uint32Array(count);
-    const data = new Float32Array(count * outFeatures);
-    let at = 0;
-    for (const { start, change } of changes) {
-      data.set(change, at * outFeatures);
-      for (let i = 0; i < change.length / outFeatures; i++) columns[at++] = start + i;
-    }
-    moves.push({ columns, change: { rows: count, columns: outFeatures, data } });
+  const columnsOf = (g: number) => columnRange(g * groupSize, Math.min((g + 1) * groupSize, inFeatures));
+  const moves = Array.from({ length: Math.max(0, Math.floor(ranking.length / 2) - 1) }, (_, i): Move => {
+    const columns = Uint32Array.of(...columnsOf(ranking[i]), ...columnsOf(ranking[ranking.length - 1 - i]));
+    const change = { rows: columns.length, columns: outFeatures, data: new Float32Array(columns.length * outFeatures) };
+    return { columns, change };
+  });
+  for (const [i, g] of ranking.entries()) {
+    const group = problem.group(g);
+    const trial = trialWeights(group, bits);
+    uniform.data.set(trial, g * groupSize * outFeatures);
+    const last = ranking.length - 1 - i;
+    const move = moves[Math.min(i, last)];
+    if (move === undefined) continue;
+    // The less salient of the two groups comes first in a move.
+    const at = i < last ? 0 : move.change.data.length - trial.length;
+    const moved = trialWeights(group, i < last ? bits - 1 : bits + 1);
+    for (let j = 0; j < trial.length; j++) move.change.data[at + j] = moved[j] - trial[j];
   }
   return { uniform, moves };
 }
@@ -120,19 +126,25 @@ function trialWeights(group: Group, bits: number): Float32Array {
   return decodeGroup(wasmKernels().roundCodes(group, bits, grid), bits, grid);
 }
 
-function takeInputs(x: Matrix, columns: Uint32Array): Matrix {
-  const data = new Float32Array(x.rows * columns.length);
+/** Columns of x, packed into `memory`. */
+function takeInputs(x: Matrix, columns: Uint32Array, memory: Float32Array): Matrix {
   let to = 0;
   for (let row = 0; row < x.rows; row++) {
     const from = row * x.columns;
-    for (let j = 0; j < columns.length; j++) data[to++] = x.data[from + columns[j]];
+    for (let j = 0; j < columns.length; j++) memory[to++] = x.data[from + columns[j]];
   }
-  return { rows: x.rows, columns: columns.length, data };
+  return { rows: x.rows, columns: columns.length, data: memory.subarray(0, to) };
 }
 
-/** The bias in every row, where a product is added to. */
-function biasRows(bias: Float32Array | undefined, rows: number, columns: number): Matrix {
-  const data = new Float32Array(rows * columns);
+/** Rows [start, end), a view. */
+function rowsOf({ columns, data }: Matrix, start: number, end: number): Matrix {
+  return { rows: end - start, columns, data: data.subarray(start * columns, end * columns) };
+}
+
+/** The bias in every row of `memory`, where a product is added to. */
+function biasRows(bias: Float32Array | undefined, memory: Float32Array, rows: number, columns: number): Matrix {
+  const data = memory.subarray(0, rows * columns);
   if (bias) for (let row = 0; row < rows; row++) data.set(bias, row * columns);
+  else data.fill(0);
   return { rows, columns, data };
 }
