@@ -4,7 +4,7 @@ import { Command, Option } from 'commander';
 import { parse as parseYaml } from 'yaml';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { DEVICES } from '../src/compute/engine.ts';
-import { RecipeError } from '../src/errors.ts';
+import { EnvironmentError, RecipeError } from '../src/errors.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
 import { type QuantizeOutcome, quantize } from '../src/quantize.ts';
 import { FORMATS, GROUP_SIZES, PRESETS, QUANTIZE_DEFAULTS, type QuantizeRequest, quantizeRecipe } from '../src/recipe.ts';
@@ -40,7 +40,7 @@ export function quantizeCommand(signal: AbortSignal): Command {
     .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
     .option('--bits <bits>', 'mean code bits over the quantized weights, 1..8')
     .addOption(new Option('--method <method>', `how codes are chosen (default: ${D.method})`).choices(Object.keys(QUANTIZERS)))
-    .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...PRESETS, 'best']))
+    .option('--preset <preset>', `variant of the method: ${PRESETS.join(', ')} (default: ${D.preset})`)
     .addOption(
       new Option('--group-size <columns>', `input columns that share a scale (default: ${D.groupSize})`).choices(
         GROUP_SIZES.map(String),
@@ -135,14 +135,14 @@ async function readRequest(flags: Flags): Promise<QuantizeRequest> {
 /** Option names in the file are the flags' names, with dashes: `group-size: 64`. */
 async function readRecipeFile(path: string): Promise<Record<string, unknown>> {
   const content = await readFile(path, 'utf8').catch((error: NodeJS.ErrnoException) => {
-    throw new RecipeError(`--recipe ${path}: cannot be read (${error.code ?? error.message})`);
+    throw new EnvironmentError('FILE_UNREADABLE', `--recipe ${path}: cannot be read (${error.code ?? error.message})`);
   });
   let parsed: unknown;
   try {
     parsed = parseYaml(content);
   } catch (error) {
     throw new RecipeError(
-      `--recipe ${path}: not YAML or JSON: ${error instanceof Error ? error.message.split('\n')[0] : String(error)}`,
+      `--recipe ${path}: not YAML or JSON: ${error instanceof Error ? error.message.split('\n')[0].replace(/:$/, '') : String(error)}`,
     );
   }
   if (typeof parsed !== 'object' || parsed === null || Array.isArray(parsed)) {
@@ -170,10 +170,24 @@ function describe(outcome: QuantizeOutcome): string {
   ]);
   const table = renderTable(['format', 'stored bpw', 'quantized', 'unquantized', 'files', 'source/files'], rows);
   if (outcome.run === undefined) {
-    pairs.push(['peak memory', `about ${formatSize(outcome.predictedPeakBytes)}`], ['passes', outcome.passes]);
+    pairs.push(
+      ['plan', describePlan(outcome)],
+      ['peak memory', `about ${formatSize(outcome.predictedPeakBytes)}`],
+      ['passes', outcome.passes],
+    );
     return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
   }
   const { seconds, peakBytes, device, output } = outcome.run;
   pairs.push(['time', formatDuration(seconds)], ['peak memory', formatSize(peakBytes)], ['device', device]);
   return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${output}`;
+}
+
+/** `2 bits in 84 groups, 3 bits in 6`, widest last; --json has every group. */
+function describePlan({ plan }: QuantizeOutcome): string {
+  const groups = new Map<number, number>();
+  for (const { bits } of Object.values(plan.modules)) {
+    for (const width of bits) groups.set(width, (groups.get(width) ?? 0) + 1);
+  }
+  const sorted = [...groups].sort(([a], [b]) => a - b);
+  return sorted.map(([width, count]) => `${width} ${width === 1 ? 'bit' : 'bits'} in ${count} groups`).join(', ');
 }

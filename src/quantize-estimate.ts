@@ -1,4 +1,5 @@
 /** What a run will cost, before it starts: for --dry-run and for the first line of a report. */
+import type { TensorSource } from '../formats/tensor.ts';
 import {
   codeBitsOf,
   gptqStoredBits,
@@ -8,7 +9,6 @@ import {
   type Storage,
   summarizeStorage,
 } from './artifacts/accounting.ts';
-import type { ModelSource } from './artifacts/model-source.ts';
 import { layOutLinear, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import type { SitePlan } from './methods/quantize/quantizer.ts';
@@ -89,17 +89,28 @@ export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactF
   };
 }
 
-/** What an artifact with these widths would take; headers and padding of the files are left out, embeddings counted as they are stored now. */
+/**
+ * What an artifact with these widths would take; graph, headers and padding of the files are left out.
+ * @param linears layers of the blocks with their widths, @param embeddings the same of embeddings and output head
+ */
 export function predictSizes(
-  source: ModelSource,
-  sites: readonly LinearSite[],
-  plans: ReadonlyMap<string, SitePlan>,
+  tensors: TensorSource,
+  linears: ReadonlyMap<LinearSite, SitePlan>,
+  embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
 ): ArtifactSizes {
-  const shapes = sites.map((site) => ({
-    site,
-    shape: { ...site, ...plans.get(site.name)!, bits: Uint8Array.from(plans.get(site.name)!.bits), scaleDtype: 'F16' as const },
-  }));
+  const storage = summarizeStorage(storageOf(linears, format), storageOf(embeddings, format), 0);
+  const modules = [...storage.modules, ...storage.embeddings];
+  const replaced = new Set(modules.map(({ name }) => `${name}.weight`));
+  const kept = [...tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
+  const quantizedBytes = sum(modules.map((module) => module.storedBits)) / 8;
+  return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
+}
+
+function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat): ModuleStorage[] {
+  const shapes = [...sites].map(([site, { groupSize, bits }]) => {
+    return { site, shape: { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const } };
+  });
   const onnx =
     format === 'onnx'
       ? onnxStoredBits(
@@ -110,15 +121,10 @@ export function predictSizes(
           ]),
         )
       : undefined;
-  const modules = shapes.map(({ site, shape }): ModuleStorage => {
+  return shapes.map(({ site, shape }) => {
     const storedBits = onnx?.get(site.name) ?? (format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(shape));
     return { ...shape, bits: [...shape.bits], codeBits: codeBitsOf(shape), storedBits };
   });
-  const replaced = new Set(sites.map((site) => `${site.name}.weight`));
-  const kept = [...source.tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
-  const storage = summarizeStorage(modules, [], 0);
-  const quantizedBytes = sum(modules.map((module) => module.storedBits)) / 8;
-  return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
 }
 
 /** A grid as 1-bit groups usually are: their two levels are not symmetric, so they carry means. */

@@ -1,30 +1,25 @@
 /** `quantize`: a float checkpoint and a budget in, an artifact that runtimes load out. */
-import { createHash } from 'node:crypto';
-import { basename, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
-import { type HashedFile, hashFile, hashFolder, writeManifest, writeReport } from './artifacts/manifest.ts';
-import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
+import { explainDiskError } from './artifacts/durable.ts';
+import { hashFolder, writeManifest, writeReport } from './artifacts/manifest.ts';
+import { openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
 import { PartStore } from './artifacts/parts.ts';
 import { type WrittenArtifact, writeArtifact } from './artifacts/write-artifact.ts';
 import { Calibration } from './calibration/calibration.ts';
-import { parseTextFile, readText } from './calibration/text.ts';
-import { loadTokenizer } from './calibration/tokenizer.ts';
-import { calibrationWindows } from './calibration/windows.ts';
 import type { Device } from './compute/engine.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
-import { QUANTIZERS } from './methods/quantize/index.ts';
-import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
-import { packageRoot, packageVersion } from './package-root.ts';
+import type { BitPlan } from './methods/quantize/quantizer.ts';
+import { packageVersion } from './package-root.ts';
 import { type BlockDetails, quantizeBlocks, type SiteDetails } from './quantize-blocks.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
 import { type ArtifactSizes, estimatePeakBytes, predictSizes, sizesOf } from './quantize-estimate.ts';
+import { describeInputs, type RunInputs } from './quantize-inputs.ts';
+import { prepareJob, type QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import type { ArtifactFormat, QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
-import { checkPlanFits, readPlan, selectSites } from './site-selection.ts';
 
 /** How to treat what is already on disk, and whether to work at all. */
 export interface OutputMode {
@@ -59,17 +54,6 @@ export interface QuantizeOutcome {
   };
 }
 
-/** Everything that is decided before the first byte is written. */
-interface Job {
-  readonly source: ModelSource;
-  readonly recipe: QuantizeRecipe;
-  readonly quantizer: Quantizer;
-  readonly selected: ReadonlySet<string>;
-  readonly given: BitPlan | undefined;
-  /** Windows of calibration tokens; none for a method that needs no text. */
-  readonly windows: readonly Int32Array[];
-}
-
 /**
  * Quantizes the model at `modelPath` into the folder `outputPath`. Throws RecipeError and UnsupportedError for a request that cannot
  * be met (before any work), FormatError for a broken input, EnvironmentError for what the machine lacks.
@@ -82,6 +66,7 @@ export async function quantize(
   hooks: RunHooks = {},
 ): Promise<QuantizeOutcome> {
   const started = performance.now();
+  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
   const notes: string[] = [];
   const tell: RunHooks = {
     ...hooks,
@@ -94,31 +79,51 @@ export async function quantize(
   if (source.kind !== 'float') {
     throw new RecipeError(`${modelPath}: is quantized already (layout ${source.kind}); give the float model it was made from`);
   }
+  const request = { path: outputPath, overwrite: mode.overwrite, resume: mode.resume };
+  // What is in the way is found before any work; whether a partial run is of this recipe is judged when the inputs are hashed.
+  if (!mode.dryRun)
+    await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
   if (source.model.unusedTensors.length > 0) {
     const [first] = source.model.unusedTensors;
     tell.note?.(
       `${source.model.unusedTensors.length} tensors of ${modelPath} have no place in a ${source.model.architecture}, "${first}" for one; they are left out of ONNX`,
     );
   }
-  const job = await prepare(source, recipe, tell);
-  if (mode.dryRun) return dryRun(job, notes);
+  const job = await prepareJob(source, recipe, tell);
+  if (mode.dryRun) return dryRun(job, tell, notes);
 
-  const request = { path: outputPath, overwrite: mode.overwrite, resume: mode.resume };
-  // What is in the way is found before the inputs are hashed, which takes a while; the hash is judged when it is known.
-  await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
-  const inputs = await hashInputs(job);
-  const manifestRecipe = portableRecipe(recipe, modelPath);
-  const recipeHash = createHash('sha256')
-    .update(JSON.stringify([manifestRecipe, inputs, packageVersion()]))
-    .digest('hex');
-  await using output = await OutputFolder.open({ ...request, recipeHash });
-  const parts = await PartStore.open(output.partsPath, recipeHash);
+  const inputs = await describeInputs(job);
+  await using output = await OutputFolder.open({ ...request, recipeHash: inputs.hash });
+  try {
+    return await produce({ job, inputs, output, outputPath, started, notes, hooks: tell });
+  } catch (error) {
+    throw explainDiskError(error, output.path);
+  }
+}
+
+/** A run that has its output folder. */
+interface Production {
+  readonly job: QuantizeJob;
+  readonly inputs: RunInputs;
+  readonly output: OutputFolder;
+  /** As the user named it. */
+  readonly outputPath: string;
+  /** `performance.now()` when the run began. */
+  readonly started: number;
+  readonly notes: readonly string[];
+  readonly hooks: RunHooks;
+}
+
+/** Quantizes, writes the artifact, and publishes it. */
+async function produce({ job, inputs, output, outputPath, started, notes, hooks }: Production): Promise<QuantizeOutcome> {
+  const { source, recipe } = job;
+  const parts = await PartStore.open(output.partsPath, inputs.hash);
   if (output.resumed) {
     const done = source.model.blocks.filter((block) => parts.hasBlock(block.index)).length;
-    tell.note?.(`resuming: ${done} of ${source.model.blocks.length} blocks are finished`);
+    hooks.note?.(`resuming: ${done} of ${source.model.blocks.length} blocks are finished`);
   }
-
-  const { device, runtime } = await solve(job, parts, output, tell);
+  const { device, runtime } = await solve(job, parts, output, hooks);
+  hooks.signal?.throwIfAborted();
   const written = await writeArtifact({
     source,
     quantized: parts,
@@ -126,7 +131,7 @@ export async function quantize(
     formats: recipe.formats,
     version: packageVersion(),
   });
-  for (const note of written.notes) tell.note?.(note);
+  for (const note of written.notes) hooks.note?.(note);
   const details = detailsOf(job, parts);
   const plan: BitPlan = { modules: Object.fromEntries(details.map(([name, { plan: site }]) => [name, site])) };
   const outcome: QuantizeOutcome = {
@@ -142,12 +147,12 @@ export async function quantize(
   };
   await writeManifest(output.artifactPath, {
     command: 'quantize',
-    recipe: manifestRecipe,
+    recipe: inputs.recipe,
     plan,
     seed: recipe.seed,
     device,
     versions: { pcomp: packageVersion(), 'onnxruntime-node': runtime },
-    inputs,
+    inputs: inputs.files,
     outputs: await hashFolder(output.artifactPath),
     weights: written.weights,
   });
@@ -159,45 +164,14 @@ export async function quantize(
     resumed: output.resumed,
     sites: Object.fromEntries(sites),
   });
+  hooks.signal?.throwIfAborted();
   await output.finalize();
   return outcome;
 }
 
-async function prepare(source: ModelSource, recipe: QuantizeRecipe, hooks: RunHooks): Promise<Job> {
-  const quantizer: Quantizer = QUANTIZERS[recipe.method];
-  const selected = selectSites(source.model, recipe.only, recipe.skip);
-  const given = recipe.plan === undefined ? undefined : await readPlan(recipe.plan);
-  if (given !== undefined && recipe.plan !== undefined) checkPlanFits(recipe.plan, given, source.model, selected);
-  const windows = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : [];
-  return { source, recipe, quantizer, selected, given, windows };
-}
-
-async function readWindows(
-  { model, folder }: ModelSource,
-  recipe: QuantizeRecipe,
-  hooks: RunHooks,
-): Promise<readonly Int32Array[]> {
-  const files = calibrationFiles(recipe);
-  if (recipe.calibration.length === 0) {
-    hooks.note?.(
-      'no --calibration given: measuring on the text that ships with pcomp; text of your own domain gives better results',
-    );
-  }
-  const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
-  const tokens = tokenizer.encode(await readText(files.map(parseTextFile)));
-  const sequenceLength = Math.min(recipe.sequenceLength, model.shape.contextLength);
-  const { windows, notes } = calibrationWindows(tokens, { samples: recipe.samples, sequenceLength, seed: recipe.seed });
-  for (const note of notes) hooks.note?.(note);
-  return windows;
-}
-
-function calibrationFiles(recipe: QuantizeRecipe): readonly string[] {
-  return recipe.calibration.length > 0 ? recipe.calibration : [fileURLToPath(new URL('assets/calibration.txt', packageRoot()))];
-}
-
 /** Quantizes what is not in `parts` yet. Returns where it ran. */
 async function solve(
-  job: Job,
+  job: QuantizeJob,
   parts: PartStore,
   output: OutputFolder,
   hooks: RunHooks,
@@ -221,11 +195,12 @@ async function solve(
         onProgress: (event) => progress.calibration(event),
       })
     : undefined;
+  const options = { ...recipe, bits: recipe.bits ?? 0 };
   await quantizeBlocks({
     model: source.model,
     weights: source.weights,
     quantizer,
-    options: { ...recipe, bits: recipe.bits ?? 0 },
+    options,
     blas,
     calibration,
     parts,
@@ -237,12 +212,12 @@ async function solve(
     hooks,
   });
   if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
-    await quantizeEmbeddings(source, { ...recipe, bits: recipe.embeddings, symmetric: false }, blas, parts, hooks);
+    await quantizeEmbeddings(source.weights, job.expectedEmbeddings, options, blas, parts, hooks);
   }
   return { device: engine.device, runtime: engine.runtime };
 }
 
-function detailsOf({ source, selected }: Job, parts: PartStore): [string, SiteDetails][] {
+function detailsOf({ source, selected }: QuantizeJob, parts: PartStore): [string, SiteDetails][] {
   return source.model.blocks.flatMap((block) => {
     const { sites } = parts.blockDetails(block.index) as unknown as BlockDetails;
     return block.sites
@@ -251,7 +226,7 @@ function detailsOf({ source, selected }: Job, parts: PartStore): [string, SiteDe
   });
 }
 
-function outlineOf({ source, recipe, selected, quantizer, windows }: Job, plan: BitPlan, notes: readonly string[]) {
+function outlineOf({ source, recipe, selected, quantizer, windows }: QuantizeJob, plan: BitPlan, notes: readonly string[]) {
   const tokens = windows.reduce((sum, window) => sum + window.length, 0);
   const { needsCalibration } = quantizer;
   return {
@@ -269,57 +244,22 @@ function outlineOf({ source, recipe, selected, quantizer, windows }: Job, plan: 
   };
 }
 
-/** Sizes as they would be with one width everywhere, or with the plan that is given. */
-function dryRun(job: Job, notes: string[]): QuantizeOutcome {
-  const { source, recipe, given, selected } = job;
-  const sites = source.model.blocks.flatMap((block) => block.sites).filter((site) => selected.has(site.name));
-  const uniform = (columns: number): SitePlan => ({
-    groupSize: recipe.groupSize,
-    bits: new Array<number>(Math.ceil(columns / recipe.groupSize)).fill(recipe.bits ?? 0),
-  });
-  const plans = new Map(sites.map((site) => [site.name, given?.modules[site.name] ?? uniform(site.inFeatures)]));
-  if (recipe.embeddings !== 'float') notes.push('sizes count the embeddings as they are stored now');
+/** Sizes with the widths that are known before the work. */
+function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): QuantizeOutcome {
+  const { source, recipe, given, expected, expectedEmbeddings } = job;
   if (given === undefined && recipe.method === 'slim-llm') {
-    notes.push(
+    hooks.note?.(
       'sizes are those of one width everywhere; slim-llm mixes widths around it, which makes an ONNX file larger (a 1-bit group takes 2 bits there, a 3-bit group 4)',
     );
   }
-  const artifacts = recipe.formats.map((format) => ({ format, ...predictSizes(source, sites, plans, format) }));
-  return {
-    ...outlineOf(job, { modules: Object.fromEntries(plans) }, notes),
-    averageBits: artifacts[0].averageBits,
-    artifacts,
-  };
+  const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };
+  const artifacts = recipe.formats.map((format) => ({
+    format,
+    ...predictSizes(source.tensors, expected, expectedEmbeddings, format),
+  }));
+  return { ...outlineOf(job, plan, notes), averageBits: artifacts[0].averageBits, artifacts };
 }
 
-function artifactsOf({ recipe }: Job, { formats }: WrittenArtifact) {
+function artifactsOf({ recipe }: QuantizeJob, { formats }: WrittenArtifact) {
   return recipe.formats.map((format, i) => ({ format, ...sizesOf(formats[i].storage, formats[i].weightBytes, format) }));
-}
-
-/** The recipe without what this machine is: threads, and folders on the way to files. */
-function portableRecipe(recipe: QuantizeRecipe, modelPath: string): Record<string, unknown> {
-  const { threads: _, maxMemory: __, plan, ...portable } = recipe;
-  return {
-    model: basename(modelPath),
-    ...portable,
-    calibration: recipe.calibration.map((file) => basename(file)),
-    ...(plan === undefined ? {} : { plan: basename(plan) }),
-  };
-}
-
-async function hashInputs({ source, recipe, quantizer }: Job): Promise<Record<string, HashedFile>> {
-  const files = new Map<string, string>();
-  for (const { path } of source.files) files.set(`model/${basename(path)}`, path);
-  files.set('model/config.json', source.configPath);
-  if (quantizer.needsCalibration) {
-    files.set('model/tokenizer.json', join(source.folder, 'tokenizer.json'));
-    calibrationFiles(recipe).forEach((file, i) => {
-      const { path } = parseTextFile(file);
-      files.set(`calibration/${i}/${basename(path)}`, path);
-    });
-  }
-  if (recipe.plan !== undefined) files.set(`plan/${basename(recipe.plan)}`, recipe.plan);
-  const hashed: Record<string, HashedFile> = {};
-  for (const [name, path] of files) hashed[name] = await hashFile(path);
-  return hashed;
 }

@@ -145,14 +145,12 @@ function checkTogether(recipe: QuantizeRecipe, request: QuantizeRequest): void {
   if (recipe.plan !== undefined && recipe.bits !== undefined) {
     throw new RecipeError(`--bits ${recipe.bits}: the plan says every width; give --bits or --plan`);
   }
+  if (recipe.plan !== undefined && request.groupSize !== undefined && recipe.embeddings === 'float') {
+    throw new RecipeError(`--group-size ${recipe.groupSize}: the plan says the size of every group; give --group-size or --plan`);
+  }
   if (recipe.method === 'slim-llm' && recipe.bits !== undefined && (recipe.bits < 2 || recipe.bits > 7)) {
     throw new RecipeError(
       `--bits ${recipe.bits}: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for ${recipe.bits} bits use --method gptq`,
-    );
-  }
-  if (recipe.groupSize === 256 && recipe.formats.includes('onnx')) {
-    throw new RecipeError(
-      '--group-size 256: onnxruntime runs 2-bit blocks of 256 very slowly; use 32, 64 or 128, or --format safetensors',
     );
   }
   if (recipe.formats.includes('gptq') && recipe.embeddings !== 'float') {

@@ -1,0 +1,102 @@
+/** What a quantize request comes down to for one model: which layers, what widths if they are known, which text. Decided before the first byte is written. */
+import { fileURLToPath } from 'node:url';
+import { whyNotGptq } from './artifacts/gptq.ts';
+import type { ModelSource } from './artifacts/model-source.ts';
+import { parseTextFile, readText } from './calibration/text.ts';
+import { loadTokenizer } from './calibration/tokenizer.ts';
+import { calibrationWindows } from './calibration/windows.ts';
+import { RecipeError } from './errors.ts';
+import { QUANTIZERS } from './methods/quantize/index.ts';
+import { groupCount } from './methods/quantize/quantized-linear.ts';
+import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
+import type { LinearSite } from './model/model.ts';
+import { packageRoot } from './package-root.ts';
+import { embeddingGroups, embeddingSites } from './quantize-embeddings.ts';
+import type { QuantizeRecipe } from './recipe.ts';
+import type { RunHooks } from './run.ts';
+import { checkPlanFits, readPlan, selectSites } from './site-selection.ts';
+
+export interface QuantizeJob {
+  readonly source: ModelSource;
+  readonly recipe: QuantizeRecipe;
+  readonly quantizer: Quantizer;
+  /** Names of the linear layers to quantize. */
+  readonly selected: ReadonlySet<string>;
+  /** Widths to follow instead of deciding. */
+  readonly given: BitPlan | undefined;
+  /** Windows of calibration tokens; none for a method that needs no text. */
+  readonly windows: readonly Int32Array[];
+  /** Widths as far as they are known now: those given, else one width everywhere, which a method may still depart from. */
+  readonly expected: ReadonlyMap<LinearSite, SitePlan>;
+  /** The same of embeddings and output head, where they are quantized. */
+  readonly expectedEmbeddings: ReadonlyMap<LinearSite, SitePlan>;
+}
+
+/** Reads plan and text, and checks that they, the model and the formats fit together. Throws RecipeError, FormatError, EnvironmentError. */
+export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, hooks: RunHooks): Promise<QuantizeJob> {
+  const quantizer: Quantizer = QUANTIZERS[recipe.method];
+  const selected = selectSites(source.model, recipe.only, recipe.skip);
+  const given = recipe.plan === undefined ? undefined : await readPlan(recipe.plan);
+  if (given !== undefined && recipe.plan !== undefined) checkPlanFits(recipe.plan, given, source.model, selected);
+  const sites = source.model.blocks.flatMap((block) => block.sites).filter(({ name }) => selected.has(name));
+  const uniform = ({ inFeatures }: LinearSite, bits: number, groupSize: number): SitePlan => ({
+    groupSize,
+    bits: new Array<number>(groupCount(inFeatures, groupSize)).fill(bits),
+  });
+  const expected = new Map(
+    sites.map((site) => [site, given?.modules[site.name] ?? uniform(site, recipe.bits ?? 0, recipe.groupSize)]),
+  );
+  const { embeddings } = recipe;
+  const tables = embeddings === 'float' ? [] : embeddingSites(source.model);
+  const expectedEmbeddings = new Map(
+    tables.map((site) => [site, uniform(site, Number(embeddings), embeddingGroups(source.model, recipe))]),
+  );
+  checkFormats(recipe, expected);
+  const windows = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : [];
+  return { source, recipe, quantizer, selected, given, windows, expected, expectedEmbeddings };
+}
+
+/** Refuses before the work what a format could not hold after it. */
+function checkFormats({ formats, plan }: QuantizeRecipe, expected: ReadonlyMap<LinearSite, SitePlan>): void {
+  const groups = [...expected].find(([, { groupSize }]) => groupSize > 128);
+  if (formats.includes('onnx') && groups !== undefined) {
+    const [{ name }, { groupSize }] = groups;
+    throw new RecipeError(
+      `${plan === undefined ? `--group-size ${groupSize}` : `--plan ${plan}: "${name}" has groups of ${groupSize}`}: onnxruntime runs 2-bit blocks of ${groupSize} very slowly; use 32, 64 or 128, or --format safetensors`,
+    );
+  }
+  if (!formats.includes('gptq')) return;
+  const reasons = [...expected].map(([site, { groupSize, bits }]): [string, string | undefined] => {
+    const shape = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const };
+    return [site.name, whyNotGptq(shape)];
+  });
+  if (reasons.every(([, why]) => why !== undefined)) {
+    const [[name, why]] = reasons;
+    throw new RecipeError(
+      `--format gptq: the layout can hold none of the layers to quantize; "${name}" ${why}. Use --format safetensors.`,
+    );
+  }
+}
+
+async function readWindows(
+  { model, folder }: ModelSource,
+  recipe: QuantizeRecipe,
+  hooks: RunHooks,
+): Promise<readonly Int32Array[]> {
+  if (recipe.calibration.length === 0) {
+    hooks.note?.(
+      'no --calibration given: measuring on the text that ships with pcomp; text of your own domain gives better results',
+    );
+  }
+  const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
+  const tokens = tokenizer.encode(await readText(calibrationFiles(recipe).map(parseTextFile)));
+  const sequenceLength = Math.min(recipe.sequenceLength, model.shape.contextLength);
+  const { windows, notes } = calibrationWindows(tokens, { samples: recipe.samples, sequenceLength, seed: recipe.seed });
+  for (const note of notes) hooks.note?.(note);
+  return windows;
+}
+
+/** The text files a run reads, with their selectors: those asked for, else the one that ships with pcomp. */
+export function calibrationFiles({ calibration }: QuantizeRecipe): readonly string[] {
+  return calibration.length > 0 ? calibration : [fileURLToPath(new URL('assets/calibration.txt', packageRoot()))];
+}
