@@ -24,7 +24,7 @@ interface Flags {
 export function evaluateCommand(signal: AbortSignal): Command {
   return new Command('evaluate')
     .description('Measure a model or an artifact on text.')
-    .argument('<model>', 'Hugging Face folder, or an artifact that pcomp wrote')
+    .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote')
     .requiredOption('--text <files...>', 'held-out text: .txt, .jsonl[:field], .csv[:column]; globs allowed')
     .option('--against <original>', 'the float model: adds KL, top-1 agreement and the perplexity ratio')
     .option('--sequence-length <tokens>', "tokens in a window, at most the model's context", '2048')

@@ -16,7 +16,7 @@ async function main(args: readonly string[]): Promise<number> {
     .description('Compresses trained models for deployment: 2-bit ONNX artifacts from Hugging Face checkpoints.')
     .version(packageVersion())
     .exitOverride()
-    .configureOutput({ outputError: (text, write) => write(text.replace(/^error: /, 'pcomp: ')) })
+    .configureOutput({ outputError: (text, write) => write(`pcomp: ${oneLine(text.replace(/^error: /, ''))}\n`) })
     .showSuggestionAfterError();
   for (const command of [quantizeCommand, evaluateCommand, inspectCommand])
     program.addCommand(command(abort.signal).copyInheritedSettings(program));
@@ -36,10 +36,14 @@ async function main(args: readonly string[]): Promise<number> {
   }
 }
 
+function oneLine(text: string): string {
+  return text.trim().replaceAll(/\s*\n\s*/g, ' ');
+}
+
 function report(error: unknown): number {
   if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.done : EXIT.badRequest;
   if (error instanceof PcompError) {
-    process.stderr.write(`pcomp: ${error.message.replaceAll(/\s*\n\s*/g, ' ')}\n`);
+    process.stderr.write(`pcomp: ${oneLine(error.message)}\n`);
     return error instanceof RecipeError || error instanceof UnsupportedError ? EXIT.badRequest : EXIT.failed;
   }
   process.stderr.write(
@@ -48,4 +52,9 @@ function report(error: unknown): number {
   return EXIT.failed;
 }
 
+// A reader that has seen enough (`pcomp inspect x | head`) is no failure.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') throw error;
+  process.exit(EXIT.done);
+});
 process.exitCode = await main(process.argv.slice(2));

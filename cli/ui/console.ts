@@ -20,7 +20,7 @@ export function createConsole(options: {
   readonly signal: AbortSignal;
 }): Console {
   const live = process.stderr.isTTY === true && process.env['TERM'] !== 'dumb';
-  const colour = live && process.env['NO_COLOR'] === undefined;
+  const colour = live && !process.env['NO_COLOR'];
   let lastDraw = Number.NEGATIVE_INFINITY;
   let drawn = false;
   let estimate: { readonly total: number; readonly eta: EtaEstimator } | undefined;

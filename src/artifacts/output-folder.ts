@@ -10,8 +10,8 @@
  */
 import { mkdir, readdir, readFile, rename, rm, rmdir, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
-import { RecipeError } from '../errors.ts';
-import { flushFolder, flushTree, writeDurably } from './durable.ts';
+import { EnvironmentError, RecipeError } from '../errors.ts';
+import { explainDiskError, flushFolder, flushTree, writeDurably } from './durable.ts';
 import { assertUnlocked, errorCode, releaseLock, takeLock } from './process-lock.ts';
 
 export interface OutputRequest {
@@ -51,6 +51,7 @@ export class OutputFolder implements AsyncDisposable {
   readonly #recipeHash: string;
   readonly #replaces: boolean;
   #resumable: boolean;
+  #publishing = false;
   #closed = false;
 
   private constructor(request: OutputRequest, partial: string, resumed: boolean, replaces: boolean) {
@@ -77,7 +78,7 @@ export class OutputFolder implements AsyncDisposable {
   static async open(request: OutputRequest): Promise<OutputFolder> {
     const partial = partialOf(request.path);
     await OutputFolder.check(request);
-    await mkdir(partial, { recursive: true });
+    await makeFolder(partial);
     await takeLock(join(partial, 'lock'));
     try {
       await recoverReplaced(resolve(request.path), partial);
@@ -109,6 +110,7 @@ export class OutputFolder implements AsyncDisposable {
   async finalize(): Promise<void> {
     await flushTree(this.artifactPath);
     await this.#writeState(true);
+    this.#publishing = true;
     if (await exists(this.path)) {
       if (!this.#replaces)
         throw new RecipeError(`${this.path}: appeared while the run went on. Move it away, then continue with --resume.`);
@@ -128,7 +130,8 @@ export class OutputFolder implements AsyncDisposable {
       await discard(this.#partial);
       return;
     }
-    await this.#writeState(false);
+    // Only then: a run that ends because the disk is full must not need room to end.
+    if (this.#publishing) await this.#writeState(false);
     await rm(this.artifactPath, { recursive: true, force: true });
     await releaseLock(join(this.#partial, 'lock'));
   }
@@ -136,6 +139,21 @@ export class OutputFolder implements AsyncDisposable {
   async #writeState(publishing: boolean): Promise<void> {
     const state: RunState = { recipeHash: this.#recipeHash, overwrite: this.#replaces, publishing };
     await writeDurably(join(this.#partial, 'state.json'), `${JSON.stringify(state)}\n`);
+  }
+}
+
+/** Makes the folder, its parents too. Throws EnvironmentError FILE_UNREADABLE or DISK_FULL when the system does not let it. */
+async function makeFolder(path: string): Promise<void> {
+  try {
+    await mkdir(dirname(path), { recursive: true });
+    // Not recursive: where a parent exists and takes no folders (/proc), Node 20 would try for ever.
+    await mkdir(path);
+  } catch (error) {
+    if ((await entriesOf(path)) !== undefined) return;
+    const code = errorCode(error);
+    const explained = explainDiskError(error, path);
+    if (explained !== error || code === '') throw explained;
+    throw new EnvironmentError('FILE_UNREADABLE', `${path}: cannot be made (${code}); choose another -o`, { cause: error });
   }
 }
 
