@@ -1,106 +1,150 @@
 /**
- * Time, peak memory and share of this machine's GEMM rate of `pcomp quantize --bits 2`, each case a process of its own.
- * `npx tsx bench/speed.ts [lab] [7b-2] [7b-4] [1b-2]`; writes bench/results/speed.{json,md}. Synthetic checkpoints are made and removed.
+ * Speed and memory of `pcomp quantize --method slim-llm` on real shapes: `npx tsx bench/speed.ts [lab] [7b-1] [7b-2] [7b-4] [1b-2]`.
+ * Each case is one run of the command line in a process of its own. Rows replace those of the same case in
+ * bench/results/speed.{json,md}. Needs 2 GB of disk for the largest case.
+ *
+ * Counted work, in flops (a multiply-add is two). Per block, T tokens in windows of S, sites (m, n), inputs of n features:
+ *   forward       2 T m n per site, and 2 T S d for attention: two products over the causal half, d = heads x head size. Once to measure
+ *                 the block, once more to move the text on, which the last block does not need
+ *   Hessian       T n^2 per input: the symmetric half is computed
+ *   allocation    per site of four groups or more, 2 T m n for its outputs, 2 T m n for the outputs at N bits, 2 T m c for all moves,
+ *                 c being the columns that move: 2 groups x (floor(G / 2) - 1)
+ *   factor        n^3 / 3 for the Cholesky factorization and n^3 / 3 for the triangular inverse per input, in fp64
+ *   GPTQ          m n^2 per site
+ * Softmaxes, the search of scales, decoding, packing, hashing, reading and writing count as no work: they lower the share.
  */
 import { execFile } from 'node:child_process';
-import { mkdtemp, rm } from 'node:fs/promises';
-import { availableParallelism, tmpdir } from 'node:os';
+import { mkdtemp, readFile, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { createEngine } from '../src/compute/ort.ts';
-import type { QuantizeOutcome } from '../src/index.ts';
 import type { Model } from '../src/model/model.ts';
+import { quantizeRecipe } from '../src/recipe.ts';
 import { measureGemmRate } from './gemm-rate.ts';
 import { type Row, writeResults } from './results.ts';
 import { SHAPES, writeSynthetic } from './synthetic.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));
 const LAB = root('fixtures/lab/base');
-const TEXT = root('fixtures/lab/text/python.train.txt');
 
-/** Name -> synthetic shape and blocks; `lab` is the model that ships. */
-const CASES = {
-  lab: { samples: 128, sequenceLength: 256 },
-  '7b-2': { shape: SHAPES['7b'], blocks: 2, samples: 8, sequenceLength: 2048 },
-  '7b-4': { shape: SHAPES['7b'], blocks: 4, samples: 8, sequenceLength: 2048 },
-  '1b-2': { shape: SHAPES['1b'], blocks: 2, samples: 8, sequenceLength: 2048 },
-} as const;
-
-/**
- * Floating-point operations of the run, multiplications and additions each counted: two forward passes a block (one for the last), the
- * symmetric half of each Hessian, Cholesky and triangular inverse of each, slim-llm's trial products (the original, the uniform trial, and one
- * more in pieces for all the moves, where a layer has at least 4 groups), and the propagation of GPTQ. Attention, softmaxes and grid searches are left out.
- */
-function countedWork(model: Model, tokens: number): number {
-  let work = 0;
-  for (const block of model.blocks) {
-    const inputs = new Map(block.sites.map((site) => [site.input, site.inFeatures]));
-    for (const n of inputs.values()) work += tokens * n * n + (2 / 3) * n ** 3;
-    const passes = block === model.blocks.at(-1) ? 1 : 2;
-    for (const { inFeatures: n, outFeatures: m } of block.sites) {
-      const trials = Math.ceil(n / 128) >= 4 ? 3 : 0;
-      work += 2 * tokens * m * n * (passes + trials) + m * n * n;
-    }
-  }
-  return work;
+interface Case {
+  /** Makes the model in `folder`, or names one that is there. */
+  readonly model: (folder: string) => Promise<string>;
+  readonly samples: number;
+  readonly sequenceLength: number;
 }
 
-async function run(name: keyof typeof CASES, scratch: string): Promise<Row> {
-  const { samples, sequenceLength, ...synthetic } = CASES[name];
-  const model = 'shape' in synthetic ? join(scratch, name) : LAB;
-  if ('shape' in synthetic) await writeSynthetic(model, synthetic.shape, synthetic.blocks, LAB);
-  const threads = availableParallelism();
-  let rate: number;
-  {
-    await using engine = await createEngine({ threads });
-    rate = await measureGemmRate(engine);
-  }
-  const flags = ['--bits', '2', '--samples', String(samples), '--sequence-length', String(sequenceLength), '--calibration', TEXT];
-  const args = [
-    '--import',
-    'tsx',
-    root('cli/pcomp.ts'),
-    'quantize',
-    model,
-    ...flags,
-    '-o',
-    join(scratch, `${name}-out`),
-    '--json',
-  ];
-  const { stdout } = await promisify(execFile)(process.execPath, args, { cwd: root('.'), maxBuffer: 2 ** 28 });
-  const outcome = JSON.parse(stdout) as QuantizeOutcome;
-  if (outcome.run === undefined) throw new Error(`${name}: nothing was run`);
-  await using source = await openModelSource(model);
-  const work = countedWork(source.model, samples * sequenceLength);
-  const { seconds, peakBytes } = outcome.run;
-  const achieved = work / seconds / 1e9;
-  return {
-    case: name,
-    blocks: source.model.blocks.length,
-    tokens: samples * sequenceLength,
-    seconds,
-    'seconds/block': seconds / source.model.blocks.length,
-    'peak GB': peakBytes / 1e9,
-    'counted TFLOP': work / 1e12,
-    'GFLOP/s': achieved,
-    'GEMM GFLOP/s': rate,
-    share: achieved / rate,
-  };
+const synthetic = (shape: keyof typeof SHAPES, blocks: number): Case => ({
+  model: async (folder) => {
+    await writeSynthetic(folder, SHAPES[shape], blocks, LAB);
+    return folder;
+  },
+  samples: 8,
+  sequenceLength: 2048,
+});
+
+const CASES: Readonly<Record<string, Case>> = {
+  lab: { model: async () => LAB, samples: 128, sequenceLength: 256 },
+  '7b-1': synthetic('7b', 1),
+  '7b-2': synthetic('7b', 2),
+  '7b-4': synthetic('7b', 4),
+  '1b-2': synthetic('1b', 2),
+};
+
+/** What the command line says of a run with --json. */
+interface Outcome {
+  readonly passes: string;
+  readonly run: { readonly seconds: number; readonly peakBytes: number };
 }
 
 const names = process.argv.length > 2 ? process.argv.slice(2) : Object.keys(CASES);
-const scratch = await mkdtemp(join(tmpdir(), 'pcomp-speed-'));
-const rows: Row[] = [];
-try {
-  for (const name of names) {
-    if (!(name in CASES)) throw new Error(`no case ${name}; there are ${Object.keys(CASES).join(', ')}`);
-    rows.push(await run(name as keyof typeof CASES, scratch));
-    console.error(rows.at(-1));
-    await rm(join(scratch, name), { recursive: true, force: true });
-  }
-} finally {
-  await rm(scratch, { recursive: true, force: true });
+for (const name of names) {
+  if (!Object.hasOwn(CASES, name)) throw new Error(`no case "${name}"; there are ${Object.keys(CASES).join(', ')}`);
 }
-await writeResults('speed', `npx tsx bench/speed.ts ${names.join(' ')}`, rows);
+for (const name of names) {
+  const row = await measure(name, CASES[name]);
+  const rows = [...(await earlierRows()).filter((earlier) => earlier['case'] !== name), row];
+  rows.sort((a, b) => order(a) - order(b));
+  await writeResults('speed', 'npx tsx bench/speed.ts', rows, [
+    'Share: counted work (see bench/speed.ts) over seconds, against the fp32 GEMM rate (2048 cubed) measured before and after the run.',
+  ]);
+}
+
+async function measure(name: string, { model, samples, sequenceLength }: Case): Promise<Row> {
+  const scratch = await mkdtemp(join(tmpdir(), 'pcomp-speed-'));
+  try {
+    const folder = await model(join(scratch, 'model'));
+    const before = await gemmRate();
+    const { passes, run } = await quantize(folder, join(scratch, 'out'), samples, sequenceLength);
+    const rate = (before + (await gemmRate())) / 2;
+    const tokens = samples * sequenceLength;
+    if (!passes.includes(`${tokens} tokens`)) throw new Error(`${name} should take ${tokens} tokens, but: ${passes}`);
+    await using source = await openModelSource(folder);
+    const flops = countFlops(source.model, tokens, sequenceLength);
+    const achieved = flops / run.seconds / 1e9;
+    const row = {
+      case: name,
+      blocks: source.model.blocks.length,
+      tokens,
+      seconds: Math.round(run.seconds * 10) / 10,
+      'peak RSS, MB': Math.round(run.peakBytes / 1e6),
+      'counted TFLOP': Math.round(flops / 1e10) / 100,
+      'GFLOP/s': Math.round(achieved),
+      'GEMM, GFLOP/s': Math.round(rate),
+      'share, %': Math.round((100 * achieved) / rate),
+    };
+    console.error(JSON.stringify(row));
+    return row;
+  } finally {
+    await rm(scratch, { recursive: true, force: true });
+  }
+}
+
+async function quantize(model: string, output: string, samples: number, sequenceLength: number): Promise<Outcome> {
+  const flags = ['--method', 'slim-llm', '--bits', '2', '--samples', `${samples}`, '--sequence-length', `${sequenceLength}`];
+  const { stdout } = await promisify(execFile)(
+    process.execPath,
+    ['--import', 'tsx', root('cli/pcomp.ts'), 'quantize', model, '-o', output, ...flags, '--json', '--quiet'],
+    { cwd: root(''), maxBuffer: 2 ** 26 },
+  );
+  return JSON.parse(stdout) as Outcome;
+}
+
+/** Measured on an engine of its own, so that its memory and threads are gone while the command runs. */
+async function gemmRate(): Promise<number> {
+  await using engine = await createEngine();
+  return await measureGemmRate(engine);
+}
+
+/** Work of a whole run; see the top of this file. */
+function countFlops({ blocks, shape }: Model, tokens: number, sequence: number): number {
+  const { groupSize } = quantizeRecipe({ method: 'slim-llm', bits: 2 }, 1);
+  let flops = 0;
+  for (const block of blocks) {
+    let forward = 2 * tokens * sequence * shape.headCount * shape.headDim;
+    for (const { outFeatures, inFeatures } of block.sites) {
+      const groups = Math.ceil(inFeatures / groupSize);
+      const product = 2 * tokens * outFeatures * inFeatures;
+      forward += product;
+      if (groups >= 4) flops += 2 * product + 2 * tokens * outFeatures * 2 * groupSize * (Math.floor(groups / 2) - 1);
+      flops += outFeatures * inFeatures ** 2;
+    }
+    for (const features of new Map(block.sites.map((site) => [site.input, site.inFeatures])).values()) {
+      flops += tokens * features ** 2 + (2 / 3) * features ** 3;
+    }
+    flops += forward * (block === blocks.at(-1) ? 1 : 2);
+  }
+  return flops;
+}
+
+async function earlierRows(): Promise<Row[]> {
+  const text = await readFile(root('bench/results/speed.json'), 'utf8').catch(() => '{"rows":[]}');
+  return (JSON.parse(text) as { rows: Row[] }).rows;
+}
+
+function order(row: Row): number {
+  return Object.keys(CASES).indexOf(String(row['case']));
+}
