@@ -135,6 +135,7 @@ function checkTogether(recipe: QuantizeRecipe, request: QuantizeRequest): void {
     ['trueSequential', ['gptq', 'slim-llm']],
     ['calibration', ['gptq', 'slim-llm']],
     ['samples', ['gptq', 'slim-llm']],
+    ['sequenceLength', ['gptq', 'slim-llm']],
   ];
   for (const [key, methods] of readers) {
     const asked = request[key] !== undefined && JSON.stringify(request[key]) !== JSON.stringify(defaultOf(key));
