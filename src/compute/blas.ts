@@ -33,8 +33,11 @@ export interface Blas {
   inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array>;
   /** Mean over rows of `KL(softmax(target row) || softmax(trial row))`, in nats; log-softmax in fp32 or better, no clamps. */
   meanKl(target: Matrix, trial: Matrix): Promise<number>;
-  /** The same against one target many times, at half the work. Takes `target.data` over: it is overwritten. */
-  klTarget(target: Matrix): Promise<KlTarget>;
+  /**
+   * The same against one target many times, at half the work. Takes `target.data` over: it is overwritten. So is `memory`, of the same
+   * length, when it is given: for a caller with many targets, one after the other.
+   */
+  klTarget(target: Matrix, memory?: Float32Array): Promise<KlTarget>;
 }
 
 /** A target distribution per row, ready to be compared with. */

@@ -69,15 +69,15 @@ export class PreparedKl implements KlTarget {
     this.#program = program;
   }
 
-  /** The logarithm takes the place of the target's logits. */
-  static async prepare(compile: Compile, target: Matrix): Promise<PreparedKl> {
+  /** The logarithm takes the place of the target's logits, the softmax that of `memory`. */
+  static async prepare(compile: Compile, target: Matrix, memory?: Float32Array): Promise<PreparedKl> {
     const prepare = await compile(PREPARE, { key: 'target distribution' });
-    const p: Matrix = { ...target, data: new Float32Array(target.data.length) };
+    const p: Matrix = { ...target, data: memory ?? new Float32Array(target.data.length) };
     const [longest] = chunks(target);
-    const memory = new Float32Array(longest === undefined ? 0 : longest[1] * target.columns);
+    const logs = new Float32Array(longest === undefined ? 0 : longest[1] * target.columns);
     for (const [start, end] of chunks(target)) {
       const logits = rowsOf(target, start, end);
-      const logP: NdArray = { ...logits, data: memory.subarray(0, logits.data.length) };
+      const logP: NdArray = { ...logits, data: logs.subarray(0, logits.data.length) };
       await prepare.run({ target: logits }, { into: { p: rowsOf(p, start, end), log_p: logP } });
       target.data.set(logP.data as Float32Array, start * target.columns);
     }

@@ -87,8 +87,8 @@ class EngineBlas implements Blas {
     return meanKl(this.#compileExact, target, trial);
   }
 
-  klTarget(target: Matrix): Promise<KlTarget> {
-    return PreparedKl.prepare(this.#compileExact, target);
+  klTarget(target: Matrix, memory?: Float32Array): Promise<KlTarget> {
+    return PreparedKl.prepare(this.#compileExact, target, memory);
   }
 
   async #exactEngine(): Promise<Engine> {

@@ -57,6 +57,7 @@ export async function divergences(blas: Blas, problem: AllocationProblem, rankin
   // Used again for every chunk: fresh memory of this size costs about as much as the products that fill it gain.
   const outputs = { target: new Float32Array(TOKENS * outFeatures), trial: new Float32Array(TOKENS * outFeatures) };
   const inputs = new Float32Array(SLAB * 2 * groupSize);
+  const softmax = new Float32Array(SLAB * outFeatures);
   let tokenCount = 0;
   for await (const batch of problem.batches()) {
     for (let start = 0; start < batch.rows; start += TOKENS) {
@@ -69,7 +70,7 @@ export async function divergences(blas: Blas, problem: AllocationProblem, rankin
         const end = Math.min(row + SLAB, x.rows);
         const slab = rowsOf(x, row, end);
         const out = rowsOf(trial, row, end);
-        const wanted = await blas.klTarget(rowsOf(target, row, end));
+        const wanted = await blas.klTarget(rowsOf(target, row, end), softmax.subarray(0, slab.rows * outFeatures));
         sums[0] += slab.rows * (await wanted.meanKl(out));
         for (const [i, move] of moves.entries()) {
           await blas.gemm(takeInputs(slab, move.columns, inputs), move.change, { beta: 1, out });
