@@ -8,7 +8,7 @@
  *     <out>.partial/artifact/   becomes <out>
  *     <out>.partial/replaced/   the old <out>, for the instant between two renames
  */
-import { mkdir, readdir, readFile, rename, rm, rmdir, stat } from 'node:fs/promises';
+import { lstat, mkdir, readdir, readFile, rename, rm, rmdir } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { EnvironmentError, RecipeError } from '../errors.ts';
 import { explainDiskError, flushFolder, flushTree, writeDurably } from './durable.ts';
@@ -215,7 +215,8 @@ async function discard(partial: string): Promise<void> {
 
 async function readState(partial: string): Promise<RunState | undefined> {
   try {
-    return JSON.parse(await readFile(join(partial, 'state.json'), 'utf8')) as RunState;
+    const state: unknown = JSON.parse(await readFile(join(partial, 'state.json'), 'utf8'));
+    return typeof state === 'object' && state !== null ? (state as RunState) : undefined;
   } catch (error) {
     // state.json appears whole or not at all; anything else in its place is no state.
     if (errorCode(error) === 'ENOENT' || errorCode(error) === 'ENOTDIR' || error instanceof SyntaxError) return undefined;
@@ -233,9 +234,10 @@ async function entriesOf(path: string): Promise<string[] | undefined> {
   }
 }
 
+/** Whether the name is taken; a link to nowhere takes it too, and no folder could be renamed to it. */
 async function exists(path: string): Promise<boolean> {
   try {
-    await stat(path);
+    await lstat(path);
     return true;
   } catch (error) {
     if (['ENOENT', 'ENOTDIR'].includes(errorCode(error))) return false;

@@ -1,5 +1,15 @@
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -76,6 +86,19 @@ describe('an output folder', () => {
     writeFileSync(join(root, 'out.partial', 'thesis.txt'), 'mine');
     await expect(OutputFolder.open(request({ overwrite: true }))).rejects.toThrow(/not an unfinished pcomp run/);
     expect(readdirSync(join(root, 'out.partial'))).toEqual(['thesis.txt']);
+  });
+
+  it('takes a link to nowhere for something that exists', async () => {
+    symlinkSync(join(root, 'nowhere'), join(root, 'out'));
+    await expect(OutputFolder.check(request())).rejects.toThrow(/out: exists/);
+    await expect(OutputFolder.check(request({ overwrite: true }))).rejects.toThrow(/no pcomp\.json/);
+  });
+
+  it('takes a state that says nothing for none', async () => {
+    mkdirSync(join(root, 'out.partial'));
+    writeFileSync(join(root, 'out.partial', 'state.json'), 'null');
+    await using folder = await OutputFolder.open(request({ resume: true }));
+    expect(folder.resumed).toBe(false);
   });
 
   it('leaves nothing when it is given up before the first finished part', async () => {
