@@ -38,7 +38,7 @@ export class Tokenizer {
     this.#tokenization = build(path, checked, config);
     this.#vocabSize = vocabSize;
     this.#pieceCharacters = pieceCharacters;
-    ({ prefix: this.prefix, suffix: this.suffix } = this.#template());
+    ({ prefix: this.prefix, suffix: this.suffix } = fitting(path, () => this.#template()));
   }
 
   /**
@@ -141,12 +141,22 @@ async function readJson(path: string): Promise<JsonObject | undefined> {
 
 function build(path: string, tokenizerJson: JsonObject, config: JsonObject): Tokenization {
   try {
-    return new Tokenization(splitLongWords(tokenizerJson), config);
+    return fitting(path, () => new Tokenization(splitLongWords(tokenizerJson), config));
   } catch (error) {
+    const cause = (error as Error).cause;
+    const message = cause instanceof Error ? cause.message : '';
+    if (!/^Unknown \w+ type/.test(message)) throw error;
+    throw new UnsupportedError(`${path}: ${message}; pcomp knows the models ${MODEL_TYPES.join(', ')}`, { cause });
+  }
+}
+
+/** The library trusts its files: whatever it stumbles over is a part of tokenizer.json that is not what it should be. */
+function fitting<T>(path: string, use: () => T): T {
+  try {
+    return use();
+  } catch (error) {
+    if (error instanceof FormatError) throw error;
     const { message } = error as Error;
-    if (/^Unknown \w+ type/.test(message)) {
-      throw new UnsupportedError(`${path}: ${message}; pcomp knows the models ${MODEL_TYPES.join(', ')}`, { cause: error });
-    }
     throw new FormatError(path, 'tokenizer-content', `its parts do not fit together: ${message}`, { cause: error });
   }
 }

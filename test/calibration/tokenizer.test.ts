@@ -223,6 +223,11 @@ describe('a tokenizer file', () => {
       { ...byteLevel(), pre_tokenizer: { type: 'Split', pattern: { Regex: '[' }, behavior: 'Isolated' } },
       'tokenizer-content',
     ],
+    [
+      'with a template that is no list',
+      { ...byteLevel(), post_processor: { type: 'TemplateProcessing', single: 'x', pair: [], special_tokens: {} } },
+      'tokenizer-content',
+    ],
   ])('is refused when it is %s', async (_, content, rule) => {
     const failure = loading(content);
     await expect(failure).rejects.toThrow(FormatError);
