@@ -31,9 +31,9 @@ export class BlockRunner {
     this.#path = path;
   }
 
-  /** Compiles (or finds) the block's graph and reads its weights. The program belongs to the engine. */
-  async load(block: Block, weights: WeightReader): Promise<LoadedBlock> {
-    const graph = this.#model.blockGraph(block);
+  /** Compiles (or finds) the block's graph for windows like those of `states`, and reads its weights. The program belongs to the engine. */
+  async load(block: Block, weights: WeightReader, states: HiddenStates): Promise<LoadedBlock> {
+    const graph = this.#model.blockGraph(block, states.longest);
     // An arena would keep the largest run's activations while the block is quantized: 0.8 GB for a 7B block of 2048 tokens,
     // against 4 % more time.
     const program = await this.#engine.compile(graph.model, { key: graph.key, memoryArena: false });
@@ -80,7 +80,7 @@ export class BlockRunner {
     weights: WeightReader,
     onProgress?: (done: number, total: number) => void,
   ): Promise<void> {
-    const loaded = await this.load(block, weights);
+    const loaded = await this.load(block, weights, states);
     const outputs = new Map([[HIDDEN_OUT, states.hiddenSize]]);
     await states.replace(async (batch) => {
       const made = await this.run(loaded, states, batch, outputs);

@@ -120,7 +120,7 @@ export class Calibration implements AsyncDisposable {
   /** The block's weights live no longer than this: the Hessians are laid out after it. */
   async #pass(block: Block, weights: WeightReader, observed: readonly Observed[]): Promise<void> {
     const { states } = this;
-    const loaded = await this.#runner.load(block, weights);
+    const loaded = await this.#runner.load(block, weights, states);
     const outputs = new Map(observed.map(({ output, store }) => [output, store.columns]));
     for (const batch of states.batches) {
       const made = await this.#runner.run(loaded, states, batch, outputs);

@@ -85,6 +85,8 @@ export class HiddenStates implements AsyncDisposable {
   /** Tokens of all windows, pads excluded. */
   readonly tokenCount: number;
   readonly batches: readonly WindowBatch[];
+  /** Tokens of the longest window. */
+  readonly longest: number;
   /** (tokenCount, hiddenSize), windows one after the other. */
   readonly store: StateStore;
   #condition: 'empty' | 'whole' | 'torn' = 'empty';
@@ -94,6 +96,7 @@ export class HiddenStates implements AsyncDisposable {
     this.windows = windows;
     this.hiddenSize = hiddenSize;
     this.batches = planBatches(windows, batchTokens);
+    this.longest = windows.reduce((most, window) => Math.max(most, window.length), 0);
     this.tokenCount = windows.reduce((sum, window) => sum + window.length, 0);
     this.store = spool.allocate(this.tokenCount, hiddenSize);
   }

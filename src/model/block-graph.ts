@@ -10,8 +10,10 @@ import type { BlockGraph, LinearSite, NormGraph } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
 /** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
-export function buildBlockGraph(description: DecoderDescription, named: BlockDescription): BlockGraph {
-  const { shape, rotary } = description;
+export function buildBlockGraph(description: DecoderDescription, named: BlockDescription, positions: number): BlockGraph {
+  const { shape } = description;
+  // The tables are part of the graph: for a context of a million tokens they would be 512 MB of it, whatever the text's length.
+  const rotary = description.rotary && { ...description.rotary, positions: Math.min(positions, description.rotary.positions) };
   const { headCount, kvHeadCount, headDim, hiddenSize } = shape;
   const prefix = `${named.name}.`;
   const block = withoutPrefix(named, prefix);
@@ -20,7 +22,7 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
   const builder = new GraphBuilder('block');
   const hidden = builder.input('hidden', 'F32', ['batch', 'sequence', hiddenSize]);
   const lengths = builder.input('lengths', 'I32', ['batch']);
-  const positions = positionsFromLengths(builder, lengths, hidden);
+  const tokens = positionsFromLengths(builder, lengths, hidden);
   const tables =
     rotary && block.attention.rotates
       ? {
@@ -48,7 +50,7 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
     },
     attend: (_, q, k, v) => {
       const { window, scale } = block.attention;
-      return attention(builder, q, k, v, positions, {
+      return attention(builder, q, k, v, tokens, {
         headCount,
         kvHeadCount,
         headDim,

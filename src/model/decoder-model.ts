@@ -38,8 +38,8 @@ export class DecoderModel implements Model {
     this.#description = description;
   }
 
-  blockGraph(block: Block): BlockGraph {
-    return buildBlockGraph(this.#description, this.#description.blocks[block.index]);
+  blockGraph(block: Block, positions: number = this.shape.contextLength): BlockGraph {
+    return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions);
   }
 
   finalNormGraph(): NormGraph {

@@ -104,7 +104,8 @@ export interface Model {
   readonly otherTensors: readonly string[];
   /** Checkpoint tensors the architecture has no use for, known buffers aside: a reason to warn. */
   readonly unusedTensors: readonly string[];
-  blockGraph(block: Block): BlockGraph;
+  /** @param positions tokens of the longest sequence it will run on; default: the whole context */
+  blockGraph(block: Block, positions?: number): BlockGraph;
   finalNormGraph(): NormGraph;
   /**
    * The whole decoder for runtimes: input_ids, attention_mask, past_key_values.* -> logits, present.* (onnx-runtime spec, section 7).

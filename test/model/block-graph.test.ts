@@ -135,6 +135,17 @@ describe('the key of a calibration graph', () => {
     expect(new Set(made).size).toBe(made.length);
   });
 
+  test('tables of angles end with the longest window, and graphs for other lengths have other keys', () => {
+    const { config, source } = tinyLlama('short');
+    const model = createModel(config, 'config.json', source);
+    const rows = (positions?: number) =>
+      model.blockGraph(model.blocks[0], positions).model.graph.initializers.get('cos_cache')?.shape[0];
+    expect(rows(7)).toBe(7);
+    expect(rows()).toBe(model.shape.contextLength);
+    expect(rows(model.shape.contextLength + 1)).toBe(model.shape.contextLength);
+    expect(model.blockGraph(model.blocks[0], 7).key).not.toBe(model.blockGraph(model.blocks[0], 8).key);
+  });
+
   test('equal keys come with equal graphs', () => {
     const { config, source } = tinyLlama('equal graphs');
     const model = createModel(config, 'config.json', source);

@@ -38,7 +38,7 @@ describe('a broken configuration is refused with the file, the field, its value 
     [{ intermediate_size: 24.5 }, `"intermediate_size" is 24.5, ${count}`],
     [{ vocab_size: 0 }, `"vocab_size" is 0, ${count}`],
     [{ vocab_size: 2 ** 31 }, `"vocab_size" is 2147483648, ${count}`],
-    [{ max_position_embeddings: [64] }, `"max_position_embeddings" is [64], ${count}`],
+    [{ intermediate_size: [64] }, `"intermediate_size" is [64], ${count}`],
     [{ num_hidden_layers: 1e9 }, '"num_hidden_layers" is 1000000000, it must be an integer from 1 to 10000 [config-field-value]'],
     [{ num_attention_heads: 3 }, '"num_key_value_heads" is 2, it must divide the "num_attention_heads" of 3 [config-heads]'],
     [
@@ -137,6 +137,21 @@ describe('a checkpoint that does not fit its configuration', () => {
     expect(refusal({ label: '', config, source }, {}).message).toMatch(
       /^memory.safetensors: 10 of .* and 6 more \[tensor-missing\]$/,
     );
+  });
+
+  test.each([
+    [{ head_dim: 2 ** 31 - 2 }, /"head_dim" is 2147483646, which makes heads of 2147483646 features, more than 65536/],
+    [{ hidden_size: 2 ** 30 }, /"hidden_size" is 1073741824, which makes heads of \d+ features, more than 65536/],
+    [
+      { max_position_embeddings: 2 ** 31 - 1 },
+      /"max_position_embeddings" is 2147483647, it must be an integer from 1 to 16777216/,
+    ],
+  ])('is refused before anything of that size is made: %j', (fields, message) => {
+    const { config, source } = tinyLlama('absurd');
+    const { head_dim: _, ...rest } = config;
+    const error = refusal({ label: '', config: rest, source }, fields);
+    expect(error).toBeInstanceOf(FormatError);
+    expect(error.message).toMatch(message);
   });
 
   test('is refused for a head that is neither stored nor tied', () => {

@@ -8,6 +8,11 @@ import type { LinearSite } from '../model.ts';
 import { ACTIVATIONS } from './activations.ts';
 import { readRotary } from './rotary-config.ts';
 
+/** Features of a head that are refused as nonsense, before tables of that many are made; published models have at most 512. */
+const MAX_HEAD_DIM = 65_536;
+/** Positions beyond which a context is nonsense: the artifact holds an angle for each, and the longest published have ten million. */
+const MAX_CONTEXT = 2 ** 24;
+
 /** What sets a member apart where its config.json is silent. */
 export interface LlamaTraits {
   /** q, k and v always have biases and o never has; otherwise `attention_bias` decides for all four. */
@@ -58,7 +63,7 @@ export function describeLlama(config: ConfigReader, traits: LlamaTraits): Decode
     throw config.broken('config-heads', 'num_key_value_heads', `it must divide the "num_attention_heads" of ${headCount}`);
   }
   const headDim = readHeadDim(config, hiddenSize, headCount, traits);
-  const contextLength = config.count('max_position_embeddings');
+  const contextLength = config.count('max_position_embeddings', undefined, MAX_CONTEXT);
   const blockCount = config.count('num_hidden_layers', undefined, MAX_BLOCKS);
   const tied = config.boolean('tie_word_embeddings', traits.tied ?? false);
   const make: BlockMaker = {
@@ -107,6 +112,10 @@ function readHeadDim(config: ConfigReader, hiddenSize: number, headCount: number
     );
   }
   const headDim = config.count('head_dim', traits.headDim ?? hiddenSize / headCount);
+  if (headDim > MAX_HEAD_DIM) {
+    const field = config.has('head_dim') ? 'head_dim' : 'hidden_size';
+    throw config.broken('config-heads', field, `which makes heads of ${headDim} features, more than ${MAX_HEAD_DIM}`);
+  }
   if (headDim % 2 !== 0) throw config.broken('config-heads', 'head_dim', 'it must be even: rotation takes features in pairs');
   return headDim;
 }
