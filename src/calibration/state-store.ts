@@ -7,6 +7,9 @@ import { EnvironmentError } from '../errors.ts';
 /** 512 MiB: the hidden states of 8 x 2048 tokens of a 7B model, and the larger half of their site inputs. */
 export const DEFAULT_RAM_BYTES = 512 * 1024 * 1024;
 
+/** One store's part in RAM is one typed array, and those end at 2^32 elements; the rest goes to the file. */
+const MAX_RAM_BYTES = 2 ** 34 - 2 ** 20;
+
 export interface SpoolOptions {
   /** Bytes of activations kept in RAM, all stores together. */
   readonly ramBytes?: number;
@@ -29,7 +32,7 @@ export class Spool implements AsyncDisposable {
   /** A store of `rows` rows of `columns` floats, all zero; what RAM is left takes the first rows, a file the others. */
   allocate(rows: number, columns: number): StateStore {
     const rowBytes = columns * Float32Array.BYTES_PER_ELEMENT;
-    const ramRows = Math.max(0, Math.min(rows, Math.floor(this.#ramLeft / rowBytes)));
+    const ramRows = Math.max(0, Math.min(rows, Math.floor(Math.min(this.#ramLeft, MAX_RAM_BYTES) / rowBytes)));
     this.#ramLeft -= ramRows * rowBytes;
     return new StateStore(rows, columns, ramRows, {
       createFile: () => this.#createFile(),
@@ -87,7 +90,7 @@ export class StateStore implements AsyncDisposable {
     this.rows = rows;
     this.columns = columns;
     this.ramRows = ramRows;
-    this.#ram = new Float32Array(ramRows * columns);
+    this.#ram = allocateRam(ramRows * columns);
     this.#owner = owner;
   }
 
@@ -159,6 +162,15 @@ export class StateStore implements AsyncDisposable {
     if (!Number.isInteger(end) || start < 0 || end > this.rows || start > end) {
       throw new RangeError(`rows ${start}..${end} of an activation store of ${this.rows} rows of ${this.columns}`);
     }
+  }
+}
+
+function allocateRam(length: number): Float32Array {
+  try {
+    return new Float32Array(length);
+  } catch (error) {
+    const detail = `no memory for ${length * Float32Array.BYTES_PER_ELEMENT} bytes of activations; lower --max-memory, and more of them go to disk`;
+    throw new EnvironmentError('OUT_OF_MEMORY', detail, { cause: error });
   }
 }
 

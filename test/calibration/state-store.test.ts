@@ -18,6 +18,13 @@ const ROW_BYTES = COLUMNS * 4;
 const rowsFrom = (first: number, count: number) => Float32Array.from({ length: count * COLUMNS }, (_, i) => first * COLUMNS + i);
 
 describe('a store', () => {
+  it('puts no more into RAM than one typed array holds, whatever the bound', async () => {
+    await using spool = new Spool({ ramBytes: 2 ** 60, folder });
+    // 2^40 bytes a row: not one fits, so that nothing of that size is made.
+    await using store = spool.allocate(2, 2 ** 38);
+    expect(store.ramRows).toBe(0);
+  });
+
   it('gives back what was written, wherever RAM ends and whatever the order', async () => {
     const operation = fc.record({ write: fc.boolean(), start: fc.nat(19), count: fc.integer({ min: 1, max: 20 }) });
     await fc.assert(
