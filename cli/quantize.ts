@@ -140,6 +140,8 @@ async function readRecipeFile(path: string): Promise<Record<string, unknown>> {
   let parsed: unknown;
   try {
     parsed = parseYaml(content);
+    // Aliases let a YAML list hold itself, which nothing can check or show.
+    JSON.stringify(parsed);
   } catch (error) {
     throw new RecipeError(
       `--recipe ${path}: not YAML or JSON: ${error instanceof Error ? error.message.split('\n')[0].replace(/:$/, '') : String(error)}`,

@@ -39,6 +39,7 @@ beforeAll(async () => {
   writeFileSync(join(desk, 'text.txt'), tinyText(300));
   writeFileSync(join(desk, 'empty.txt'), '');
   writeFileSync(join(desk, 'unknown.yaml'), 'bits: 2\nfrob: 4\n');
+  writeFileSync(join(desk, 'circle.yaml'), 'bits: &bits [*bits]\n');
   const plan = (modules: object) => JSON.stringify({ modules });
   const q = 'model.layers.0.self_attn.q_proj';
   writeFileSync(join(desk, 'stranger.json'), plan({ 'model.layers.9.mlp.up_proj': { groupSize: 32, bits: [2] } }));
@@ -68,6 +69,7 @@ describe('wrong requests end with code 2', () => {
     [/^--bits 2: the plan says every width/, quantize('model --bits 2 --plan short.json -o out')],
     [/^--max-memory 5XB: a size is a number with kB, MB, GB/, quantize(`model ${rtn} --max-memory 5XB -o out`)],
     [/^--frob: no such option of quantize; known: --method /, quantize('model --recipe unknown.yaml -o out')],
+    [/^--recipe circle.yaml: not YAML or JSON: .*circular/, quantize('model --recipe circle.yaml -o out')],
     [
       /^--skip \*.frob: matches none of the 14 modules, which are named like model.layers.0.self_attn.q_proj/,
       quantize(`model ${rtn} -o out --skip *.frob`),
