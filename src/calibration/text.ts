@@ -1,10 +1,13 @@
 /** Text to calibrate on or to evaluate: plain files, JSON lines, or one column of a table, as a stream of documents. */
+import { constants } from 'node:buffer';
 import { createReadStream } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import { EnvironmentError, FormatError, RecipeError } from '../errors.ts';
 import { parseTable } from './table.ts';
 
 const DEFAULT_FIELD = 'text';
+/** What one string holds: half a gigabyte of English. */
+const MAX_CHARACTERS = constants.MAX_STRING_LENGTH;
 
 /** One file of text, as `--calibration` and `--text` name it. */
 export interface TextFile {
@@ -34,28 +37,42 @@ export function parseTextFile(argument: string): TextFile {
   return { path: argument, kind: 'text' };
 }
 
-/** Every document of the files in order, empty ones left out. A plain file is one document. */
-export async function* readDocuments(files: readonly TextFile[]): AsyncGenerator<string> {
-  for (const file of files) yield* documentsOf(file);
+/** Every document of the files in order, empty ones left out. A plain file is one document, of at most `maxCharacters`. */
+export async function* readDocuments(files: readonly TextFile[], maxCharacters = MAX_CHARACTERS): AsyncGenerator<string> {
+  for (const file of files) yield* documentsOf(file, maxCharacters);
 }
 
 /**
- * All documents joined by single spaces, as the paper joins its text. Throws RecipeError when there is nothing but white space.
+ * All documents joined by single spaces, as the paper joins its text. Throws RecipeError when there is nothing but white space, or
+ * more than `maxCharacters`.
  */
-export async function readText(files: readonly TextFile[]): Promise<string> {
-  const documents: string[] = [];
-  for await (const document of readDocuments(files)) documents.push(document);
-  const text = documents.join(' ');
-  if (text.trim() === '') throw new RecipeError(`${files.map((file) => file.path).join(', ')}: no text in it`);
+export async function readText(files: readonly TextFile[], maxCharacters = MAX_CHARACTERS): Promise<string> {
+  const names = files.map((file) => file.path).join(', ');
+  const text = await joined(names, readDocuments(files, maxCharacters), ' ', maxCharacters);
+  if (text.trim() === '') throw new RecipeError(`${names}: no text in it`);
   return text;
 }
 
-async function* documentsOf(file: TextFile): AsyncGenerator<string> {
+/** The pieces as one string, which is refused before it is made when it would be too long. */
+async function joined(names: string, pieces: AsyncIterable<string>, separator: string, maxCharacters: number): Promise<string> {
+  const parts: string[] = [];
+  let length = 0;
+  for await (const piece of pieces) {
+    length += piece.length + separator.length;
+    if (length > maxCharacters) {
+      throw new RecipeError(
+        `${names}: more than the ${maxCharacters} characters of text that can be read at once; give less of it`,
+      );
+    }
+    parts.push(piece);
+  }
+  return parts.join(separator);
+}
+
+async function* documentsOf(file: TextFile, maxCharacters: number): AsyncGenerator<string> {
   switch (file.kind) {
     case 'text': {
-      const parts: string[] = [];
-      for await (const part of decodedParts(file.path)) parts.push(part);
-      const text = parts.join('');
+      const text = await joined(file.path, decodedParts(file.path), '', maxCharacters);
       if (text !== '') yield text;
       return;
     }

@@ -53,6 +53,13 @@ describe('plain text', () => {
     expect(await readText([a, b].map(parseTextFile))).toBe('One\nline\n naïve ☃ 😀');
   });
 
+  it('is refused when it is longer than one string can be, in one file or in all together', async () => {
+    const ten = parseTextFile(file('ten.txt', '0123456789'));
+    expect(await readText([ten, ten], 22)).toHaveLength(21);
+    await expect(readText([ten], 9)).rejects.toThrow(/ten\.txt: more than the 9 characters/);
+    await expect(readText([ten, ten], 21)).rejects.toThrow(RecipeError);
+  });
+
   it('keeps characters that lie across two reads', async () => {
     const text = `x${'é☃😀'.repeat(40_000)}`;
     expect(await documents(file('long.txt', text))).toEqual([text]);
