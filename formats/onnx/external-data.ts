@@ -10,6 +10,9 @@ const ALIGNMENT = 4096;
 /** Browsers hold a data file in one ArrayBuffer, and those end at 2 GB. */
 export const MAX_SHARD_BYTES = 2_000_000_000;
 
+// One call writes less than 2 GiB, and a long one would hold one of the few I/O threads for seconds.
+const WRITE_BYTES = 64 * 1024 * 1024;
+
 export interface WrittenFile {
   readonly path: string;
   readonly byteLength: number;
@@ -127,7 +130,9 @@ export async function writeDurably(path: string, bytes: Uint8Array): Promise<voi
 /** Appends all of `bytes`. Throws EnvironmentError DISK_FULL when there is no room. */
 async function write(handle: FileHandle, path: string, bytes: Uint8Array): Promise<void> {
   try {
-    for (let done = 0; done < bytes.byteLength; ) done += (await handle.write(bytes, done)).bytesWritten;
+    for (let done = 0; done < bytes.byteLength; ) {
+      done += (await handle.write(bytes, done, Math.min(WRITE_BYTES, bytes.byteLength - done))).bytesWritten;
+    }
   } catch (cause) {
     throw diskFull(cause, path);
   }

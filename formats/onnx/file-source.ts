@@ -4,6 +4,9 @@ import { dirname, join } from 'node:path';
 import { EnvironmentError, FormatError } from '../../src/errors.ts';
 import type { ByteSource } from './wire.ts';
 
+// One call reads less than 2 GiB, and a long one would hold one of the few I/O threads for seconds.
+const READ_BYTES = 64 * 1024 * 1024;
+
 /** A file whose size and time of change are fixed at opening; later reads refuse a file that was replaced meanwhile. */
 export class FileSource implements ByteSource {
   readonly path: string;
@@ -53,7 +56,7 @@ export class FileSource implements ByteSource {
       }
       const bytes = new Uint8Array(end - start);
       for (let done = 0; done < bytes.byteLength; ) {
-        const { bytesRead } = await handle.read(bytes, done, bytes.byteLength - done, start + done);
+        const { bytesRead } = await handle.read(bytes, done, Math.min(READ_BYTES, bytes.byteLength - done), start + done);
         if (bytesRead === 0)
           throw new FormatError(this.path, 'truncated', `the file ends at byte ${start + done}, wanted bytes up to ${end}`);
         done += bytesRead;
