@@ -9,7 +9,8 @@ import {
   type Storage,
   summarizeStorage,
 } from './artifacts/accounting.ts';
-import { layOutLinear, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
+import { whyNotGptq } from './artifacts/gptq.ts';
+import { layOutShape, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import type { SitePlan } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
@@ -91,15 +92,17 @@ export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactF
 
 /**
  * What an artifact with these widths would take; graph, headers and padding of the files are left out.
- * @param linears layers of the blocks with their widths, @param embeddings the same of embeddings and output head
+ * @param linears layers of the blocks with their widths, @param embeddings the same of embeddings and output head,
+ * @param symmetric 1-bit groups have no mean
  */
 export function predictSizes(
   tensors: TensorSource,
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
+  symmetric: boolean,
 ): ArtifactSizes {
-  const storage = summarizeStorage(storageOf(linears, format), storageOf(embeddings, format), 0);
+  const storage = summarizeStorage(storageOf(linears, format, symmetric), storageOf(embeddings, format, false), 0);
   const modules = [...storage.modules, ...storage.embeddings];
   const replaced = new Set(modules.map(({ name }) => `${name}.weight`));
   const kept = [...tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
@@ -107,17 +110,19 @@ export function predictSizes(
   return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
 }
 
-function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat): ModuleStorage[] {
-  const shapes = [...sites].map(([site, { groupSize, bits }]) => {
+function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat, symmetric: boolean): ModuleStorage[] {
+  const all = [...sites].map(([site, { groupSize, bits }]) => {
     return { site, shape: { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const } };
   });
+  // What the gptq layout cannot hold stays float in it.
+  const shapes = format === 'gptq' ? all.filter(({ shape }) => whyNotGptq(shape) === undefined) : all;
   const onnx =
     format === 'onnx'
       ? onnxStoredBits(
           shapes.map(({ site, shape }): [string, string, OnnxLinearLayout] => [
             site.name,
             site.input,
-            layOutLinear(withMeans(shape)),
+            layOutShape(shape, symmetric ? [] : oneBitGroups(shape.bits)),
           ]),
         )
       : undefined;
@@ -127,13 +132,7 @@ function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFor
   });
 }
 
-/** A grid as 1-bit groups usually are: their two levels are not symmetric, so they carry means. */
-function withMeans<T extends { readonly outFeatures: number; readonly bits: Uint8Array }>(shape: T) {
-  const length = shape.outFeatures * shape.bits.length;
-  return {
-    ...shape,
-    scales: new Float32Array(length).fill(1),
-    zeroPoints: new Uint8Array(length),
-    offsets: new Float32Array(length),
-  };
+/** The groups that have a mean in ONNX: those of 1 bit, whose two levels are rarely symmetric. */
+function oneBitGroups(bits: ArrayLike<number>): number[] {
+  return Array.from(bits).flatMap((width, group) => (width === 1 ? [group] : []));
 }

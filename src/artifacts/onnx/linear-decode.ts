@@ -31,14 +31,66 @@ const WEIGHT_NAME = /^(.*)\.MatMulNBits\.qweight(?:_[248])?$/;
 export async function storedLinears(path: string, graph: Graph): Promise<Map<string, StoredLinear>> {
   const producers = new Map<string, Node>();
   const bySite = new Map<string, Node[]>();
+  const tables = new Map<string, Node>();
   for (const node of graph.nodes) {
     for (const output of node.outputs) producers.set(output, node);
+    const table = node.op === 'GatherBlockQuantized' ? producers.get(node.inputs[0])?.inputs[0] : undefined;
+    const module = table === undefined ? undefined : WEIGHT_NAME.exec(table)?.[1];
+    if (module !== undefined) tables.set(module, node);
     const site = node.op === 'MatMulNBits' ? WEIGHT_NAME.exec(node.inputs[1])?.[1] : undefined;
     if (site !== undefined) bySite.set(site, [...(bySite.get(site) ?? []), node]);
   }
   const linears = new Map<string, StoredLinear>();
+  // A table that an output head multiplies with too is read as the head's operand.
+  for (const [module, node] of tables) linears.set(module, storedTable(path, graph, module, node));
   for (const [site, nodes] of bySite) linears.set(site, await storedLinear(path, graph, producers, site, nodes));
   return linears;
+}
+
+/** An embedding: the operand of a linear whose rows are looked up. */
+function storedTable(path: string, graph: Graph, module: string, node: Node): StoredLinear {
+  const qweight = constantOf(path, graph, module, 'operand', `${module}.MatMulNBits.qweight`);
+  const [outFeatures, blocks] = qweight.shape;
+  const groups = Array.from({ length: blocks }, (_, g) => g);
+  const columns = blocks * integer(path, node, 'block_size');
+  const part = storedPart(path, graph, module, node, [qweight.name, ...node.inputs.slice(2, 4)], outFeatures, columns, groups);
+  return { outFeatures, parts: [part], byteLength: ownBytes(graph, module) };
+}
+
+/** @param names of the constants: codes, scales, zero points */
+function storedPart(
+  path: string,
+  graph: Graph,
+  site: string,
+  node: Node,
+  names: readonly string[],
+  outFeatures: number,
+  columns: number,
+  groups: readonly number[],
+): StoredPart {
+  const bits = integer(path, node, 'bits');
+  if (bits !== 2 && bits !== 4 && bits !== 8)
+    throw new FormatError(path, 'onnx-linear-bits', `${node.name} has ${bits} bits, operands have 2, 4 or 8`);
+  const blockSize = integer(path, node, 'block_size');
+  const [qweight, scales, qzeros] = names.map((name) => constantOf(path, graph, site, 'operand', name));
+  const blocks = groups.length;
+  expectBytes(path, qweight, (outFeatures * blocks * blockSize * bits) / 8);
+  expectBytes(path, scales, outFeatures * blocks * 4);
+  expectBytes(path, qzeros, outFeatures * Math.ceil((blocks * bits) / 8));
+  return { bits, columns, blockSize, groups, qweight, scales, qzeros };
+}
+
+function constantOf(path: string, graph: Graph, site: string, detail: string, name: string): Initializer {
+  const initializer = graph.initializers.get(name);
+  if (initializer) return initializer;
+  throw new FormatError(path, 'onnx-linear-constant', `${site}: ${detail} "${name}" is not a constant of the graph`);
+}
+
+function ownBytes(graph: Graph, site: string): number {
+  const own = [...graph.initializers.values()].filter(
+    ({ name }) => name.startsWith(`${site}.MatMulNBits.`) || name === `${site}.group_order` || name === `${site}.mean_groups`,
+  );
+  return own.reduce((sum, initializer) => sum + initializer.byteLength, 0);
 }
 
 async function storedLinear(
@@ -48,41 +100,24 @@ async function storedLinear(
   site: string,
   nodes: readonly Node[],
 ): Promise<StoredLinear> {
-  const constant = (name: string, detail: string): Initializer => {
-    const initializer = graph.initializers.get(name);
-    if (!initializer)
-      throw new FormatError(path, 'onnx-linear-constant', `${site}: ${detail} "${name}" is not a constant of the graph`);
-    return initializer;
-  };
   const outFeatures = integer(path, nodes[0], 'N');
   const counts = nodes.map((node) => Math.ceil(integer(path, node, 'K') / integer(path, node, 'block_size')));
   const total = counts.reduce((sum, count) => sum + count, 0);
   const orderName = nodes.length > 1 ? groupOrderName(producers, nodes[0]) : undefined;
-  const order = orderName ? await indices(constant(orderName, 'group order')) : Array.from({ length: total }, (_, g) => g);
+  const order = orderName
+    ? await indices(constantOf(path, graph, site, 'group order', orderName))
+    : Array.from({ length: total }, (_, g) => g);
   if (order.length !== total || new Set(order).size !== total || order.some((g) => g < 0 || g >= total)) {
     throw new FormatError(path, 'onnx-linear-order', `${site}: its group order is no permutation of its ${total} groups`);
   }
   let first = 0;
   const parts = nodes.map((node, i): StoredPart => {
-    const bits = integer(path, node, 'bits');
-    if (bits !== 2 && bits !== 4 && bits !== 8)
-      throw new FormatError(path, 'onnx-linear-bits', `${node.name} has ${bits} bits, operands have 2, 4 or 8`);
-    const blockSize = integer(path, node, 'block_size');
-    const [qweight, scales, qzeros] = node.inputs.slice(1, 4).map((name) => constant(name, 'operand'));
-    const blocks = counts[i];
-    expectBytes(path, qweight, (outFeatures * blocks * blockSize * bits) / 8);
-    expectBytes(path, scales, outFeatures * blocks * 4);
-    expectBytes(path, qzeros, outFeatures * Math.ceil((blocks * bits) / 8));
-    const groups = order.slice(first, first + blocks);
-    first += blocks;
-    return { bits, columns: integer(path, node, 'K'), blockSize, groups, qweight, scales, qzeros };
+    const groups = order.slice(first, first + counts[i]);
+    first += counts[i];
+    return storedPart(path, graph, site, node, node.inputs.slice(1, 4), outFeatures, integer(path, node, 'K'), groups);
   });
   const means = await storedMeans(path, graph, producers, site, outFeatures, total);
-  const own = [...graph.initializers.values()].filter(
-    ({ name }) => name.startsWith(`${site}.MatMulNBits.`) || name === `${site}.group_order` || name === `${site}.mean_groups`,
-  );
-  const byteLength = own.reduce((sum, initializer) => sum + initializer.byteLength, 0);
-  return { outFeatures, parts, byteLength, ...(means ? { means } : {}) };
+  return { outFeatures, parts, byteLength: ownBytes(graph, site), ...(means ? { means } : {}) };
 }
 
 /** Follows an operand's activation back: Split <- Reshape <- Gather(group order). */
