@@ -23,7 +23,7 @@ import { openModelSource } from '../src/artifacts/model-source.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import type { Model } from '../src/model/model.ts';
 import { quantizeRecipe } from '../src/recipe.ts';
-import { measureGemmRate } from './gemm-rate.ts';
+import { measureGemm } from './gemm-rate.ts';
 import { type Row, writeResults } from './results.ts';
 import { SHAPES, writeSynthetic } from './synthetic.ts';
 
@@ -54,6 +54,9 @@ const CASES: Readonly<Record<string, Case>> = {
   '1b-2': synthetic('1b', 2),
 };
 
+/** Tells the processor time of a whole process on stderr when it ends. */
+const TELL_TIME = "data:text/javascript,process.on('exit',()=>console.error(JSON.stringify(process.cpuUsage())))";
+
 /** What the command line says of a run with --json. */
 interface Outcome {
   readonly passes: string;
@@ -69,7 +72,8 @@ for (const name of names) {
   const rows = [...(await earlierRows()).filter((earlier) => earlier['case'] !== name), row];
   rows.sort((a, b) => order(a) - order(b));
   await writeResults('speed', 'npx tsx bench/speed.ts', rows, [
-    'Share: counted work (see bench/speed.ts) over seconds, against the fp32 GEMM rate (2048 cubed) measured before and after the run.',
+    'Share: counted work (see bench/speed.ts) over seconds, against the fp32 GEMM rate (2048 cubed) measured before and after the run. ' +
+      'Share of CPU time: the same over processor seconds; where it is well above the share, other work held the cores or one of them idled.',
   ]);
 }
 
@@ -77,9 +81,11 @@ async function measure(name: string, { model, samples, sequenceLength }: Case): 
   const scratch = await mkdtemp(join(tmpdir(), 'pcomp-speed-'));
   try {
     const folder = await model(join(scratch, 'model'));
-    const before = await gemmRate();
-    const { passes, run } = await quantize(folder, join(scratch, 'out'), samples, sequenceLength);
-    const rate = (before + (await gemmRate())) / 2;
+    const before = await gemm();
+    const { passes, run, cpuSeconds } = await quantize(folder, join(scratch, 'out'), samples, sequenceLength);
+    const after = await gemm();
+    const rate = (before.rate + after.rate) / 2;
+    const perCpuSecond = (before.perCpuSecond + after.perCpuSecond) / 2;
     const tokens = samples * sequenceLength;
     if (!passes.includes(`${tokens} tokens`)) throw new Error(`${name} should take ${tokens} tokens, but: ${passes}`);
     await using source = await openModelSource(folder);
@@ -90,11 +96,13 @@ async function measure(name: string, { model, samples, sequenceLength }: Case): 
       blocks: source.model.blocks.length,
       tokens,
       seconds: Math.round(run.seconds * 10) / 10,
+      'CPU seconds': Math.round(cpuSeconds * 10) / 10,
       'peak RSS, MB': Math.round(run.peakBytes / 1e6),
       'counted TFLOP': Math.round(flops / 1e10) / 100,
       'GFLOP/s': Math.round(achieved),
       'GEMM, GFLOP/s': Math.round(rate),
       'share, %': Math.round((100 * achieved) / rate),
+      'share of CPU time, %': Math.round((100 * flops) / cpuSeconds / 1e9 / perCpuSecond),
     };
     console.error(JSON.stringify(row));
     return row;
@@ -103,20 +111,39 @@ async function measure(name: string, { model, samples, sequenceLength }: Case): 
   }
 }
 
-async function quantize(model: string, output: string, samples: number, sequenceLength: number): Promise<Outcome> {
+async function quantize(
+  model: string,
+  output: string,
+  samples: number,
+  sequenceLength: number,
+): Promise<Outcome & { cpuSeconds: number }> {
   const flags = ['--method', 'slim-llm', '--bits', '2', '--samples', `${samples}`, '--sequence-length', `${sequenceLength}`];
-  const { stdout } = await promisify(execFile)(
+  const { stdout, stderr } = await promisify(execFile)(
     process.execPath,
-    ['--import', 'tsx', root('cli/pcomp.ts'), 'quantize', model, '-o', output, ...flags, '--json', '--quiet'],
+    [
+      '--import',
+      'tsx',
+      '--import',
+      TELL_TIME,
+      root('cli/pcomp.ts'),
+      'quantize',
+      model,
+      '-o',
+      output,
+      ...flags,
+      '--json',
+      '--quiet',
+    ],
     { cwd: root(''), maxBuffer: 2 ** 26 },
   );
-  return JSON.parse(stdout) as Outcome;
+  const { user, system } = JSON.parse(stderr.trim().split('\n').at(-1) ?? '') as NodeJS.CpuUsage;
+  return { ...(JSON.parse(stdout) as Outcome), cpuSeconds: (user + system) / 1e6 };
 }
 
 /** Measured on an engine of its own, so that its memory and threads are gone while the command runs. */
-async function gemmRate(): Promise<number> {
+async function gemm(): Promise<{ rate: number; perCpuSecond: number }> {
   await using engine = await createEngine();
-  return await measureGemmRate(engine);
+  return await measureGemm(engine);
 }
 
 /** Work of a whole run; see the top of this file. */
