@@ -47,11 +47,6 @@ export const TOKENIZER = {
   },
 };
 
-/** The ids of a text of ours, by the definition of `TOKENIZER`. */
-export function tokenIds(text: string): number[] {
-  return [1, ...[...text].map((char) => VOCABULARY.indexOf(char === ' ' ? 'Ġ' : char === '\n' ? 'Ċ' : char))];
-}
-
 /** Random words of the tokenizer's characters. */
 export function tinyText(characters: number, seed = 1): string {
   const random = randomSource(seed);
