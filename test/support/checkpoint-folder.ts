@@ -11,7 +11,7 @@ const SPECIAL = ['<unk>', '<s>', '</s>'];
 const VOCABULARY = [...SPECIAL, ...LETTERS, 'Ġ', 'Ċ'];
 
 /** Byte-level BPE without merges: a token a character, `<s>` before every text. */
-export const TOKENIZER = {
+const TOKENIZER = {
   version: '1.0',
   truncation: null,
   padding: null,
@@ -46,6 +46,11 @@ export const TOKENIZER = {
     merges: [],
   },
 };
+
+/** The ids of a text of ours, by the definition of `TOKENIZER`. */
+export function tokenIds(text: string): number[] {
+  return [1, ...[...text].map((char) => VOCABULARY.indexOf(char === ' ' ? 'Ġ' : char === '\n' ? 'Ċ' : char))];
+}
 
 /** Random words of the tokenizer's characters. */
 export function tinyText(characters: number, seed = 1): string {
