@@ -31,6 +31,14 @@ export interface Compensated {
   readonly errors: Float32Array;
 }
 
+/** A grid fitted to a group, and what it costs. */
+export interface Fitted {
+  /** Scales and 1-bit offsets as artifacts store them: F16 values, except outside F16's normal range. */
+  readonly grid: Grid;
+  /** `sum_j weight_j (w_j - wq_j)^2`, (rows). */
+  readonly losses: Float32Array;
+}
+
 /** Rounding is half to even, arithmetic IEEE float32 in a fixed order, so that every implementation gives the same codes. */
 export interface Kernels {
   /** Min-max grid with zero in range, or with its zero point at `2^(b-1)` when symmetric (slim-llm 4.3, section 9 for rows of zeros). b >= 2. */
@@ -49,4 +57,26 @@ export interface Kernels {
    * `grid` is (rows) when all columns share it, or (columns, rows).
    */
   compensate(group: Group, upper: Float32Array, bits: Uint8Array, grid: Grid): Compensated;
+  /** Grids with the least `sum_j weight_j (w_j - wq_j)^2` over scale and zero point (slim-llm 5.4); `weights` has one value a column. Any width of 1..8 bits. */
+  fitWeighted(group: Group, bits: number, weights: Float32Array): Fitted;
+  /**
+   * One sweep of coordinate descent inside a group (slim-llm 5.8): for each column j, `wq_j <- quantise(wq_j - D_j / H_jj)`, then
+   * `D_k += delta H_jk` for all columns k of the group.
+   * @param decoded wq (columns, rows), as `codes` and `grid` decode; replaced
+   * @param gradient D = (Wq - W) H of these columns, (columns, rows); replaced
+   * @param hessian H of the group's columns among themselves, (columns, columns)
+   * @returns the new codes and the changes of wq, (columns, rows) both
+   */
+  polish(
+    decoded: Float32Array,
+    gradient: Float32Array,
+    hessian: Float32Array,
+    bits: number,
+    grid: Grid,
+  ): { readonly codes: Uint8Array; readonly changes: Float32Array };
 }
+
+/** The kernels as promises: rows may be divided among worker threads. Arguments are not changed unless said so, results are those of `Kernels`. */
+export type AsyncKernels = {
+  readonly [K in keyof Kernels]: (...args: Parameters<Kernels[K]>) => Promise<ReturnType<Kernels[K]>>;
+};

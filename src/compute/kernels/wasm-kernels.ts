@@ -1,6 +1,7 @@
 /** The kernels as WASM SIMD. A group is copied in by slices of rows, so the module's memory stays small whatever the layer. */
 import { KERNELS_WASM } from './kernels.generated.ts';
-import type { Compensated, Grid, Group, Kernels } from './kernels.ts';
+import type { AsyncKernels, Compensated, Fitted, Grid, Group, Kernels } from './kernels.ts';
+import { fitWeightedPlain, polishPlain } from './weighted-grid.ts';
 
 // The compiler's library knows WebAssembly only together with the browser's DOM.
 declare const WebAssembly: {
@@ -88,6 +89,20 @@ let shared: Kernels | undefined;
 export function wasmKernels(): Kernels {
   shared ??= new WasmKernels();
   return shared;
+}
+
+/** The kernels on the calling thread, as promises. */
+export function inlineKernels(): AsyncKernels {
+  const kernels = wasmKernels();
+  return {
+    minMaxGrid: async (...args) => kernels.minMaxGrid(...args),
+    twoLevelGrid: async (...args) => kernels.twoLevelGrid(...args),
+    searchScales: async (...args) => kernels.searchScales(...args),
+    roundCodes: async (...args) => kernels.roundCodes(...args),
+    compensate: async (...args) => kernels.compensate(...args),
+    fitWeighted: async (...args) => kernels.fitWeighted(...args),
+    polish: async (...args) => kernels.polish(...args),
+  };
 }
 
 /** Where a slice of a group lies in memory. */
@@ -212,6 +227,14 @@ class WasmKernels implements Kernels {
       }
     }
     return { codes, errors };
+  }
+
+  fitWeighted(group: Group, bits: number, weights: Float32Array): Fitted {
+    return fitWeightedPlain(group, bits, weights);
+  }
+
+  polish(decoded: Float32Array, gradient: Float32Array, hessian: Float32Array, bits: number, grid: Grid) {
+    return polishPlain(decoded, gradient, hessian, bits, grid);
   }
 
   /** Forgets the previous slice and copies this one in. */

@@ -1,7 +1,8 @@
 /** A quantized linear layer as a method leaves it: integer codes and grids, not packed. */
+import { type InputTransform, untransformColumns } from './input-transform.ts';
 
 /**
- * Columns are in natural input order for every method so far; group g covers columns `[g * groupSize, min((g+1) * groupSize, inFeatures))`.
+ * Columns are in stored order: the natural one, unless `transform` changes the input. Group g covers stored columns `[g * groupSize, min((g+1) * groupSize, inFeatures))`.
  * A group of b >= 2 bits decodes as `scale * (code - zeroPoint)`; a 1-bit group as `offset + scale * code`; one of 0 bits as 0.
  * Scales and offsets are exactly representable in F16 unless `scaleDtype` is 'F32'.
  */
@@ -20,6 +21,8 @@ export interface QuantizedLinear {
   /** (outFeatures, groups); value of code 0 in 1-bit groups, 0 elsewhere. Absent when no group has 1 bit. */
   readonly offsets?: Float32Array;
   readonly scaleDtype: 'F16' | 'F32';
+  /** What is done to the input before the codes multiply it; absent: nothing. */
+  readonly transform?: InputTransform;
 }
 
 /** Number of groups of a row: `ceil(inFeatures / groupSize)`. */
@@ -27,8 +30,14 @@ export function groupCount(inFeatures: number, groupSize: number): number {
   return Math.ceil(inFeatures / groupSize);
 }
 
-/** Decodes to float32 W, (outFeatures, inFeatures): one rounding per value, exactly what every artifact's reader computes. */
+/** Decodes to float32 W (outFeatures, inFeatures), which multiplies the input as the model makes it: what `transform` does to the input is folded in. */
 export function dequantize(q: QuantizedLinear): Float32Array {
+  const stored = decodeStored(q);
+  return q.transform === undefined ? stored : untransformColumns(q.transform, stored, q.outFeatures, q.inFeatures);
+}
+
+/** Decodes to float32 W in stored column order, (outFeatures, inFeatures): one rounding per value, exactly what every artifact's reader computes. */
+export function decodeStored(q: QuantizedLinear): Float32Array {
   const { outFeatures, inFeatures, groupSize, bits, codes, scales, zeroPoints, offsets } = q;
   const groups = bits.length;
   const weight = new Float32Array(outFeatures * inFeatures);

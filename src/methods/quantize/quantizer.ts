@@ -1,13 +1,20 @@
 /** What every weight quantizer offers: decide where bits go (a small plan), then follow the plan. Free of side effects. */
 import type { CalibrationStats } from '../../calibration/statistics.ts';
 import type { Blas } from '../../compute/blas.ts';
+import type { AsyncKernels } from '../../compute/kernels/kernels.ts';
 import type { LinearSite } from '../../model/model.ts';
 import type { QuantizedLinear } from './quantized-linear.ts';
 
-/** Widths of one site's groups, in natural column order. */
+/** How a site's input is changed (slim-llm 5.3): sorted by importance, and rotated in each group. */
+export const TRANSFORMS = ['none', 'perm', 'perm-had'] as const;
+export type TransformKind = (typeof TRANSFORMS)[number];
+
+/** Widths of one site's groups, in stored column order. */
 export interface SitePlan {
   readonly groupSize: number;
   readonly bits: readonly number[];
+  /** The same for all sites that read one input; absent: none, stored order is natural order. */
+  readonly transform?: Exclude<TransformKind, 'none'>;
 }
 
 /** What bits were spent on: module name -> widths. Saved in pcomp.json, reusable with --plan. */
@@ -38,6 +45,8 @@ export interface QuantizeOptions {
 /** What a method is given besides its inputs. */
 export interface QuantizeContext {
   readonly blas: Blas;
+  /** Inner loops; absent: on the calling thread. */
+  readonly kernels?: AsyncKernels;
   readonly options: QuantizeOptions;
   /** Something a reader of the report should know: a retry, a fall-back. */
   note(site: LinearSite, message: string): void;
