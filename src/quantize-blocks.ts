@@ -69,7 +69,7 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
   for (const stage of stages) {
     if (stage.length === 0) continue;
     const weights = decoded(run.weights, { has: (name) => finished.has(name), read: async (name) => finished.get(name)! });
-    await using measured = await run.calibration?.measure(block, weights, stage);
+    await using measured = await run.calibration?.measure(block, weights, { inputs: stage });
     for (const input of stage) {
       for (const site of sitesOf(input)) {
         run.hooks.signal?.throwIfAborted();

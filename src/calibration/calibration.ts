@@ -4,6 +4,7 @@ import type { Engine } from '../compute/engine.ts';
 import { RecipeError } from '../errors.ts';
 import type { Block, Model, WeightReader } from '../model/model.ts';
 import { BlockRunner, DEFAULT_BATCH_TOKENS } from './block-runner.ts';
+import { DriftMeter } from './drift-meter.ts';
 import { embedTokens } from './embed.ts';
 import { HiddenStates, type HiddenWindow } from './hidden-states.ts';
 import { MeasuredBlock, MeasuredInput } from './measured.ts';
@@ -30,16 +31,30 @@ export interface CalibrationOptions extends SpoolOptions {
   /** Tokens, pads included, that run at once; default 2048. */
   readonly batchTokens?: number;
   readonly onProgress?: (progress: CalibrationProgress) => void;
+  /** Keep the float model's hidden states beside those of the model quantized so far: `measure` can then tell their difference. */
+  readonly followFloat?: boolean;
   /** Aborting stops a pass after the batch that runs; its reason is thrown. */
   readonly signal?: AbortSignal;
+}
+
+/** What to measure of a block, and against what. */
+export interface MeasureOptions {
+  /** Site inputs to look at; default: all of the block. */
+  readonly inputs?: readonly string[];
+  /** Keep the activations, for `CalibrationStats.batches`. Default true. */
+  readonly replay?: boolean;
+  /** The float model's weights: follow its own hidden states along, and measure how far these have drifted from them. */
+  readonly float?: WeightReader | undefined;
 }
 
 /** One site input during a forward pass: the graph output that shows it, and what becomes of it. */
 interface Observed {
   readonly input: string;
   readonly output: string;
-  readonly store: StateStore;
+  readonly features: number;
   readonly gram: GramAccumulator;
+  readonly store?: StateStore | undefined;
+  readonly drift?: DriftMeter | undefined;
 }
 
 /**
@@ -49,9 +64,12 @@ interface Observed {
  */
 export class Calibration implements AsyncDisposable {
   readonly states: HiddenStates;
+  readonly #floatStates: HiddenStates | undefined;
   readonly #options: CalibrationOptions;
   readonly #spool: Spool;
   readonly #runner: BlockRunner;
+  /** A runner reuses its output memory: two models at once need two. */
+  readonly #floatRunner: BlockRunner;
 
   /** Throws RecipeError when there is no window, or one is empty or longer than the model's context. */
   constructor(options: CalibrationOptions) {
@@ -60,7 +78,11 @@ export class Calibration implements AsyncDisposable {
     this.#options = options;
     this.#spool = new Spool(options);
     this.#runner = new BlockRunner(model, options.engine, options.path);
-    this.states = new HiddenStates(windows, model.shape.hiddenSize, options.batchTokens ?? DEFAULT_BATCH_TOKENS, this.#spool);
+    this.#floatRunner = new BlockRunner(model, options.engine, options.path);
+    const states = () =>
+      new HiddenStates(windows, model.shape.hiddenSize, options.batchTokens ?? DEFAULT_BATCH_TOKENS, this.#spool);
+    this.states = states();
+    this.#floatStates = options.followFloat ? states() : undefined;
   }
 
   /** Tokens of all windows. */
@@ -74,21 +96,28 @@ export class Calibration implements AsyncDisposable {
       path: this.#options.path,
       onProgress: (done, total) => this.#report('embed', undefined, done, total),
     });
+    await this.#floatStates?.copy(this.states);
   }
 
   /**
-   * One forward pass of the block with `weights` over all windows; statistics of the site inputs named in `inputs`
-   * (default: all of the block). The hidden states stay as they are. Dispose of the result when the block is done.
+   * One forward pass of the block with `weights` over all windows, as far as the inputs asked for need it, and their statistics. The hidden
+   * states stay as they are. Dispose of the result when the block is done.
    */
-  async measure(block: Block, weights: WeightReader, inputs: readonly string[] = block.inputs): Promise<MeasuredBlock> {
+  async measure(block: Block, weights: WeightReader, options: MeasureOptions = {}): Promise<MeasuredBlock> {
     const graph = this.#options.model.blockGraph(block);
-    const observed = inputs.map((input) => this.#observe(block, input, graph.siteInputs.get(input)));
+    const inputs = options.inputs ?? block.inputs;
+    const observed = inputs.map((input) => this.#observe(block, input, graph.siteInputs.get(input), options));
     try {
-      await this.#pass(block, weights, observed);
-      const { batches } = this.states;
-      return new MeasuredBlock(observed.map(({ input, gram, store }) => new MeasuredInput(input, gram.finish(), store, batches)));
+      await this.#pass(block, weights, observed, options.float);
+      const { batches, tokenCount } = this.states;
+      return new MeasuredBlock(
+        observed.map((seen) => new MeasuredInput({ ...seen, tokenCount }, seen.gram.finish(), seen, batches)),
+      );
     } catch (error) {
-      for (const { store } of observed) await store[Symbol.asyncDispose]();
+      for (const { store, drift } of observed) {
+        await store?.[Symbol.asyncDispose]();
+        await drift?.[Symbol.asyncDispose]();
+      }
       throw error;
     }
   }
@@ -98,6 +127,13 @@ export class Calibration implements AsyncDisposable {
     await this.#runner.advance(this.states, block, weights, (done, total) => this.#report('advance', block, done, total));
   }
 
+  /** Moves the float model's own hidden states through the block. */
+  async advanceFloat(block: Block, weights: WeightReader): Promise<void> {
+    if (this.#floatStates === undefined) throw new Error('the float model does not run along: followFloat was not asked for');
+    const report = (done: number, total: number) => this.#report('advance', block, done, total);
+    await this.#runner.advance(this.#floatStates, block, weights, report);
+  }
+
   /** The hidden states as they are now, a window at a time; after the last block, what the final norm and head take. */
   hiddenStates(): AsyncIterable<HiddenWindow> {
     return this.states.perWindow();
@@ -105,29 +141,50 @@ export class Calibration implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.states[Symbol.asyncDispose]();
+    await this.#floatStates?.[Symbol.asyncDispose]();
     await this.#spool[Symbol.asyncDispose]();
   }
 
-  #observe(block: Block, input: string, output: string | undefined): Observed {
+  #observe(block: Block, input: string, output: string | undefined, { replay, float }: MeasureOptions): Observed {
     const site = block.sites.find((candidate) => candidate.input === input);
     if (site === undefined || output === undefined) {
       throw new Error(`${block.name} has no site input "${input}"; it has ${block.inputs.join(', ')}`);
     }
-    const store = this.#spool.allocate(this.states.tokenCount, site.inFeatures);
-    return { input, output, store, gram: this.#options.blas.gram(site.inFeatures) };
+    const features = site.inFeatures;
+    const { tokenCount } = this.states;
+    const { blas } = this.#options;
+    return {
+      input,
+      output,
+      features,
+      gram: blas.gram(features),
+      store: replay === false ? undefined : this.#spool.allocate(tokenCount, features),
+      drift: float === undefined ? undefined : new DriftMeter(blas, features, tokenCount, this.#spool),
+    };
   }
 
   /** The block's weights live no longer than this: the Hessians are laid out after it. */
-  async #pass(block: Block, weights: WeightReader, observed: readonly Observed[]): Promise<void> {
+  async #pass(
+    block: Block,
+    weights: WeightReader,
+    observed: readonly Observed[],
+    floatWeights: WeightReader | undefined,
+  ): Promise<void> {
     const { states } = this;
-    const loaded = await this.#runner.load(block, weights, states);
-    const outputs = new Map(observed.map(({ output, store }) => [output, store.columns]));
+    const floatStates = this.#floatStates;
+    if (floatWeights !== undefined && floatStates === undefined) throw new Error('drift needs followFloat');
+    const outputs = new Map(observed.map(({ output, features }) => [output, features]));
+    const names = [...outputs.keys()];
+    const loaded = await this.#runner.load(block, weights, states, names);
+    const float = floatWeights && (await this.#floatRunner.load(block, floatWeights, states, names));
     for (const batch of states.batches) {
       const made = await this.#runner.run(loaded, states, batch, outputs);
-      for (const { output, gram, store } of observed) {
+      const wanted = float && (await this.#floatRunner.run(float, floatStates!, batch, outputs));
+      for (const { output, gram, store, features, drift } of observed) {
         const data = made.get(output)!;
-        await gram.add({ rows: batch.rowEnd - batch.rowStart, columns: store.columns, data });
-        await store.append(data);
+        await gram.add({ rows: batch.rowEnd - batch.rowStart, columns: features, data });
+        await store?.append(data);
+        if (drift && wanted) await drift.add(data, wanted.get(output)!);
       }
       this.#report('measure', block, batch.rowEnd, states.tokenCount);
     }

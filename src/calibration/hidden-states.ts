@@ -120,6 +120,14 @@ export class HiddenStates implements AsyncDisposable {
     this.#condition = 'whole';
   }
 
+  /** Takes over the states of another run over the same windows. */
+  async copy(other: HiddenStates): Promise<void> {
+    other.#assertWhole();
+    await this.fill(async (store) => {
+      for (const { rowStart, rowEnd } of other.batches) await store.write(rowStart, await other.store.read(rowStart, rowEnd));
+    });
+  }
+
   /**
    * Replaces the states of every batch in place by what `move` makes of them (real rows, pads dropped). When `move` throws after
    * some batches have moved, the states are of two depths: they are then unusable until they are filled again.

@@ -1,36 +1,55 @@
 /** The statistics of one block's site inputs, and the memory behind them. */
 import type { Matrix } from '../compute/blas.ts';
+import type { DriftMeter } from './drift-meter.ts';
 import type { WindowBatch } from './hidden-states.ts';
 import type { StateStore } from './state-store.ts';
-import type { CalibrationStats } from './statistics.ts';
+import type { CalibrationStats, Drift } from './statistics.ts';
 
-/** Statistics of one site input over a store of its activations, which it owns. */
+/** What a measured input keeps beside its Hessian, and owns. */
+export interface MeasuredKeep {
+  /** Its activations, when they are to be replayed. */
+  readonly store?: StateStore | undefined;
+  readonly drift?: DriftMeter | undefined;
+}
+
+/** Statistics of one site input. */
 export class MeasuredInput implements CalibrationStats, AsyncDisposable {
   readonly input: string;
   readonly features: number;
   readonly tokenCount: number;
   readonly hessian: Float64Array;
-  readonly #store: StateStore;
+  readonly drift?: Drift;
+  readonly #keep: MeasuredKeep;
   readonly #batches: readonly WindowBatch[];
 
-  constructor(input: string, hessian: Float64Array, store: StateStore, batches: readonly WindowBatch[]) {
+  constructor(
+    { input, features, tokenCount }: Pick<CalibrationStats, 'input' | 'features' | 'tokenCount'>,
+    hessian: Float64Array,
+    keep: MeasuredKeep,
+    batches: readonly WindowBatch[],
+  ) {
     this.input = input;
-    this.features = store.columns;
-    this.tokenCount = store.rows;
+    this.features = features;
+    this.tokenCount = tokenCount;
     this.hessian = hessian;
-    this.#store = store;
+    this.#keep = keep;
     this.#batches = batches;
+    const longest = batches.reduce((most, { rowStart, rowEnd }) => Math.max(most, rowEnd - rowStart), 1);
+    if (keep.drift) this.drift = keep.drift.finish(longest);
   }
 
   async *batches(): AsyncGenerator<Matrix> {
+    const { store } = this.#keep;
+    if (store === undefined) throw new Error(`the activations of ${this.input} were not kept: measure with replay`);
     for (const { rowStart, rowEnd } of this.#batches) {
-      yield { rows: rowEnd - rowStart, columns: this.features, data: await this.#store.read(rowStart, rowEnd) };
+      yield { rows: rowEnd - rowStart, columns: this.features, data: await store.read(rowStart, rowEnd) };
     }
   }
 
   /** Drops the activations; the Hessian goes with the last reference to this object. */
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.#store[Symbol.asyncDispose]();
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#keep.store?.[Symbol.asyncDispose]();
+    await this.#keep.drift?.[Symbol.asyncDispose]();
   }
 }
 

@@ -10,6 +10,19 @@ export interface CalibrationStats {
   readonly tokenCount: number;
   /** `(1/T) sum x x^T`, (features, features), undamped. */
   readonly hessian: Float64Array;
+  /** How it differs from what the float model makes of the same text; absent unless that runs along. */
+  readonly drift?: Drift;
   /** The activations again, (tokens, features) a batch, pads removed, in a fixed order. */
   batches(): AsyncIterable<Matrix>;
+}
+
+/** One input in the float model (x') and in the model quantized so far (x). */
+export interface Drift {
+  /** `(1/T) sum (x' - x) x^T` over the tokens that are not held out, (features, features). */
+  readonly cross: Float32Array;
+  /** Mean of x and of x' over all tokens, (features). */
+  readonly mean: Float64Array;
+  readonly floatMean: Float64Array;
+  /** The last eighth of the tokens in both models, (tokens, features) a batch: to tell whether a correction carries over. */
+  heldOut(): AsyncIterable<{ readonly actual: Matrix; readonly float: Matrix }>;
 }

@@ -44,7 +44,15 @@ export function toyModel(blockCount = 2, options: { contextLength?: number; posi
     otherTensors: [],
     blockGraph: (block) => ({
       model: {
-        graph: { inputs: [{ name: 'w', dtype: 'F32', shape: [HIDDEN, FEATURES] }] },
+        graph: {
+          inputs: ['hidden', 'lengths', 'w'].map((name) => ({ name, dtype: 'F32', shape: [HIDDEN, FEATURES] })),
+          outputs: [{ name: 'mix' }, { name: 'hidden_out' }],
+          nodes: [
+            { inputs: ['hidden', 'lengths'], outputs: ['mix'], attributes: {} },
+            { inputs: ['hidden', 'mix', 'w'], outputs: ['hidden_out'], attributes: {} },
+          ],
+          initializers: new Map(),
+        },
       } as unknown as OnnxModel,
       key: 'toy',
       weights: new Map([['w', block.sites[0]]]),
@@ -117,7 +125,7 @@ export class ToyEngine {
       for (let b = 0; b < count; b++) {
         const length = (feeds['lengths'].data as Int32Array)[b];
         const row = hidden.subarray(b * sequence * HIDDEN, (b * sequence + length) * HIDDEN);
-        const made = toyBlock(row, feeds['w'].data as Float32Array);
+        const made = toyBlock(row, (feeds['w']?.data ?? new Float32Array(HIDDEN * FEATURES)) as Float32Array);
         data.set(name === 'mix' ? made.mix : made.hiddenOut, b * sequence * features);
       }
       results[name] = { dtype: 'F32', shape: [count, sequence, features], data };

@@ -212,8 +212,8 @@ it('measures one input at a time behind weights that changed before it', async (
     ...weights,
     loadSite: async (site) => (await weights.loadSite(site)).map((value) => (changed.includes(site.name) ? value / 2 : value)),
   };
-  await using before = await pass.measure(block, weights, block.inputs.slice(0, 2));
-  await using after = await pass.measure(block, halved, block.inputs.slice(0, 2));
+  await using before = await pass.measure(block, weights, { inputs: block.inputs.slice(0, 2) });
+  await using after = await pass.measure(block, halved, { inputs: block.inputs.slice(0, 2) });
   expect([...after.keys()]).toEqual(block.inputs.slice(0, 2));
   expect(after.get(block.inputs[0])!.hessian).toEqual(before.get(block.inputs[0])!.hessian);
   expect(after.get(block.inputs[1])!.hessian).not.toEqual(before.get(block.inputs[1])!.hessian);
