@@ -1,7 +1,6 @@
 /** GPTQ's sweep over the columns of a layer (slim-llm 3.4; Frantar et al., arXiv 2210.17323), whatever the grids. */
 import type { Blas } from '../../compute/blas.ts';
-import type { Grid, Group } from '../../compute/kernels/kernels.ts';
-import { wasmKernels } from '../../compute/kernels/wasm-kernels.ts';
+import type { AsyncKernels, Grid, Group } from '../../compute/kernels/kernels.ts';
 import type { DampedFactor } from './damped-factor.ts';
 
 /**
@@ -34,10 +33,11 @@ export interface BlockGrids {
  */
 export async function sweep(
   blas: Blas,
+  kernels: AsyncKernels,
   factor: DampedFactor,
   columns: Float32Array,
   blockSize: number,
-  grids: (block: SweepBlock) => BlockGrids,
+  grids: (block: SweepBlock) => BlockGrids | Promise<BlockGrids>,
   accept: (block: SweepBlock, codes: Uint8Array) => void,
 ): Promise<number> {
   const n = factor.features;
@@ -58,8 +58,8 @@ export async function sweep(
       const end = Math.min(start + blockSize, last);
       const group = { columns: end - start, rows, values: columns.subarray(start * rows, end * rows) };
       const block = { start, end, group };
-      const { bits, grid } = grids(block);
-      const compensated = wasmKernels().compensate(group, factor.diagonalBlock(start, end), bits, grid);
+      const { bits, grid } = await grids(block);
+      const compensated = await kernels.compensate(group, factor.diagonalBlock(start, end), bits, grid);
       accept(block, compensated.codes);
       loss += sumOfSquares(compensated.errors);
       errors.set(compensated.errors, (start - first) * rows);

@@ -1,6 +1,7 @@
 /** GPTQ (Frantar et al., arXiv 2210.17323) with min-max grids: each column's rounding error is made up for by the columns after it. */
 import type { CalibrationStats } from '../../calibration/statistics.ts';
 import type { Grid } from '../../compute/kernels/kernels.ts';
+import { inlineKernels } from '../../compute/kernels/wasm-kernels.ts';
 import type { LinearSite } from '../../model/model.ts';
 import { columnRange, takeColumns } from './columns.ts';
 import { dampedFactor } from './damped-factor.ts';
@@ -34,28 +35,29 @@ export const gptq: Quantizer = {
   ): Promise<QuantizeResult> {
     checkPlan(site, plan);
     const stats = requireStats(site, measured);
-    const { blas, options } = context;
+    const { blas, kernels = inlineKernels(), options } = context;
     const factor = await dampedFactor(context, site, stats, options.actOrder ? 'descending' : 'natural');
     const builder = new QuantizedBuilder(site, plan);
     const columns = takeColumns(site, weight, factor.order, factor.dead);
 
-    const fitted = ({ start, group }: SweepBlock): BlockGrids => {
+    const fitted = async ({ start, group }: SweepBlock): Promise<BlockGrids> => {
       const g = start / plan.groupSize;
       const bits = plan.bits[g];
-      const grid = builder.setGrid(g, fitMinMax(group, bits, options.symmetric));
+      const grid = builder.setGrid(g, await fitMinMax(kernels, group, bits, options.symmetric));
       return { bits: new Uint8Array(group.columns).fill(bits), grid };
     };
-    let grids = fitted;
+    let grids: (block: SweepBlock) => BlockGrids | Promise<BlockGrids> = fitted;
     if (options.actOrder || options.staticGroups) {
-      const fixed = plan.bits.map((bits, g) => {
+      const fixed: Grid[] = [];
+      for (const [g, bits] of plan.bits.entries()) {
         const range = columnRange(g * plan.groupSize, Math.min((g + 1) * plan.groupSize, site.inFeatures));
         const values = takeColumns(site, weight, range, factor.dead);
         const group = { columns: range.length, rows: site.outFeatures, values };
-        return builder.setGrid(g, fitMinMax(group, bits, options.symmetric));
-      });
+        fixed.push(builder.setGrid(g, await fitMinMax(kernels, group, bits, options.symmetric)));
+      }
       grids = ({ start, end }) => gatherGrids(plan, fixed, factor.order.subarray(start, end));
     }
-    await sweep(blas, factor, columns, plan.groupSize, grids, ({ start, end }, codes) => {
+    await sweep(blas, kernels, factor, columns, plan.groupSize, grids, ({ start, end }, codes) => {
       builder.setCodes(factor.order.subarray(start, end), codes);
     });
     const quantized = builder.finish();

@@ -1,27 +1,26 @@
 /** Grids of a group: how they are fitted, stored and decoded. */
 import { roundToF16 } from '../../../formats/dtype.ts';
-import type { Grid, Group } from '../../compute/kernels/kernels.ts';
-import { wasmKernels } from '../../compute/kernels/wasm-kernels.ts';
+import type { AsyncKernels, Grid, Group } from '../../compute/kernels/kernels.ts';
 
 /** Normal range of F16. A module with a scale outside it stores its scales as F32. */
 const F16_LEAST = 2 ** -14;
 const F16_MOST = 65504;
 
 /** Plain min-max grid; two levels around the mean for 1 bit, the all-zero grid for 0 bits (slim-llm 4.3). */
-export function fitMinMax(group: Group, bits: number, symmetric: boolean): Grid {
+export async function fitMinMax(kernels: AsyncKernels, group: Group, bits: number, symmetric: boolean): Promise<Grid> {
   if (bits === 0) return { scale: new Float32Array(group.rows).fill(1), shift: new Float32Array(group.rows) };
-  if (bits === 1) return wasmKernels().twoLevelGrid(group, symmetric);
-  return wasmKernels().minMaxGrid(group, bits, symmetric);
+  if (bits === 1) return kernels.twoLevelGrid(group, symmetric);
+  return kernels.minMaxGrid(group, bits, symmetric);
 }
 
 /**
  * The min-max grid with its scale searched within 10 % (SQC, slim-llm 4.3). `weights` of the elements' losses are laid out as the group.
  * Widths below 2 bits have nothing to search.
  */
-export function fitSearched(group: Group, bits: number, weights?: Float32Array): Grid {
-  const grid = fitMinMax(group, bits, false);
+export async function fitSearched(kernels: AsyncKernels, group: Group, bits: number, weights?: Float32Array): Promise<Grid> {
+  const grid = await fitMinMax(kernels, group, bits, false);
   if (bits < 2) return grid;
-  return { scale: wasmKernels().searchScales(group, bits, grid, weights), shift: grid.shift };
+  return { scale: await kernels.searchScales(group, bits, grid, weights), shift: grid.shift };
 }
 
 /**

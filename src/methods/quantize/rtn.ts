@@ -1,6 +1,6 @@
 /** Round to nearest: every weight to the closest level of its group's min-max grid. Needs no data; the floor other methods are measured from. */
 import type { CalibrationStats } from '../../calibration/statistics.ts';
-import { wasmKernels } from '../../compute/kernels/wasm-kernels.ts';
+import { inlineKernels } from '../../compute/kernels/wasm-kernels.ts';
 import type { LinearSite } from '../../model/model.ts';
 import { columnRange, takeColumns } from './columns.ts';
 import { fitMinMax } from './grid.ts';
@@ -22,7 +22,7 @@ export const rtn: Quantizer = {
   },
 
   async apply(
-    { blas, options }: QuantizeContext,
+    { blas, kernels = inlineKernels(), options }: QuantizeContext,
     site: LinearSite,
     weight: Float32Array,
     stats: CalibrationStats | undefined,
@@ -30,13 +30,13 @@ export const rtn: Quantizer = {
   ): Promise<QuantizeResult> {
     checkPlan(site, plan);
     const builder = new QuantizedBuilder(site, plan);
-    plan.bits.forEach((bits, g) => {
+    for (const [g, bits] of plan.bits.entries()) {
       const columns = columnRange(g * plan.groupSize, Math.min((g + 1) * plan.groupSize, site.inFeatures));
       const values = takeColumns(site, weight, columns, NONE);
       const group = { columns: columns.length, rows: site.outFeatures, values };
-      const grid = builder.setGrid(g, fitMinMax(group, bits, options.symmetric));
-      builder.setCodes(columns, wasmKernels().roundCodes(group, bits, grid));
-    });
+      const grid = builder.setGrid(g, await fitMinMax(kernels, group, bits, options.symmetric));
+      builder.setCodes(columns, await kernels.roundCodes(group, bits, grid));
+    }
     const quantized = builder.finish();
     if (!stats) return { quantized };
     return { quantized, relativeError: await relativeOutputError(blas, stats, weight, quantized) };

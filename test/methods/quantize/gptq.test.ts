@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest';
 import type { CalibrationStats } from '../../../src/calibration/statistics.ts';
 import { type Blas, NotPositiveDefiniteError } from '../../../src/compute/blas.ts';
+import { inlineKernels } from '../../../src/compute/kernels/wasm-kernels.ts';
 import { UnsupportedError } from '../../../src/errors.ts';
 import { DampedFactor } from '../../../src/methods/quantize/damped-factor.ts';
 import { gptq } from '../../../src/methods/quantize/gptq.ts';
@@ -77,6 +78,7 @@ describe('the small vector', () => {
     const grid = { scale: Float32Array.of(1), shift: Float32Array.of(1) };
     const loss = await sweep(
       naiveBlas(),
+      inlineKernels(),
       factor,
       Float32Array.from(SMALL_WEIGHT),
       blockSize,
@@ -138,6 +140,7 @@ describe('on a random layer', () => {
     const grids = { scale: new Float32Array(rows).fill(0.04), shift: new Float32Array(rows).fill(4) };
     const claimed = await sweep(
       naiveBlas(),
+      inlineKernels(),
       await naturalFactor(damped, n),
       columns,
       groupSize,
@@ -275,6 +278,7 @@ test('a layer wider than a span is swept as the oracle sweeps it', async () => {
   const found = new Uint8Array(rows * n);
   await sweep(
     naiveBlas(),
+    inlineKernels(),
     factor,
     Float32Array.from({ length: n * rows }, (_, i) => weight[(i % rows) * n + Math.floor(i / rows)]),
     blockSize,

@@ -2,6 +2,7 @@
 import { describe, expect, test, vi } from 'vitest';
 import type { Matrix } from '../../../src/compute/blas.ts';
 import type { Grid } from '../../../src/compute/kernels/kernels.ts';
+import { inlineKernels } from '../../../src/compute/kernels/wasm-kernels.ts';
 import { columnRange, takeColumns } from '../../../src/methods/quantize/columns.ts';
 import { dampedFactor } from '../../../src/methods/quantize/damped-factor.ts';
 import { QUANTIZERS } from '../../../src/methods/quantize/index.ts';
@@ -103,7 +104,7 @@ test.each(ERRORS)('the search of the split at $bits bits ends at k = $split', as
   const salience = Float64Array.from({ length: 16 }, (_, g) => groupSalience(group(g), denominators.subarray(g * 32)));
   const ranking = rankGroups(salience);
   const problem = { ...site, groupSize: 32, bits, weight: layer.weight, bias: undefined, group, batches: () => stats.batches() };
-  const found = await divergences(context.blas, problem, ranking);
+  const found = await divergences(context.blas, inlineKernels(), problem, ranking);
   expect(found).toHaveLength(8);
   if (bits === 2) {
     const expected = [0.140552, 0.13197, 0.118484, 0.109303];

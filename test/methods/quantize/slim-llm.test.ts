@@ -1,5 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import type { Matrix } from '../../../src/compute/blas.ts';
+import { inlineKernels } from '../../../src/compute/kernels/wasm-kernels.ts';
 import { RecipeError } from '../../../src/errors.ts';
 import { dequantize } from '../../../src/methods/quantize/quantized-linear.ts';
 import { rtn } from '../../../src/methods/quantize/rtn.ts';
@@ -73,14 +74,14 @@ describe('the search of the split', () => {
   }
 
   test('walking from k to k gives what quantizing anew for each k gives', async () => {
-    const found = await divergences(blas, problem([tokens]), ranking);
+    const found = await divergences(blas, inlineKernels(), problem([tokens]), ranking);
     expect(found).toHaveLength(4);
     for (let k = 0; k < 4; k++) expect(Math.abs(found[k] / (await direct(k)) - 1)).toBeLessThan(WALK_TOLERANCE);
   });
 
   test('the bias counts', async () => {
-    expect(await divergences(blas, problem([tokens], false), ranking)).not.toEqual(
-      await divergences(blas, problem([tokens]), ranking),
+    expect(await divergences(blas, inlineKernels(), problem([tokens], false), ranking)).not.toEqual(
+      await divergences(blas, inlineKernels(), problem([tokens]), ranking),
     );
   });
 
@@ -95,8 +96,8 @@ describe('the search of the split', () => {
       columns: n,
       data: many.data.subarray(start * n, end * n),
     });
-    const whole = await divergences(blas, problem([many]), ranking);
-    const parts = await divergences(blas, problem([part(0, 1), part(1, 500), part(500, 1100)]), ranking);
+    const whole = await divergences(blas, inlineKernels(), problem([many]), ranking);
+    const parts = await divergences(blas, inlineKernels(), problem([part(0, 1), part(1, 500), part(500, 1100)]), ranking);
     whole.forEach((value, k) => {
       expect(parts[k] / value).toBeCloseTo(1, 6);
     });

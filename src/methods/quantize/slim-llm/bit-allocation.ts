@@ -3,8 +3,7 @@
  * one. How many is decided by how far the outputs' softmax moves, walking from both ends of the ranking at once.
  */
 import type { Blas, Matrix } from '../../../compute/blas.ts';
-import type { Group } from '../../../compute/kernels/kernels.ts';
-import { wasmKernels } from '../../../compute/kernels/wasm-kernels.ts';
+import type { AsyncKernels, Group } from '../../../compute/kernels/kernels.ts';
 import { columnRange } from '../columns.ts';
 import { decodeGroup, fitMinMax } from '../grid.ts';
 
@@ -49,10 +48,15 @@ export function rankGroups(salience: Float64Array): number[] {
  * Mean over tokens of `KL(softmax(y) || softmax(y_k))` for k = 0 .. floor(G / 2) - 1, y_k being the output with `widthsFor(ranking, k)`.
  * Each y_k is its predecessor plus the change of the two groups that moved, so all k together cost about three products with W.
  */
-export async function divergences(blas: Blas, problem: AllocationProblem, ranking: readonly number[]): Promise<Float64Array> {
+export async function divergences(
+  blas: Blas,
+  kernels: AsyncKernels,
+  problem: AllocationProblem,
+  ranking: readonly number[],
+): Promise<Float64Array> {
   const { inFeatures, outFeatures, groupSize, bias } = problem;
   const weight = { rows: outFeatures, columns: inFeatures, data: problem.weight };
-  const { uniform, moves } = trials(problem, ranking);
+  const { uniform, moves } = await trials(kernels, problem, ranking);
   const sums = new Float64Array(moves.length + 1);
   // Used again for every chunk: fresh memory of this size costs about as much as the products that fill it gain.
   const outputs = { target: new Float32Array(TOKENS * outFeatures), trial: new Float32Array(TOKENS * outFeatures) };
@@ -97,7 +101,11 @@ interface Move {
 }
 
 /** Every group decoded at N bits, (inFeatures, outFeatures), and the moves that lead from one k to the next. */
-function trials(problem: AllocationProblem, ranking: readonly number[]): { uniform: Matrix; moves: Move[] } {
+async function trials(
+  kernels: AsyncKernels,
+  problem: AllocationProblem,
+  ranking: readonly number[],
+): Promise<{ uniform: Matrix; moves: Move[] }> {
   const { inFeatures, outFeatures, groupSize, bits } = problem;
   const uniform = { rows: inFeatures, columns: outFeatures, data: new Float32Array(inFeatures * outFeatures) };
   const columnsOf = (g: number) => columnRange(g * groupSize, Math.min((g + 1) * groupSize, inFeatures));
@@ -108,23 +116,23 @@ function trials(problem: AllocationProblem, ranking: readonly number[]): { unifo
   });
   for (const [i, g] of ranking.entries()) {
     const group = problem.group(g);
-    const trial = trialWeights(group, bits);
+    const trial = await trialWeights(kernels, group, bits);
     uniform.data.set(trial, g * groupSize * outFeatures);
     const last = ranking.length - 1 - i;
     const move = moves[Math.min(i, last)];
     if (move === undefined) continue;
     // The less salient of the two groups comes first in a move.
     const at = i < last ? 0 : move.change.data.length - trial.length;
-    const moved = trialWeights(group, i < last ? bits - 1 : bits + 1);
+    const moved = await trialWeights(kernels, group, i < last ? bits - 1 : bits + 1);
     for (let j = 0; j < trial.length; j++) move.change.data[at + j] = moved[j] - trial[j];
   }
   return { uniform, moves };
 }
 
 /** Plain min-max rounding, (columns, outFeatures). Scales stay float32: trials are compared, not stored. */
-function trialWeights(group: Group, bits: number): Float32Array {
-  const grid = fitMinMax(group, bits, false);
-  return decodeGroup(wasmKernels().roundCodes(group, bits, grid), bits, grid);
+async function trialWeights(kernels: AsyncKernels, group: Group, bits: number): Promise<Float32Array> {
+  const grid = await fitMinMax(kernels, group, bits, false);
+  return decodeGroup(await kernels.roundCodes(group, bits, grid), bits, grid);
 }
 
 /** Columns of x, packed into `memory`. */

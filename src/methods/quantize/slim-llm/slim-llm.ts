@@ -1,5 +1,6 @@
 /** SliM-LLM (arXiv 2405.14917), preset `paper`: widths by group salience, searched scales, GPTQ compensation. See slim-llm section 4. */
 import type { CalibrationStats } from '../../../calibration/statistics.ts';
+import { inlineKernels } from '../../../compute/kernels/wasm-kernels.ts';
 import { RecipeError } from '../../../errors.ts';
 import type { LinearSite } from '../../../model/model.ts';
 import { columnRange, takeColumns } from '../columns.ts';
@@ -29,7 +30,7 @@ export const slimLlm: Quantizer = {
     weight: Float32Array,
     measured: CalibrationStats | undefined,
   ): Promise<SitePlan> {
-    const { options } = context;
+    const { blas, kernels = inlineKernels(), options } = context;
     refuseSymmetric(options);
     const uniform = uniformPlan(site, options, 2, 7);
     const { groupSize } = uniform;
@@ -57,7 +58,7 @@ export const slimLlm: Quantizer = {
       group,
       batches: () => stats.batches(),
     };
-    const split = bestSplit(await divergences(context.blas, problem, ranking));
+    const split = bestSplit(await divergences(blas, kernels, problem, ranking));
     return { groupSize, bits: widthsFor(ranking, split, options.bits) };
   },
 
@@ -68,7 +69,7 @@ export const slimLlm: Quantizer = {
     measured: CalibrationStats | undefined,
     plan: SitePlan,
   ): Promise<QuantizeResult> {
-    const { blas, options } = context;
+    const { blas, kernels = inlineKernels(), options } = context;
     refuseSymmetric(options);
     checkPlan(site, plan);
     const stats = requireStats(site, measured);
@@ -78,10 +79,11 @@ export const slimLlm: Quantizer = {
     const columns = takeColumns(site, weight, factor.order, factor.dead);
     await sweep(
       blas,
+      kernels,
       factor,
       columns,
       plan.groupSize,
-      ({ start, end, group }) => {
+      async ({ start, end, group }) => {
         const g = start / plan.groupSize;
         const bits = plan.bits[g];
         // With lambda = 1 every element weighs the same, whatever the mask.
@@ -89,7 +91,7 @@ export const slimLlm: Quantizer = {
           options.lambdaSalience === 1
             ? undefined
             : salienceWeights(group, denominators.subarray(start, end), options.lambdaSalience);
-        const grid = builder.setGrid(g, fitSearched(group, bits, weights));
+        const grid = builder.setGrid(g, await fitSearched(kernels, group, bits, weights));
         return { bits: new Uint8Array(group.columns).fill(bits), grid };
       },
       ({ start, end }, codes) => builder.setCodes(factor.order.subarray(start, end), codes),
