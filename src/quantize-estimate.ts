@@ -111,8 +111,18 @@ export function predictSizes(
 }
 
 function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat, symmetric: boolean): ModuleStorage[] {
-  const all = [...sites].map(([site, { groupSize, bits }]) => {
-    return { site, shape: { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const } };
+  const inputs = new Set<string>();
+  const all = [...sites].map(([site, { groupSize, bits, transform: kind }]) => {
+    const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const };
+    const first = !inputs.has(site.input);
+    inputs.add(site.input);
+    const transform = kind && { permuted: true, hadamard: kind === 'perm-had' ? groupSize : 0 };
+    // The order of an input lies with the first module that reads it.
+    return {
+      site,
+      own: first && transform ? { ...plain, transform } : plain,
+      shape: transform ? { ...plain, transform } : plain,
+    };
   });
   // What the gptq layout cannot hold stays float in it.
   const shapes = format === 'gptq' ? all.filter(({ shape }) => whyNotGptq(shape) === undefined) : all;
@@ -126,8 +136,8 @@ function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFor
           ]),
         )
       : undefined;
-  return shapes.map(({ site, shape }) => {
-    const storedBits = onnx?.get(site.name) ?? (format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(shape));
+  return shapes.map(({ site, own, shape }) => {
+    const storedBits = onnx?.get(site.name) ?? (format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(own));
     return { ...shape, bits: [...shape.bits], codeBits: codeBitsOf(shape), storedBits };
   });
 }

@@ -5,6 +5,7 @@
 import { byteLengthOf } from '../../formats/dtype.ts';
 import type { TensorDeclaration } from '../../formats/tensor.ts';
 import { gptqDeclarations } from './gptq.ts';
+import { hadamardBits } from './onnx/hadamard-constant.ts';
 import { type OnnxLinearLayout, partRowBytes } from './onnx/linear-layout.ts';
 import { planesDeclarations, type QuantizedShape } from './planes.ts';
 
@@ -14,7 +15,7 @@ export interface ModuleStorage {
   readonly outFeatures: number;
   readonly inFeatures: number;
   readonly groupSize: number;
-  /** Width of each group, in natural column order. */
+  /** Width of each group, in stored order. */
   readonly bits: readonly number[];
   readonly codeBits: number;
   readonly storedBits: number;
@@ -54,33 +55,38 @@ export function gptqStoredBits(shape: QuantizedShape): number {
 
 /** Bits of a group order in ONNX: I64 per group. */
 const INDEX_BITS = 64;
+/** Bits of an order of columns, in every layout: I32 per column. */
+const COLUMN_BITS = 32;
 
 /**
- * Stored bits in the layout `onnx`, by module. Sites that read one activation in one order share the order, and the list of groups that
- * have means: the first one pays.
+ * Stored bits in the layout `onnx`, by module. Sites that read one activation share the order of its columns, that of its groups where they
+ * agree on it, and the list of groups that have means; all sites share the matrices that inputs are rotated with: the first one pays.
  * @param modules in graph order, with the name of the activation each reads
  */
 export function onnxStoredBits(
   modules: Iterable<readonly [name: string, input: string, layout: OnnxLinearLayout]>,
 ): Map<string, number> {
   const shared = new Set<string>();
-  const sharedBits = (key: string, indices: readonly number[]): number => {
+  const sharedBits = (key: string, bits: number): number => {
     if (shared.has(key)) return 0;
     shared.add(key);
-    return indices.length * INDEX_BITS;
+    return bits;
   };
   const result = new Map<string, number>();
   for (const [name, input, layout] of modules) {
-    const { outFeatures: rows, inFeatures, blockSize, parts, order, meanGroups } = layout;
+    const { outFeatures: rows, inFeatures, blockSize, parts, order, meanGroups, transform } = layout;
     let bits = 0;
     for (const part of parts) {
       const bytes = partRowBytes(part, blockSize);
       bits += rows * 8 * (bytes.qweight + bytes.qzeros + 4 * part.groups.length);
     }
     bits += rows * 32 * meanGroups.length;
-    if (order) bits += sharedBits(`${input} order ${order} of ${blockSize}`, order);
+    if (transform?.permuted) bits += sharedBits(`${input} columns`, inFeatures * COLUMN_BITS);
+    if (transform && transform.hadamard > 0)
+      bits += sharedBits(`hadamard ${transform.hadamard}`, hadamardBits(transform.hadamard));
+    if (order) bits += sharedBits(`${input} order ${order} of ${blockSize}`, order.length * INDEX_BITS);
     const some = meanGroups.length > 0 && meanGroups.length < Math.ceil(inFeatures / blockSize);
-    if (some) bits += sharedBits(`${input} means ${meanGroups} of ${blockSize}`, meanGroups);
+    if (some) bits += sharedBits(`${input} means ${meanGroups} of ${blockSize}`, meanGroups.length * INDEX_BITS);
     result.set(name, bits);
   }
   return result;

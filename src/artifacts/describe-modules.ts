@@ -1,26 +1,35 @@
 /** What a model's quantized modules are, in model order, for the metadata of an artifact. */
+import type { InputTransform } from '../methods/quantize/input-transform.ts';
 import type { Model } from '../model/model.ts';
 import type { QuantizedModule } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
+import { sameTransform } from './stored-order.ts';
 
 /** Sites of the blocks first, then embeddings and output head; only what `quantized` has. Widths included. */
 export async function describeModules(model: Model, quantized: QuantizedSource): Promise<Map<string, QuantizedModule>> {
   const modules = new Map<string, QuantizedModule>();
-  const describe = async (name: string, input: string, transposed: boolean): Promise<void> => {
-    const { outFeatures, inFeatures, groupSize, bits } = await quantized.readGrid(name);
-    modules.set(name, { outFeatures, inFeatures, groupSize, input, transposed, bits: [...bits] });
+  const describe = async (name: string, input: string, transposed: boolean): Promise<InputTransform | undefined> => {
+    const { outFeatures, inFeatures, groupSize, bits, transform } = await quantized.readGrid(name);
+    const module = { outFeatures, inFeatures, groupSize, input, transposed, bits: [...bits] };
+    modules.set(name, transform ? { ...module, transform: { hadamard: transform.hadamard } } : module);
+    return transform;
   };
   for (const block of model.blocks) {
     // An input goes by the name of the first module that reads it.
-    const firstReader = new Map<string, string>();
+    const firstReader = new Map<string, { readonly name: string; readonly transform: InputTransform | undefined }>();
     for (const site of block.sites) {
       if (!quantized.has(site.name)) continue;
-      if (!firstReader.has(site.input)) firstReader.set(site.input, site.name);
-      await describe(site.name, firstReader.get(site.input)!, site.transposed);
+      const first = firstReader.get(site.input);
+      const transform = await describe(site.name, first?.name ?? site.name, site.transposed);
+      if (!first) firstReader.set(site.input, { name: site.name, transform });
+      else if (!sameTransform(first.transform, transform)) {
+        throw new Error(`${site.name} and ${first.name} read one input and transform it differently. This is a bug in pcomp.`);
+      }
     }
   }
   for (const name of embeddingModules(model)) {
-    if (quantized.has(name)) await describe(name, name, false);
+    if (!quantized.has(name) || (await describe(name, name, false)) === undefined) continue;
+    throw new Error(`${name} has its input transformed, which tables cannot have. This is a bug in pcomp.`);
   }
   return modules;
 }

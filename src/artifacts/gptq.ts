@@ -16,7 +16,9 @@ export type GptqFormat = 'gptq' | 'gptq_v2';
 
 /** Why the layout cannot hold a module, as half a sentence; undefined when it can. */
 export function whyNotGptq(shape: QuantizedShape): string | undefined {
-  const { outFeatures, inFeatures, groupSize, bits, scaleDtype } = shape;
+  const { outFeatures, inFeatures, groupSize, bits, scaleDtype, transform } = shape;
+  if (transform)
+    return `has its input ${transform.hadamard > 0 ? 'sorted and rotated' : 'sorted'}, for which the layout has no place`;
   const widths = [...new Set(bits)];
   if (widths.length > 1) return `mixes widths (${widths.sort().join(', ')} bits)`;
   if (!WIDTHS.includes(widths[0])) return `has ${widths[0]} bits, the layout holds ${WIDTHS.join(', ')}`;
@@ -87,7 +89,7 @@ export async function readGptq(
   const bits = gptqBits(source, name, module);
   const groups = groupCount(n, groupSize);
   const shape = { outFeatures: m, inFeatures: n, groupSize, bits: new Uint8Array(groups).fill(bits), scaleDtype: 'F16' } as const;
-  const why = whyNotGptq(shape);
+  const why = whyNotGptq(module.transform ? { ...shape, transform: module.transform } : shape);
   if (why) throw new FormatError(source.path, 'gptq-shape', `module "${name}" ${why}`);
   const [qweight, qzeros, scaleBytes, indexBytes] = await Promise.all(
     gptqDeclarations(name, shape).map((tensor) => readExpected(source, tensor)),

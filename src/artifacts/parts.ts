@@ -1,14 +1,17 @@
 /** The finished blocks of a run, one file each in the `planes` layout: what a killed run resumes from, and what every artifact is written from. */
 import { mkdir, readdir, rm } from 'node:fs/promises';
 import { join } from 'node:path';
+import { toFloat32 } from '../../formats/dtype.ts';
 import { openSafetensors } from '../../formats/safetensors/reader.ts';
 import { createSafetensorsSink } from '../../formats/safetensors/writer.ts';
-import type { TensorSource } from '../../formats/tensor.ts';
+import type { TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
 import { FormatError, RecipeError } from '../errors.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
+import { readExpected } from './expected-tensor.ts';
 import { encodePlanes, planesDeclarations, type QuantizedGrid, readPlanes, readPlanesGrid } from './planes.ts';
 import { parseQuantMetadata, type QuantizedModule, quantMetadata } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
+import { asBytes } from './tensor-bytes.ts';
 
 const RECIPE = 'pcomp.recipe';
 const DETAILS = 'pcomp.details';
@@ -85,11 +88,16 @@ export class PartStore implements QuantizedSource {
     return this.#read(name, readPlanes);
   }
 
-  async #read<T>(name: string, reader: (source: TensorSource, name: string, entry: QuantizedModule) => Promise<T>): Promise<T> {
+  async #read<T extends QuantizedGrid>(
+    name: string,
+    reader: (source: TensorSource, name: string, entry: QuantizedModule) => Promise<T>,
+  ): Promise<T> {
     const module = this.#modules.get(name);
     if (!module) throw new RangeError(`${this.#folder} holds no module "${name}"`);
     await using source = await openSafetensors(module.path);
-    return await reader(source, name, module.entry);
+    const read = await reader(source, name, module.entry);
+    const [declared] = biasDeclaration(name, { outFeatures: module.entry.outFeatures, bias: source.tensors.get(`${name}.bias`) });
+    return declared ? { ...read, bias: toFloat32('F32', await readExpected(source, declared)) } : read;
   }
 
   async #add(part: string, linears: ReadonlyMap<string, QuantizedLinear>, details: PartDetails): Promise<void> {
@@ -99,10 +107,11 @@ export class PartStore implements QuantizedSource {
     const metadata = quantMetadata('planes', groupSize, entries)
       .set(RECIPE, this.#recipeHash)
       .set(DETAILS, JSON.stringify(details));
-    const declarations = [...linears].flatMap(([name, q]) => planesDeclarations(name, q));
+    const declarations = [...linears].flatMap(([name, q]) => [...planesDeclarations(name, q), ...biasDeclaration(name, q)]);
     await using sink = await createSafetensorsSink(this.#pathOf(part), declarations, metadata);
     for (const [name, q] of linears) {
       for (const tensor of encodePlanes(name, q)) await sink.write(tensor.name, tensor.data);
+      if (q.bias) await sink.write(`${name}.bias`, asBytes(q.bias));
     }
     await sink.finalize();
     this.#remember(part, entries, details);
@@ -133,8 +142,15 @@ function blockPart(index: number): string {
   return `block-${String(index).padStart(5, '0')}`;
 }
 
-function entryOf(name: string, { outFeatures, inFeatures, groupSize }: QuantizedLinear): QuantizedModule {
-  return { outFeatures, inFeatures, groupSize, input: name, transposed: false };
+/** A corrected bias is kept as it was computed; the checkpoint's dtype is the business of the artifacts. */
+function biasDeclaration(name: string, q: { readonly outFeatures: number; readonly bias?: unknown }): TensorDeclaration[] {
+  return q.bias ? [{ name: `${name}.bias`, dtype: 'F32', shape: [q.outFeatures] }] : [];
+}
+
+/** Every module stands for itself here, with its own copy of the order of its input. */
+function entryOf(name: string, { outFeatures, inFeatures, groupSize, transform }: QuantizedLinear): QuantizedModule {
+  const entry = { outFeatures, inFeatures, groupSize, input: name, transposed: false };
+  return transform ? { ...entry, transform: { hadamard: transform.hadamard } } : entry;
 }
 
 function parseDetails(path: string, text = '{}'): PartDetails {

@@ -6,14 +6,17 @@ import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../methods/quantize/quantized-linear.ts';
 import { readExpected } from './expected-tensor.ts';
 import { packPlanes, planeWordCount, unpackPlanes } from './packing/bit-planes.ts';
-import type { QuantizedModule } from './quant-metadata.ts';
+import type { QuantizedModule, StoredTransform } from './quant-metadata.ts';
+import { checkedOrder } from './stored-order.ts';
 import { asBytes, asWords } from './tensor-bytes.ts';
 
 /** Everything of a quantized linear but its codes: small, and enough to lay out or account for an artifact. */
 export type QuantizedGrid = Omit<QuantizedLinear, 'codes'>;
 
 /** The shape of a quantized linear: what the size and the names of its tensors depend on. */
-export type QuantizedShape = Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'bits' | 'scaleDtype'>;
+export type QuantizedShape = Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'bits' | 'scaleDtype'> & {
+  readonly transform?: StoredTransform;
+};
 
 /** Suffixes of the tensors that stand for `<module>.weight`. */
 const SUFFIXES = {
@@ -22,7 +25,11 @@ const SUFFIXES = {
   scales: '.pq_scales',
   zeros: '.pq_zeros',
   offsets: '.pq_offsets',
+  order: '.pq_perm',
 } as const;
+
+/** Names of the tensors that hold module `name`: what may be there. */
+export const PLANES_SUFFIXES: readonly string[] = Object.values(SUFFIXES);
 
 /** Width of group `g` in columns: the last one may be short. */
 function groupColumns(shape: QuantizedShape, g: number): number {
@@ -40,7 +47,10 @@ function wordCounts(shape: QuantizedShape): { codes: number; zeros: number } {
   return { codes, zeros };
 }
 
-/** Headers of the tensors that hold module `name`; tensors without elements are omitted. */
+/**
+ * Headers of the tensors that hold module `name`; tensors without elements are omitted. The order of the columns is among them where `shape` has
+ * a transform: of modules that share an input only the first should.
+ */
 export function planesDeclarations(name: string, shape: QuantizedShape): TensorDeclaration[] {
   const { codes, zeros } = wordCounts(shape);
   const stored = shape.bits.filter((bits) => bits >= 1).length;
@@ -52,7 +62,12 @@ export function planesDeclarations(name: string, shape: QuantizedShape): TensorD
     { name: name + SUFFIXES.zeros, dtype: 'I32', shape: [zeros] },
     { name: name + SUFFIXES.offsets, dtype: shape.scaleDtype, shape: [oneBit, shape.outFeatures] },
   ];
+  if (shape.transform) all.push(orderDeclaration(name, shape.inFeatures));
   return all.filter((tensor) => tensor.shape.every((dim) => dim > 0));
+}
+
+function orderDeclaration(name: string, columns: number): TensorDeclaration {
+  return { name: name + SUFFIXES.order, dtype: 'I32', shape: [columns] };
 }
 
 /** Tensors of module `name`, in the order of `planesDeclarations`. */
@@ -86,6 +101,7 @@ export function encodePlanes(name: string, q: QuantizedLinear): Tensor[] {
           groupRows(q.offsets, q, (width) => width === 1),
         )
       : new Uint8Array(0),
+    ...(q.transform ? { [name + SUFFIXES.order]: asBytes(q.transform.order) } : {}),
   };
   return planesDeclarations(name, q).map((declared) => {
     const bytes = data[declared.name];
@@ -123,7 +139,7 @@ function columnsOfGroups(
 }
 
 /** What the metadata says of a module. */
-export type PlanesModule = Pick<QuantizedModule, 'outFeatures' | 'inFeatures' | 'groupSize'>;
+export type PlanesModule = Pick<QuantizedModule, 'outFeatures' | 'inFeatures' | 'groupSize' | 'input' | 'transform'>;
 
 /** Reads the widths of module `name`, and the dtype of its scales from the headers. Throws FormatError when they contradict the metadata. */
 export async function readPlanesShape(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedShape> {
@@ -138,13 +154,13 @@ export async function readPlanesShape(source: TensorSource, name: string, module
     );
   }
   const scaleDtype = source.tensors.get(name + SUFFIXES.scales)?.dtype === 'F32' ? 'F32' : 'F16';
-  const { outFeatures, inFeatures, groupSize } = module;
-  return { outFeatures, inFeatures, groupSize, bits, scaleDtype };
+  const { outFeatures, inFeatures, groupSize, transform } = module;
+  return { outFeatures, inFeatures, groupSize, bits, scaleDtype, ...(transform && { transform }) };
 }
 
 /** Reads module `name` without its codes. */
 export async function readPlanesGrid(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedGrid> {
-  const shape = await readPlanesShape(source, name, module);
+  const { transform: stored, ...shape } = await readPlanesShape(source, name, module);
   const declared = new Map(planesDeclarations(name, shape).map((tensor) => [tensor.name, tensor]));
   const read = async (suffix: string): Promise<Uint8Array> => {
     const declaration = declared.get(name + suffix);
@@ -161,10 +177,23 @@ export async function readPlanesGrid(source: TensorSource, name: string, module:
     position = unpackPlanes({ codes: zeroRow, offset: 0, stride: rows, rows: 1, columns: rows }, width, words, position);
     for (let row = 0; row < rows; row++) zeroPoints[row * bits.length + g] = zeroRow[row];
   });
-  const grid = { ...shape, scales: columnsOfGroups(scales, shape, (width) => width >= 1, 1), zeroPoints };
+  const transform = stored && { order: await readOrder(source, module), hadamard: stored.hadamard };
+  const grid = {
+    ...shape,
+    scales: columnsOfGroups(scales, shape, (width) => width >= 1, 1),
+    zeroPoints,
+    ...(transform && { transform }),
+  };
   if (!bits.includes(1)) return grid;
   const offsets = toFloat32(shape.scaleDtype, await read(SUFFIXES.offsets));
   return { ...grid, offsets: columnsOfGroups(offsets, shape, (width) => width === 1, 0) };
+}
+
+/** The order of a module's input, which lies with the first module that reads it. */
+async function readOrder(source: TensorSource, { input, inFeatures }: PlanesModule): Promise<Uint32Array> {
+  const declared = orderDeclaration(input, inFeatures);
+  const words = asWords(await readExpected(source, declared));
+  return checkedOrder(source.path, `tensor "${declared.name}"`, Int32Array.from(words), inFeatures);
 }
 
 /** Reads module `name`. Throws FormatError with a `planes-*` rule when a tensor is missing or has the wrong shape. */

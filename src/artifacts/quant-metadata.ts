@@ -1,9 +1,16 @@
 /** What an artifact says of its quantized modules: one JSON in the metadata of a safetensors or ONNX file, whatever the layout. */
 import { FormatError } from '../errors.ts';
+import { TRANSFORMS } from '../methods/quantize/quantizer.ts';
 
 export const LAYOUTS = ['planes', 'gptq', 'onnx'] as const;
 /** How the codes are stored. */
 export type LayoutName = (typeof LAYOUTS)[number];
+
+/** What is done to an input, but for the order of its columns, which is a tensor or a constant of the file. */
+export interface StoredTransform {
+  /** As `InputTransform` has it: columns that are rotated together, 0 for none. */
+  readonly hadamard: number;
+}
 
 /** A quantized module. Its tensors alone do not tell the number of columns, or the size of its groups. */
 export interface QuantizedModule {
@@ -14,6 +21,8 @@ export interface QuantizedModule {
   readonly input: string;
   /** The model expects the weight as (inFeatures, outFeatures). */
   readonly transposed: boolean;
+  /** What is done to `input`; absent: nothing. */
+  readonly transform?: StoredTransform;
   /** Widths of the groups, where the layout itself does not keep them. */
   readonly bits?: readonly number[];
 }
@@ -24,12 +33,14 @@ export function quantMetadata(
   groupSize: number,
   modules: ReadonlyMap<string, QuantizedModule>,
 ): Map<string, string> {
-  const inputs = new Set<string>();
+  const inputs = new Map<string, object>();
   const entries = [...modules].map(([name, module]) => {
-    inputs.add(module.input);
+    const { transform, input } = module;
+    const kind = transform === undefined ? 'none' : transform.hadamard === 0 ? 'perm' : 'perm-had';
+    inputs.set(input, { transform: kind, block: transform?.hadamard || groupSize, folded: false });
     const entry = {
       shape: [module.outFeatures, module.inFeatures],
-      input: module.input,
+      input,
       ...(module.groupSize === groupSize ? {} : { group_size: module.groupSize }),
       ...(module.transposed ? { transposed: true } : {}),
       ...(module.bits ? { bits: module.bits } : {}),
@@ -39,7 +50,7 @@ export function quantMetadata(
   const quant = {
     group_size: groupSize,
     modules: Object.fromEntries(entries),
-    inputs: Object.fromEntries([...inputs].map((input) => [input, { transform: 'none', block: groupSize, folded: false }])),
+    inputs: Object.fromEntries(inputs),
   };
   return new Map([
     ['pcomp.layout', layout],
@@ -68,20 +79,39 @@ export function parseQuantMetadata(path: string, metadata: ReadonlyMap<string, s
   if (!isRecord(quant) || !isRecord(quant['modules']) || !isRecord(quant['inputs'])) {
     throw new FormatError(path, 'quant-metadata', 'pcomp.quant needs objects "modules" and "inputs"');
   }
-  for (const [input, value] of Object.entries(quant['inputs'])) {
-    if (!isRecord(value) || value['transform'] !== 'none') {
-      throw new FormatError(
-        path,
-        'quant-transform',
-        `input "${input}" has a transform that is not "none", the only one pcomp reads`,
-      );
-    }
-  }
+  const transforms = new Map(
+    Object.entries(quant['inputs']).map(([input, value]) => [input, parseTransform(path, input, value)] as const),
+  );
   const modules = new Map<string, QuantizedModule>();
   for (const [name, value] of Object.entries(quant['modules'])) {
-    modules.set(name, parseModule(path, name, value, quant['group_size']));
+    const module = parseModule(path, name, value, quant['group_size']);
+    if (!transforms.has(module.input)) {
+      throw new FormatError(
+        path,
+        'quant-metadata',
+        `pcomp.quant: module "${name}" reads "${module.input}", which is not described`,
+      );
+    }
+    const transform = transforms.get(module.input);
+    modules.set(name, transform ? { ...module, transform } : module);
   }
   return modules;
+}
+
+function parseTransform(path: string, input: string, value: unknown): StoredTransform | undefined {
+  const fail = (rule: string) => new FormatError(path, 'quant-transform', `pcomp.quant: input "${input}" ${rule}`);
+  const { transform: kind, block } = isRecord(value) ? value : {};
+  switch (TRANSFORMS.find((known) => known === kind)) {
+    case 'none':
+      return undefined;
+    case 'perm':
+      return { hadamard: 0 };
+    case 'perm-had':
+      if (isPositive(block) && Number.isInteger(Math.log2(block)) && block > 1) return { hadamard: block };
+      throw fail(`rotates blocks of ${JSON.stringify(block)}, which is no power of two above 1`);
+    case undefined:
+      throw fail(`has transform ${JSON.stringify(kind)}, pcomp reads ${TRANSFORMS.join(', ')}`);
+  }
 }
 
 function parseModule(path: string, name: string, value: unknown, defaultGroupSize: unknown): QuantizedModule {

@@ -4,7 +4,7 @@ import { dequantize, type QuantizedLinear } from '../methods/quantize/quantized-
 import type { ModuleStorage } from './accounting.ts';
 import { codeBitsOf } from './accounting.ts';
 import { type GptqFormat, gptqBits, readGptq } from './gptq.ts';
-import { readPlanes, readPlanesShape } from './planes.ts';
+import { PLANES_SUFFIXES, readPlanes, readPlanesShape } from './planes.ts';
 import { type LayoutName, parseQuantMetadata, type QuantizedModule } from './quant-metadata.ts';
 
 export interface StoredModules {
@@ -66,7 +66,7 @@ export function moduleStorage(
 
 /** Modules in the layout `planes`, in any number of files. */
 export function planesModules(sources: readonly TensorSource[]): StoredModules {
-  const stored = new SafetensorsModules(sources, ['.pq_bits', '.pq_codes', '.pq_scales', '.pq_zeros', '.pq_offsets']);
+  const stored = new SafetensorsModules(sources, PLANES_SUFFIXES);
   return {
     layout: 'planes',
     modules: stored.modules,

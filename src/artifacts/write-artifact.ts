@@ -7,6 +7,7 @@ import type { TensorSource } from '../../formats/tensor.ts';
 import { FormatError } from '../errors.ts';
 import type { Storage } from './accounting.ts';
 import { copyModelFiles } from './copied-files.ts';
+import { CorrectedSource } from './corrected-source.ts';
 import { embeddingModules } from './describe-modules.ts';
 import { explainDiskError } from './durable.ts';
 import { gptqLoaders } from './gptq-config.ts';
@@ -66,7 +67,7 @@ export async function writeArtifact(options: WriteOptions): Promise<WrittenArtif
 }
 
 async function write({ source, quantized, folder, formats, version, maxShardBytes }: WriteOptions): Promise<WrittenArtifact> {
-  const { model, tensors } = source;
+  const { model } = source;
   const notes: string[] = [];
   const written: WrittenFormat[] = [];
   const names = [...model.blocks.flatMap((block) => block.sites.map((site) => site.name)), ...embeddingModules(model)];
@@ -74,6 +75,7 @@ async function write({ source, quantized, folder, formats, version, maxShardByte
     quantized,
     names.filter((name) => quantized.has(name)),
   );
+  const tensors = await CorrectedSource.create(source.tensors, quantized, names);
   const shards = maxShardBytes === undefined ? {} : { maxShardBytes };
   const changes: Record<string, unknown> = {};
   const finish = async (opened: TensorSource, stored: StoredModules, files: readonly string[]): Promise<WrittenFormat> => {

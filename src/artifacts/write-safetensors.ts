@@ -8,7 +8,7 @@ import type { Model } from '../model/model.ts';
 import { describeModules } from './describe-modules.ts';
 import { encodeGptq, type GptqFormat, gptqDeclarations, isSymmetric, whyNotGptq } from './gptq.ts';
 import { type GptqConfig, gptqConfig } from './gptq-config.ts';
-import { encodePlanes, planesDeclarations, type QuantizedGrid } from './planes.ts';
+import { encodePlanes, planesDeclarations, type QuantizedGrid, type QuantizedShape } from './planes.ts';
 import { type LayoutName, type QuantizedModule, quantMetadata } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 
@@ -40,11 +40,18 @@ export async function writePlanes(options: CheckpointOptions): Promise<readonly 
   const encodings = new Map<string, Encoding>();
   for (const name of modules.keys()) {
     const grid = await quantized.readGrid(name);
-    encodings.set(name, { declarations: planesDeclarations(name, grid), encode: (q) => encodePlanes(name, q) });
+    // Modules that share an input share its order, which lies with the first of them.
+    const own = modules.get(name)!.input === name;
+    const declarations = planesDeclarations(name, own ? grid : withoutTransform(grid));
+    encodings.set(name, { declarations, encode: (q) => encodePlanes(name, own ? q : withoutTransform(q)) });
   }
   // The layout keeps widths in a tensor of their own.
   const described = new Map([...modules].map(([name, { bits: _, ...module }]) => [name, module]));
   return writeCheckpoint('planes', options, described, encodings);
+}
+
+function withoutTransform<T extends QuantizedShape>({ transform: _, ...rest }: T): Omit<T, 'transform'> {
+  return rest;
 }
 
 export interface WrittenGptq {

@@ -54,6 +54,8 @@ describe('the GPTQ layout', () => {
     ['a short last group', { rows: 32, columns: 96, groupSize: 64, bits: [4] }, /no multiple of the group size 64/],
     ['outputs that fill no word', { rows: 33, columns: 64, groupSize: 32, bits: [4] }, /multiples of 32/],
     ['inputs that fill no word', { rows: 32, columns: 48, groupSize: 48, bits: [4] }, /multiples of 32/],
+    ['a sorted input', { rows: 32, columns: 64, groupSize: 32, bits: [4], transform: { hadamard: 0 } }, /input sorted, for/],
+    ['a rotated input', { rows: 32, columns: 64, groupSize: 32, bits: [4], transform: { hadamard: 32 } }, /sorted and rotated/],
     ['scales beyond F16', { rows: 32, columns: 64, groupSize: 32, bits: [4], scaleDtype: 'F32' as const }, /F16/],
   ])('does not suit %s', (_, options, why) => {
     expect(whyNotGptq(randomLinear(options))).toMatch(why);
@@ -75,6 +77,8 @@ describe('the GPTQ layout', () => {
   });
 
   it('is refused for a module that no such file can hold', async () => {
+    const sorted = { ...module, transform: { hadamard: 0 } };
+    await expect(readGptq(source(linear(4), 'gptq_v2'), 'm', sorted, 'gptq_v2')).rejects.toMatchObject({ rule: 'gptq-shape' });
     const shape = { ...module, outFeatures: 33 };
     await expect(readGptq(source(linear(4), 'gptq_v2'), 'm', shape, 'gptq_v2')).rejects.toMatchObject({ rule: 'gptq-shape' });
   });

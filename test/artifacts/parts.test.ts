@@ -29,24 +29,35 @@ function memory(tensors: readonly Tensor[]): TensorSource {
 }
 
 const MIXED = randomLinear({ rows: 7, columns: 77, groupSize: 16, bits: [1, 2, 3, 8, 5], seed: 3 });
+const ROTATED = randomLinear({ rows: 5, columns: 40, groupSize: 16, bits: [3, 2], seed: 4, transform: { hadamard: 16 } });
+
+const CORRECTED: QuantizedLinear = { ...ROTATED, bias: Float32Array.of(1, 0.1, -3, 0, 2 ** -30) };
+
+/** What the metadata would say of a module that stands for itself. */
+function entryOf({ outFeatures, inFeatures, groupSize, transform }: QuantizedLinear): QuantizedModule {
+  const entry = { outFeatures, inFeatures, groupSize, input: 'm', transposed: false };
+  return transform ? { ...entry, transform: { hadamard: transform.hadamard } } : entry;
+}
 
 describe('the planes layout', () => {
   it('brings back any mix of widths, odd sizes and short last groups, bit for bit', async () => {
-    const options = fc.record({
+    const shape = {
       rows: fc.integer({ min: 1, max: 9 }),
       columns: fc.integer({ min: 1, max: 90 }),
       groupSize: fc.constantFrom(16, 32, 48),
       bits: fc.array(fc.integer({ min: 0, max: 8 }), { minLength: 1, maxLength: 6 }),
       seed: fc.nat(),
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
-    });
+      transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), seed: fc.nat() }),
+    };
+    const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
     await fc.assert(
       fc.asyncProperty(options, async (chosen) => {
         const q = randomLinear(chosen);
         const tensors = encodePlanes('m', q);
         expect(tensors.map(({ name, dtype, shape }) => ({ name, dtype, shape }))).toEqual(planesDeclarations('m', q));
         for (const tensor of tensors) expect(tensor.data.byteLength).toBe(byteLengthOf(tensor.dtype, tensor.shape));
-        const back = await readPlanes(memory(tensors), 'm', q);
+        const back = await readPlanes(memory(tensors), 'm', entryOf(q));
         expect(dequantize(back)).toEqual(dequantize(q));
         expect([back.bits, back.codes, back.zeroPoints]).toEqual([q.bits, q.codes, q.zeroPoints]);
         // Without any stored group there are no scales whose dtype could be told.
@@ -66,7 +77,7 @@ describe('the planes layout', () => {
   it('reads everything but the codes without touching them', async () => {
     const tensors = encodePlanes('m', MIXED).filter(({ name }) => name !== 'm.pq_codes');
     const { codes: _, ...grid } = MIXED;
-    expect(await readPlanesGrid(memory(tensors), 'm', MIXED)).toEqual(grid);
+    expect(await readPlanesGrid(memory(tensors), 'm', entryOf(MIXED))).toEqual(grid);
   });
 
   it.each([
@@ -92,7 +103,41 @@ describe('the planes layout', () => {
       (all: Tensor[]) => all.map((t) => (t.name === 'm.pq_bits' ? { ...t, shape: [4], data: t.data.slice(1) } : t)),
     ],
   ])('refuses %s', async (_, rule, damage) => {
-    const error = await readPlanes(memory(damage(encodePlanes('m', MIXED))), 'm', MIXED).catch((thrown: unknown) => thrown);
+    const damaged = memory(damage(encodePlanes('m', MIXED)));
+    const error = await readPlanes(damaged, 'm', entryOf(MIXED)).catch((thrown: unknown) => thrown);
+    expect(error).toBeInstanceOf(FormatError);
+    expect(error).toMatchObject({ rule });
+  });
+});
+
+describe('the order of the columns in the planes layout', () => {
+  const withOrder = (order: readonly number[], shape = [order.length]) => {
+    const tensor = { name: 'm.pq_perm', dtype: 'I32' as const, shape, byteLength: 4 * order.length };
+    const rest = encodePlanes('m', ROTATED).filter(({ name }) => name !== 'm.pq_perm');
+    return memory([...rest, { ...tensor, data: new Uint8Array(Int32Array.from(order).buffer) }]);
+  };
+  const ascending = Array.from({ length: 40 }, (_, k) => k);
+
+  it('takes 32 bits a column', () => {
+    const [declared] = planesDeclarations('m', ROTATED).slice(-1);
+    expect(declared).toEqual({ name: 'm.pq_perm', dtype: 'I32', shape: [40] });
+  });
+
+  it('may lie with another module, that reads the same input', async () => {
+    const { transform: _, ...plain } = ROTATED;
+    const [order] = encodePlanes('first', ROTATED).slice(-1);
+    const source = memory([...encodePlanes('m', plain), order]);
+    expect(await readPlanes(source, 'm', { ...entryOf(ROTATED), input: 'first' })).toEqual(ROTATED);
+  });
+
+  it.each([
+    ['a column twice', 'columns-order', withOrder([...ascending.slice(0, 39), 0])],
+    ['a column too high', 'columns-order', withOrder([...ascending.slice(0, 39), 40])],
+    ['a negative column', 'columns-order', withOrder([-1, ...ascending.slice(1)])],
+    ['too few columns', 'layout-tensor-shape', withOrder(ascending.slice(1))],
+    ['no tensor', 'layout-tensor-missing', memory(encodePlanes('m', ROTATED).slice(0, -1))],
+  ])('is refused when it has %s', async (_, rule, source) => {
+    const error = await readPlanes(source, 'm', entryOf(ROTATED)).catch((thrown: unknown) => thrown);
     expect(error).toBeInstanceOf(FormatError);
     expect(error).toMatchObject({ rule });
   });
@@ -105,6 +150,8 @@ describe('the metadata of an artifact', () => {
     const modules = new Map<string, QuantizedModule>([
       ['a', entry],
       ['b', { ...entry, groupSize: 16, transposed: true, bits: [1, 2, 3, 4] }],
+      ['c', { ...entry, input: 'c', transform: { hadamard: 0 } }],
+      ['d', { ...entry, input: 'd', transform: { hadamard: 16 } }],
     ]);
     const metadata = quantMetadata('planes', 32, modules);
     expect(layoutOf('f', metadata)).toBe('planes');
@@ -114,8 +161,14 @@ describe('the metadata of an artifact', () => {
       modules: {
         a: { shape: [4, 64], input: 'a' },
         b: { shape: [4, 64], input: 'a', group_size: 16, transposed: true, bits: [1, 2, 3, 4] },
+        c: { shape: [4, 64], input: 'c' },
+        d: { shape: [4, 64], input: 'd' },
       },
-      inputs: { a: { transform: 'none', block: 32, folded: false } },
+      inputs: {
+        a: { transform: 'none', block: 32, folded: false },
+        c: { transform: 'perm', block: 32, folded: false },
+        d: { transform: 'perm-had', block: 16, folded: false },
+      },
     });
     expect(parseQuantMetadata('f', metadata)).toEqual(modules);
   });
@@ -136,6 +189,12 @@ describe('the metadata of an artifact', () => {
       'quant-transform',
       { 'pcomp.quant': '{"inputs":{"a":{"transform":"had"}},"group_size":32,"modules":{}}' },
     ],
+    [
+      'a rotation of blocks that are no power of two',
+      'quant-transform',
+      { 'pcomp.quant': '{"inputs":{"a":{"transform":"perm-had","block":48}},"group_size":32,"modules":{}}' },
+    ],
+    ['an input that is not described', 'quant-metadata', withModule('{"shape":[4,64],"input":"a"}')],
   ])('is refused for %s', (_, rule, change) => {
     const metadata = quantMetadata('planes', 32, new Map([['a', entry]]));
     for (const [key, value] of Object.entries(change)) metadata.set(key, value);
@@ -162,6 +221,7 @@ describe('the parts of a run', () => {
       new Map<string, QuantizedLinear>([
         ['x.q', MIXED],
         ['x.k', other],
+        ['x.v', CORRECTED],
       ]),
       { error: 0.5 },
     );
@@ -171,10 +231,12 @@ describe('the parts of a run', () => {
       true,
       false,
       true,
-      ['x.q', 'x.k', 'emb'],
+      ['x.q', 'x.k', 'x.v', 'emb'],
     ]);
     expect(await again.read('x.q')).toEqual(MIXED);
     expect(await again.read('emb')).toEqual(other);
+    const { codes: _, ...grid } = CORRECTED;
+    expect([await again.read('x.v'), await again.readGrid('x.v')]).toEqual([CORRECTED, grid]);
     expect(again.blockDetails(7)).toEqual({ error: 0.5 });
     expect(readdirSync(folder)).toEqual(['block-00007.safetensors', 'embeddings.safetensors']);
   });

@@ -23,6 +23,9 @@ export interface RandomLinearOptions {
   /** Levels of 1-bit groups are -+a. */
   readonly symmetricOneBit?: boolean;
   readonly scaleDtype?: 'F16' | 'F32';
+  /** Sorts the input at random; `hadamard` rotates it too. */
+  readonly transform?: { readonly hadamard: number; readonly seed?: number };
+  readonly bias?: boolean;
 }
 
 export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
@@ -44,6 +47,29 @@ export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
     if (width >= 2) zeroPoints[i] = Math.floor(random() * (1 << width));
     if (width === 1) offsets[i] = options.symmetricOneBit ? -scales[i] / 2 : round(-0.03 * random());
   }
-  const grid = { outFeatures: rows, inFeatures: columns, groupSize, bits, codes, scales, zeroPoints, scaleDtype };
-  return bits.includes(1) ? { ...grid, offsets } : grid;
+  const { transform } = options;
+  return {
+    outFeatures: rows,
+    inFeatures: columns,
+    groupSize,
+    bits,
+    codes,
+    scales,
+    zeroPoints,
+    scaleDtype,
+    ...(bits.includes(1) && { offsets }),
+    ...(transform && { transform: { order: randomOrder(columns, transform.seed ?? 1), hadamard: transform.hadamard } }),
+    ...(options.bias && { bias: Float32Array.from({ length: rows }, () => Math.round(random() * 16) / 8 - 1) }),
+  };
+}
+
+/** A permutation of 0 to `count` - 1. */
+function randomOrder(count: number, seed: number): Uint32Array {
+  const random = uniform(seed);
+  const order = Uint32Array.from({ length: count }, (_, k) => k);
+  for (let k = count - 1; k > 0; k--) {
+    const other = Math.floor(random() * (k + 1));
+    [order[k], order[other]] = [order[other], order[k]];
+  }
+  return order;
 }

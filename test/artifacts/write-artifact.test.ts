@@ -12,7 +12,7 @@ import { embeddingGroupSize } from '../../src/artifacts/onnx/lowering.ts';
 import { type ArtifactFormat, writeArtifact } from '../../src/artifacts/write-artifact.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from '../../src/errors.ts';
 import { dequantize, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
-import type { Model } from '../../src/model/model.ts';
+import type { LinearSite, Model } from '../../src/model/model.ts';
 import { i64, openGraph } from '../support/run-graph.ts';
 import { type TinyModel, tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
 import { randomLinear } from './random-linear.ts';
@@ -41,19 +41,25 @@ async function save(tiny: TinyModel): Promise<string> {
   return folder;
 }
 
-/** Random codes for every site, widths cycling through `bits`. */
+/**
+ * Random codes for every site, widths cycling through `bits`.
+ * @param hadamard sorts every input, each in its own order, and rotates it by blocks of so many columns
+ */
 function solutionOf(
   model: Model,
   bits: readonly number[],
   groupSize: number,
   keep: (name: string) => boolean = () => true,
+  hadamard?: number,
 ): Map<string, QuantizedLinear> {
   const sites = model.blocks.flatMap((block) => block.sites).filter((site) => keep(site.name));
+  const inputs = [...new Set(sites.map((site) => site.input))];
   return new Map(
-    sites.map((site, i) => [
-      site.name,
-      randomLinear({ rows: site.outFeatures, columns: site.inFeatures, groupSize, bits, seed: i + 1 }),
-    ]),
+    sites.map((site, i) => {
+      const options = { rows: site.outFeatures, columns: site.inFeatures, groupSize, bits, seed: i + 1, bias: site.hasBias };
+      const transform = hadamard === undefined ? {} : { transform: { hadamard, seed: inputs.indexOf(site.input) } };
+      return [site.name, randomLinear({ ...options, ...transform })];
+    }),
   );
 }
 
@@ -80,13 +86,13 @@ async function write(
   formats: readonly ArtifactFormat[],
   bits: readonly number[],
   extra: (model: Model) => Iterable<readonly [string, QuantizedLinear]> = () => [],
-  maxShardBytes?: number,
+  { maxShardBytes, hadamard }: { readonly maxShardBytes?: number; readonly hadamard?: number } = {},
 ): Promise<Written> {
   const folder = await save(tiny);
   const out = join(root, 'out');
   mkdirSync(out);
   await using source = await openModelSource(folder);
-  const linears = new Map([...solutionOf(source.model, bits, 32), ...extra(source.model)]);
+  const linears = new Map([...solutionOf(source.model, bits, 32, undefined, hadamard), ...extra(source.model)]);
   const artifact = await writeArtifact({
     source,
     quantized: sourceOf(linears),
@@ -113,23 +119,29 @@ function difference(a: ArrayLike<number>, b: ArrayLike<number>): number {
 }
 
 describe.each([
-  ['onnx', [1, 2, 3, 4, 8]],
-  ['safetensors', [1, 2, 3, 4, 5, 6, 7, 8]],
-  ['gptq', [3]],
-] as const)('an artifact of format %s', (format, bits) => {
+  ['onnx', [1, 2, 3, 4, 8], {}],
+  ['onnx', [4, 3, 2, 1], { hadamard: 0 }],
+  ['onnx', [4, 3, 2, 1], { hadamard: 32 }],
+  ['safetensors', [1, 2, 3, 4, 5, 6, 7, 8], {}],
+  ['safetensors', [4, 3, 2, 1], { hadamard: 32 }],
+  ['gptq', [3], {}],
+] as const)('an artifact of format %s, %s bits, %o', (format, bits, options) => {
   it('opens again as a model with the solved weights, the plain tensors as they were, and what it cost', async () => {
     const tiny = llama();
-    const { out, linears, artifact } = await write(tiny, [format], bits);
+    const { out, linears, artifact } = await write(tiny, [format], bits, undefined, options);
     await using source = await openModelSource(out);
     expect(source.kind).toBe(format === 'safetensors' ? 'planes' : format);
     for (const site of source.model.blocks.flatMap((block) => block.sites)) {
       expect(await source.weights.loadSite(site)).toEqual(dequantize(linears.get(site.name)!));
     }
-    for (const name of [...source.model.otherTensors, 'model.layers.0.self_attn.q_proj.bias']) {
+    for (const name of source.model.otherTensors) {
       const { dtype, data } = await source.tensors.read(name);
       const original = tiny.source.tensors.get(name)!;
       expect([name, dtype, toFloat32(dtype, data)]).toEqual([name, original.dtype, toFloat32(original.dtype, original.data)]);
     }
+    const corrected = 'model.layers.1.self_attn.q_proj';
+    const { dtype, data } = await source.tensors.read(`${corrected}.bias`);
+    expect([dtype, toFloat32(dtype, data)]).toEqual(['BF16', linears.get(corrected)!.bias]);
     const [written] = artifact.formats;
     expect(source.storage).toEqual(written.storage);
     expect(source.weightBytes).toBe(written.files.reduce((sum, file) => sum + statSync(join(out, file)).size, 0));
@@ -137,12 +149,20 @@ describe.each([
   });
 
   it('takes exactly the bits that were predicted', async () => {
-    const { out, linears } = await write(llama(), [format], bits);
+    const { out, linears } = await write(llama(), [format], bits, undefined, options);
     await using source = await openModelSource(out);
     const sites = source.model.blocks.flatMap((block) => block.sites);
     const predicted = {
       onnx: () => onnxStoredBits(sites.map((site) => [site.name, site.input, layOutLinear(linears.get(site.name)!)])),
-      safetensors: () => new Map(sites.map((site) => [site.name, planesStoredBits(linears.get(site.name)!)])),
+      safetensors: () => {
+        const first = (site: LinearSite) => sites.find((other) => other.input === site.input) === site;
+        return new Map(
+          sites.map((site) => {
+            const { transform, ...shape } = linears.get(site.name)!;
+            return [site.name, planesStoredBits(transform && first(site) ? { ...shape, transform } : shape)];
+          }),
+        );
+      },
       gptq: () => new Map(sites.map((site) => [site.name, gptqStoredBits(linears.get(site.name)!)])),
     }[format]();
     const stored = new Map(source.storage.modules.map((module) => [module.name, module.storedBits]));
@@ -157,7 +177,7 @@ describe.each([
 
   it('has the same bytes when it is written again', async () => {
     const bytes = async () => {
-      const { out } = await write(llama(), [format], bits);
+      const { out } = await write(llama(), [format], bits, undefined, options);
       const files = readdirSync(out, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile());
       const contents = files
         .map((file) => [file.name, readFileSync(join(file.parentPath, file.name)).toString('base64')] as const)
@@ -216,21 +236,29 @@ describe('an ONNX artifact', () => {
   });
 
   it('splits its data where asked, and says into how many files', async () => {
-    const { out } = await write(llama(), ['onnx'], [2], undefined, 16_384);
+    const { out } = await write(llama(), ['onnx'], [2], undefined, { maxShardBytes: 16_384 });
     const data = readdirSync(join(out, 'onnx')).filter((name) => name.includes('_data'));
     expect(data.length).toBeGreaterThan(1);
     expect(json(out, 'config.json')['transformers.js_config'].use_external_data_format).toEqual({ 'model_q2.onnx': data.length });
   });
 
   it.each([
-    ['a Llama with biases', llama],
-    ['a GPT-2, whose weights lie transposed', () => tinyGpt2('artifact gpt2')],
+    ['a Llama with biases', llama, {}],
+    ['a Llama with biases and sorted inputs', llama, { hadamard: 0 }],
+    ['a GPT-2, whose weights lie transposed', () => tinyGpt2('artifact gpt2'), {}],
+    ['a GPT-2 with rotated inputs', () => tinyGpt2('rotated gpt2'), { hadamard: 32 }],
     [
       'a Llama in which nothing divides',
       () => tinyLlama('ragged', { hidden_size: 40, intermediate_size: 52, num_attention_heads: 5, num_key_value_heads: 5 }),
+      {},
     ],
-  ])('computes the logits of its decoded weights: %s', async (_, make) => {
-    const { out } = await write(make(), ['onnx'], [1, 2, 3, 4]);
+    [
+      'a Llama in which nothing divides, its inputs rotated',
+      () => tinyLlama('ragged', { hidden_size: 40, intermediate_size: 52, num_attention_heads: 5, num_key_value_heads: 5 }),
+      { hadamard: 32 },
+    ],
+  ])('computes the logits of its decoded weights: %s', async (_, make, options) => {
+    const { out } = await write(make(), ['onnx'], [4, 1, 2, 3], undefined, options);
     await using source = await openModelSource(out);
     await using exact = await openOnnx(source.onnxPath!);
     // The same file with float activations: what differs from the decoded weights is rounding.
@@ -319,7 +347,7 @@ describe('checkpoint artifacts', () => {
   });
 
   it('are split into shards that each say what they hold', async () => {
-    const { out } = await write(llama(), ['safetensors'], [1, 3, 6], undefined, 12_000);
+    const { out } = await write(llama(), ['safetensors'], [1, 3, 6], undefined, { maxShardBytes: 12_000, hadamard: 32 });
     const shards = readdirSync(out).filter((name) => name.endsWith('.safetensors'));
     expect(shards.length).toBeGreaterThan(2);
     await using source = await openModelSource(out);
@@ -397,6 +425,32 @@ describe('checkpoint artifacts', () => {
 
   it('in GPTQ are refused when no module suits the layout', async () => {
     await expect(write(llama(), ['gptq'], [1, 2])).rejects.toThrow(/none of the quantized modules.*mixes widths/);
+  });
+});
+
+describe('an artifact that cannot be', () => {
+  const attempt = async (change: (linears: Map<string, QuantizedLinear>) => void) => {
+    await using source = await openModelSource(await save(llama()));
+    const linears = solutionOf(source.model, [2], 32, undefined, 32);
+    change(linears);
+    const folder = join(root, 'out');
+    mkdirSync(folder);
+    await writeArtifact({ source, quantized: sourceOf(linears), folder, formats: ['onnx'], version: '0' });
+  };
+  const q = 'model.layers.0.self_attn.q_proj';
+  const up = 'model.layers.0.mlp.up_proj';
+
+  it('is a bug that is named: one input transformed in two ways', async () => {
+    const broken = attempt((linears) => {
+      const { transform: _, ...plain } = linears.get(q)!;
+      linears.set(q, plain);
+    });
+    await expect(broken).rejects.toThrow(/k_proj and .*q_proj read one input/);
+  });
+
+  it('is a bug that is named: a bias for a layer that has none', async () => {
+    const broken = attempt((linears) => linears.set(up, { ...linears.get(up)!, bias: new Float32Array(96) }));
+    await expect(broken).rejects.toThrow(/"model.layers.0.mlp.up_proj.bias", which is not there/);
   });
 });
 

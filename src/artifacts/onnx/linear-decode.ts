@@ -1,14 +1,18 @@
-/** Reads quantized linears back from an ONNX graph that pcomp wrote: from its nodes and constants alone, to float32 in natural column order. */
+/** Reads quantized linears back from an ONNX graph that pcomp wrote: from its nodes and constants alone, to float32 as they multiply the model's own activations. */
 import type { Attribute, Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
 import { FormatError } from '../../errors.ts';
+import { untransformColumns } from '../../methods/quantize/input-transform.ts';
 import { type OperandBits, unpackByteRows } from '../packing/byte-rows.ts';
+import { ConstantValues } from './constant-values.ts';
+import { hadamardBits } from './hadamard-constant.ts';
+import { integers, type StoredInputTransform, storedInput, transformOf } from './linear-input.ts';
 
 /** One MatMulNBits of a linear, as the file has it. */
 export interface StoredPart {
   readonly bits: OperandBits;
   readonly columns: number;
   readonly blockSize: number;
-  /** Natural indices of its groups, in stored order. */
+  /** Its groups, by their place in the transformed input. */
   readonly groups: readonly number[];
   readonly qweight: Initializer;
   readonly scales: Initializer;
@@ -18,10 +22,12 @@ export interface StoredPart {
 /** A linear as the file has it. */
 export interface StoredLinear {
   readonly outFeatures: number;
+  /** What the graph does to the input first. */
+  readonly transform?: StoredInputTransform;
   /** Widest first. */
   readonly parts: readonly StoredPart[];
   readonly means?: { readonly groups: readonly number[]; readonly values: Initializer };
-  /** Bytes of every constant of its own; a group order shared with other sites counts at the first of them. */
+  /** Bytes of every constant of its own; what it shares with other sites counts at the first of them. */
   readonly byteLength: number;
 }
 
@@ -29,12 +35,11 @@ const WEIGHT_NAME = /^(.*)\.MatMulNBits\.qweight(?:_[248])?$/;
 
 /** The quantized linears of a graph by module name. Throws FormatError (`onnx-linear-*`) when the graph is not as pcomp writes it. */
 export async function storedLinears(path: string, graph: Graph): Promise<Map<string, StoredLinear>> {
-  const producers = new Map<string, Node>();
+  const constants = new ConstantValues(path, graph);
   const bySite = new Map<string, Node[]>();
   const tables = new Map<string, Node>();
   for (const node of graph.nodes) {
-    for (const output of node.outputs) producers.set(output, node);
-    const table = node.op === 'GatherBlockQuantized' ? producers.get(node.inputs[0])?.inputs[0] : undefined;
+    const table = node.op === 'GatherBlockQuantized' ? constants.producer(node.inputs[0])?.inputs[0] : undefined;
     const module = table === undefined ? undefined : WEIGHT_NAME.exec(table)?.[1];
     if (module !== undefined) tables.set(module, node);
     const site = node.op === 'MatMulNBits' ? WEIGHT_NAME.exec(node.inputs[1])?.[1] : undefined;
@@ -43,7 +48,14 @@ export async function storedLinears(path: string, graph: Graph): Promise<Map<str
   const linears = new Map<string, StoredLinear>();
   // A table that an output head multiplies with too is read as the head's operand.
   for (const [module, node] of tables) linears.set(module, storedTable(path, graph, module, node));
-  for (const [site, nodes] of bySite) linears.set(site, await storedLinear(path, graph, producers, site, nodes));
+  const rotations = new Set<number>();
+  for (const [site, nodes] of bySite) {
+    const linear = await storedLinear(path, graph, constants, site, nodes);
+    const size = linear.transform?.hadamard ?? 0;
+    const shared = size === 0 || rotations.has(size) ? 0 : hadamardBits(size) / 8;
+    rotations.add(size);
+    linears.set(site, { ...linear, byteLength: linear.byteLength + shared });
+  }
   return linears;
 }
 
@@ -87,8 +99,9 @@ function constantOf(path: string, graph: Graph, site: string, detail: string, na
 }
 
 function ownBytes(graph: Graph, site: string): number {
+  const indices = ['input_order', 'group_order', 'mean_groups'].map((name) => `${site}.${name}`);
   const own = [...graph.initializers.values()].filter(
-    ({ name }) => name.startsWith(`${site}.MatMulNBits.`) || name === `${site}.group_order` || name === `${site}.mean_groups`,
+    ({ name }) => name.startsWith(`${site}.MatMulNBits.`) || indices.includes(name),
   );
   return own.reduce((sum, initializer) => sum + initializer.byteLength, 0);
 }
@@ -96,17 +109,15 @@ function ownBytes(graph: Graph, site: string): number {
 async function storedLinear(
   path: string,
   graph: Graph,
-  producers: ReadonlyMap<string, Node>,
+  constants: ConstantValues,
   site: string,
   nodes: readonly Node[],
 ): Promise<StoredLinear> {
   const outFeatures = integer(path, nodes[0], 'N');
   const counts = nodes.map((node) => Math.ceil(integer(path, node, 'K') / integer(path, node, 'block_size')));
   const total = counts.reduce((sum, count) => sum + count, 0);
-  const orderName = nodes.length > 1 ? groupOrderName(producers, nodes[0]) : undefined;
-  const order = orderName
-    ? await indices(constantOf(path, graph, site, 'group order', orderName))
-    : Array.from({ length: total }, (_, g) => g);
+  const { groupOrder, transform } = await storedInput(path, constants, site, nodes);
+  const order = groupOrder ?? Array.from({ length: total }, (_, g) => g);
   if (order.length !== total || new Set(order).size !== total || order.some((g) => g < 0 || g >= total)) {
     throw new FormatError(path, 'onnx-linear-order', `${site}: its group order is no permutation of its ${total} groups`);
   }
@@ -116,22 +127,14 @@ async function storedLinear(
     first += counts[i];
     return storedPart(path, graph, site, node, node.inputs.slice(1, 4), outFeatures, integer(path, node, 'K'), groups);
   });
-  const means = await storedMeans(path, graph, producers, site, outFeatures, total);
-  return { outFeatures, parts, byteLength: ownBytes(graph, site), ...(means ? { means } : {}) };
-}
-
-/** Follows an operand's activation back: Split <- Reshape <- Gather(group order). */
-function groupOrderName(producers: ReadonlyMap<string, Node>, node: Node): string | undefined {
-  const split = producers.get(node.inputs[0]);
-  const reshape = split?.op === 'Split' ? producers.get(split.inputs[0]) : undefined;
-  const gather = reshape?.op === 'Reshape' ? producers.get(reshape.inputs[0]) : undefined;
-  return gather?.op === 'Gather' && gather.inputs[1].endsWith('.group_order') ? gather.inputs[1] : undefined;
+  const means = await storedMeans(path, graph, constants, site, outFeatures, total);
+  return { outFeatures, parts, byteLength: ownBytes(graph, site), ...(transform && { transform }), ...(means && { means }) };
 }
 
 async function storedMeans(
   path: string,
   graph: Graph,
-  producers: ReadonlyMap<string, Node>,
+  constants: ConstantValues,
   site: string,
   outFeatures: number,
   total: number,
@@ -139,16 +142,16 @@ async function storedMeans(
   const values = graph.initializers.get(`${site}.MatMulNBits.means`);
   if (!values) return undefined;
   const matmul = graph.nodes.find((node) => node.op === 'MatMul' && node.inputs[1] === values.name);
-  const gather = matmul ? producers.get(matmul.inputs[0]) : undefined;
-  const chosen = gather?.op === 'Gather' ? graph.initializers.get(gather.inputs[1]) : undefined;
-  const groups = chosen ? await indices(chosen) : Array.from({ length: total }, (_, g) => g);
+  const gather = matmul ? constants.producer(matmul.inputs[0]) : undefined;
+  const groups =
+    gather?.op === 'Gather' ? await integers(constants, gather.inputs[1]) : Array.from({ length: total }, (_, g) => g);
   if (groups.some((g) => g < 0 || g >= total))
     throw new FormatError(path, 'onnx-linear-means', `${site}: a mean belongs to none of its ${total} groups`);
   expectBytes(path, values, groups.length * outFeatures * 4);
   return { groups, values };
 }
 
-/** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one. */
+/** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one; a transform of the input is folded in. */
 export async function decodeLinear(path: string, linear: StoredLinear, inFeatures: number): Promise<Float32Array> {
   const rows = linear.outFeatures;
   const weight = new Float32Array(rows * inFeatures);
@@ -179,7 +182,9 @@ export async function decodeLinear(path: string, linear: StoredLinear, inFeature
     }
   }
   if (linear.means) addMeans(weight, inFeatures, blockSize, linear.means.groups, floats(await linear.means.values.read()));
-  return weight;
+  return linear.transform
+    ? untransformColumns(transformOf(path, linear.transform, inFeatures), weight, rows, inFeatures)
+    : weight;
 }
 
 function addMeans(
@@ -201,10 +206,6 @@ function addMeans(
 
 function floats(bytes: Uint8Array): Float32Array {
   return new Float32Array(bytes.slice().buffer);
-}
-
-async function indices(initializer: Initializer): Promise<number[]> {
-  return Array.from(new BigInt64Array((await initializer.read()).slice().buffer), Number);
 }
 
 function integer(path: string, node: Node, name: string): number {

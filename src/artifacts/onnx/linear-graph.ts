@@ -1,6 +1,7 @@
 /** Renders quantized linears as MatMulNBits nodes; sites that read one activation in one group order share its gather. */
 import { int } from '../../graph/attributes.ts';
 import { type GraphBuilder, MICROSOFT, type Value } from '../../graph/builder.ts';
+import { hadamardConstant } from './hadamard-constant.ts';
 import type { LinearInitializers } from './linear-initializers.ts';
 import type { OnnxLinearLayout } from './linear-layout.ts';
 
@@ -18,9 +19,10 @@ export class LinearRenderer {
     this.#accuracyLevel = accuracyLevel;
   }
 
-  /** `x` (..., inFeatures) F32 -> (..., outFeatures); `bias` (outFeatures) F32. */
-  render(site: string, layout: OnnxLinearLayout, constants: LinearInitializers, x: Value, bias: Value | null): Value {
+  /** `input` (..., inFeatures) F32 -> (..., outFeatures); `bias` (outFeatures) F32. */
+  render(site: string, layout: OnnxLinearLayout, constants: LinearInitializers, input: Value, bias: Value | null): Value {
     const builder = this.#builder;
+    const x = this.#transform(layout, constants, input);
     const leading = x.shape.slice(0, -1);
     const ordered = layout.order
       ? this.#gatherGroups(site, layout, layout.order, x)
@@ -48,6 +50,28 @@ export class LinearRenderer {
       products.push(builder.matmul(sums, builder.initializer(constants.means)));
     }
     return products.reduce((sum, product) => builder.add(sum, product));
+  }
+
+  /** The input in stored order. Sites that read one input transform it alike. */
+  #transform({ transform, inFeatures }: OnnxLinearLayout, { inputOrder }: LinearInitializers, x: Value): Value {
+    if (!transform) return x;
+    return this.#once(`${x.name} transformed`, () => {
+      const sorted = inputOrder ? this.#builder.gather(x, this.#builder.initializer(inputOrder), -1) : x;
+      const rest = transform.hadamard > 0 ? inFeatures % transform.hadamard : 0;
+      if (transform.hadamard === 0) return sorted;
+      if (rest === 0) return this.#rotate(sorted, transform.hadamard);
+      const [whole, last] = this.#builder.split(sorted, [inFeatures - rest, rest], -1);
+      return this.#builder.concat([this.#rotate(whole, transform.hadamard), last], -1);
+    });
+  }
+
+  /** Every run of `size` columns times the Hadamard matrix, which is its own transpose. */
+  #rotate(x: Value, size: number): Value {
+    const leading = x.shape.slice(0, -1);
+    const columns = Number(x.shape[x.shape.length - 1]);
+    const matrix = this.#once(`hadamard ${size}`, () => hadamardConstant(this.#builder, size));
+    const rotated = this.#builder.matmul(this.#builder.reshape(x, [...leading, columns / size, size]), matrix);
+    return this.#builder.reshape(rotated, [...leading, columns]);
   }
 
   /** `x` filled up with zero columns to whole groups. */

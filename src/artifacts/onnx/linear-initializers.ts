@@ -17,6 +17,8 @@ export interface LinearInitializers {
   readonly parts: readonly { readonly qweight: Initializer; readonly scales: Initializer; readonly qzeros: Initializer }[];
   /** (meanGroups, outFeatures); absent when no group has a mean. */
   readonly means?: Initializer;
+  /** I32 (inFeatures): stored column k reads input `inputOrder[k]`. */
+  readonly inputOrder?: Initializer;
 }
 
 /** Lays out every linear of a source and hands out its constants. Holds the packed bytes of one linear at a time. */
@@ -57,9 +59,17 @@ export class QuantizedInitializers {
         qzeros: this.#initializer(site, names.qzeros, 'U8', [rows, bytes.qzeros], rows * bytes.qzeros),
       };
     });
-    if (meanGroups.length === 0) return { parts };
     const shape = [meanGroups.length, rows];
-    return { parts, means: this.#initializer(site, `${site}.MatMulNBits.means`, 'F32', shape, meanGroups.length * rows * 4) };
+    const columns = layout.inFeatures;
+    return {
+      parts,
+      ...(meanGroups.length > 0 && {
+        means: this.#initializer(site, `${site}.MatMulNBits.means`, 'F32', shape, meanGroups.length * rows * 4),
+      }),
+      ...(layout.transform?.permuted && {
+        inputOrder: this.#initializer(site, `${site}.input_order`, 'I32', [columns], columns * 4),
+      }),
+    };
   }
 
   #initializer(site: string, name: string, dtype: DType, shape: readonly number[], byteLength: number): Initializer {
@@ -81,6 +91,7 @@ export class QuantizedInitializers {
       const packed = packPart(q, layout, part);
       tensors.set(names.qweight, packed.qweight).set(names.scales, asBytes(packed.scales)).set(names.qzeros, packed.qzeros);
     }
+    if (q.transform) tensors.set(`${site}.input_order`, asBytes(q.transform.order));
     if (layout.meanGroups.length > 0) tensors.set(`${site}.MatMulNBits.means`, asBytes(packMeans(q, layout)));
     return tensors;
   }

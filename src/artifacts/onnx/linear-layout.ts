@@ -7,6 +7,7 @@ import type { QuantizedLinear } from '../../methods/quantize/quantized-linear.ts
 import { groupCount } from '../../methods/quantize/quantized-linear.ts';
 import { type OperandBits, packByteRows } from '../packing/byte-rows.ts';
 import type { QuantizedGrid } from '../planes.ts';
+import { isIdentity } from '../stored-order.ts';
 
 /** One MatMulNBits: its operand's width and its groups, natural indices in ascending order. */
 export interface OnnxPart {
@@ -16,10 +17,20 @@ export interface OnnxPart {
   readonly columns: number;
 }
 
+/** How an input becomes what the operands multiply: two operations at most, once per input. */
+export interface OnnxTransform {
+  /** A gather by a vector of int32. */
+  readonly permuted: boolean;
+  /** Columns rotated together by one product with a constant matrix; 0: none. */
+  readonly hadamard: number;
+}
+
 export interface OnnxLinearLayout {
   readonly outFeatures: number;
   readonly inFeatures: number;
   readonly blockSize: number;
+  /** What is done to the input before anything else; absent: nothing. */
+  readonly transform?: OnnxTransform;
   /** Widest first. */
   readonly parts: readonly OnnxPart[];
   /** Group order the activation must be brought into; absent when the parts lie in natural order. */
@@ -53,15 +64,20 @@ export function blockSizeOf(inFeatures: number, groupSize: number): number {
 /** Lays out one linear; reads no codes. */
 export function layOutLinear(grid: QuantizedGrid): OnnxLinearLayout {
   const meanGroups = [...grid.bits.keys()].filter((g) => grid.bits[g] === 1 && hasMean(grid, g));
-  return layOutShape(grid, meanGroups);
+  const { transform, ...shape } = grid;
+  if (!transform) return layOutShape(shape, meanGroups);
+  return layOutShape({ ...shape, transform: { permuted: !isIdentity(transform), hadamard: transform.hadamard } }, meanGroups);
 }
 
 /** As `layOutLinear` for a linear whose levels are not known yet: `meanGroups` says which groups are to have a mean. */
 export function layOutShape(
-  shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize'> & { readonly bits: ArrayLike<number> },
+  shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize'> & {
+    readonly bits: ArrayLike<number>;
+    readonly transform?: OnnxTransform;
+  },
   meanGroups: readonly number[],
 ): OnnxLinearLayout {
-  const { outFeatures, inFeatures, groupSize, bits } = shape;
+  const { outFeatures, inFeatures, groupSize, bits, transform } = shape;
   const groups = groupCount(inFeatures, groupSize);
   const blockSize = blockSizeOf(inFeatures, groupSize);
   const indices = Array.from({ length: groups }, (_, g) => g);
@@ -76,7 +92,19 @@ export function layOutShape(
   const columnsOf = (part: readonly number[]): number =>
     part.length * blockSize - (part.includes(groups - 1) && padding === 0 ? whole - inFeatures : 0);
   const parts = sorted.map((part) => ({ ...part, columns: columnsOf(part.groups) }));
-  return { outFeatures, inFeatures, blockSize, parts, padding, meanGroups, ...(reordered ? { order } : {}) };
+  // A row shorter than a rotation stays as it is.
+  const hadamard = transform && transform.hadamard <= inFeatures ? transform.hadamard : 0;
+  const changed = transform && (transform.permuted || hadamard > 0);
+  return {
+    outFeatures,
+    inFeatures,
+    blockSize,
+    parts,
+    padding,
+    meanGroups,
+    ...(changed && { transform: { permuted: transform.permuted, hadamard } }),
+    ...(reordered && { order }),
+  };
 }
 
 /** A 1-bit group in a 2-bit operand: code c becomes `factor * c`, the zero point and the scale are the operand's, `mean` is added. */

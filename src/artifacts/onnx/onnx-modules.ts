@@ -5,7 +5,11 @@ import type { Tensor, TensorInfo, TensorSource } from '../../../formats/tensor.t
 import { FormatError } from '../../errors.ts';
 import { parseQuantMetadata } from '../quant-metadata.ts';
 import { moduleStorage, type StoredModules } from '../stored-modules.ts';
+import { isHadamardFactor } from './hadamard-constant.ts';
 import { decodeLinear, type StoredLinear, storedLinears } from './linear-decode.ts';
+
+/** Orders and choices of columns and groups. */
+const INDICES = /\.(input_order|group_order|mean_groups)$/;
 
 /** Finds the quantized modules that the file's metadata names. Throws FormatError when the graph does not have one of them. */
 export async function onnxModules({ path, model }: OnnxFile): Promise<StoredModules> {
@@ -29,7 +33,7 @@ export async function onnxModules({ path, model }: OnnxFile): Promise<StoredModu
   return {
     layout: 'onnx',
     modules,
-    owns: (tensor) => tensor.includes('.MatMulNBits.') || tensor.endsWith('.group_order') || tensor.endsWith('.mean_groups'),
+    owns: (tensor) => tensor.includes('.MatMulNBits.') || INDICES.test(tensor) || isHadamardFactor(tensor),
     decode: async (name) => decodeLinear(path, linearOf(name), modules.get(name)!.inFeatures),
     async storage(name) {
       const module = modules.get(name)!;

@@ -23,6 +23,8 @@ export interface QuantizedLinear {
   readonly scaleDtype: 'F16' | 'F32';
   /** What is done to the input before the codes multiply it; absent: nothing. */
   readonly transform?: InputTransform;
+  /** (outFeatures); replaces the checkpoint's bias. Only for a site that has one; values are representable in the bias' stored dtype. */
+  readonly bias?: Float32Array;
 }
 
 /** Number of groups of a row: `ceil(inFeatures / groupSize)`. */

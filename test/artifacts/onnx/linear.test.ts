@@ -81,6 +81,17 @@ const CASES: readonly (readonly [string, Parameters<typeof randomLinear>[0]])[] 
   ['a ragged mixed layer, the short group narrowest', { rows: 9, columns: 172, groupSize: 32, bits: [3, 2, 4, 3, 3, 1] }],
   ['a ragged mixed layer in order', { rows: 9, columns: 172, groupSize: 32, bits: [4, 3, 2, 2, 2, 2] }],
   ['a layer narrower than a group', { rows: 9, columns: 40, groupSize: 128, bits: [2] }],
+  ['its input sorted', { rows: 9, columns: 256, groupSize: 64, bits: [4, 3, 2, 1], transform: { hadamard: 0 } }],
+  ['its input rotated', { rows: 9, columns: 256, groupSize: 64, bits: [4, 3, 2, 1], transform: { hadamard: 64 } }],
+  ['its input rotated, one width', { rows: 9, columns: 256, groupSize: 128, bits: [2], transform: { hadamard: 128 } }],
+  ['a ragged input sorted', { rows: 9, columns: 172, groupSize: 32, bits: [4, 3, 3, 2, 2, 1], transform: { hadamard: 0 } }],
+  ['a ragged input rotated', { rows: 9, columns: 172, groupSize: 32, bits: [4, 3, 3, 2, 2, 1], transform: { hadamard: 32 } }],
+  ['a ragged input rotated, one width', { rows: 9, columns: 200, groupSize: 64, bits: [3], transform: { hadamard: 64 } }],
+  [
+    'a rotated input whose groups are out of order',
+    { rows: 9, columns: 200, groupSize: 64, bits: [1, 4, 2, 3], transform: { hadamard: 64 } },
+  ],
+  ['a rotated input narrower than a group', { rows: 9, columns: 40, groupSize: 128, bits: [2], transform: { hadamard: 128 } }],
   ['a group of no bits', { rows: 9, columns: 128, groupSize: 32, bits: [2, 0, 4, 2] }],
 ];
 
@@ -107,14 +118,16 @@ describe('a quantized linear in ONNX', () => {
   });
 
   it('decodes bit for bit whatever its widths, sizes and levels', async () => {
-    const options = fc.record({
+    const shape = {
       rows: fc.integer({ min: 1, max: 6 }),
       columns: fc.integer({ min: 1, max: 150 }),
       groupSize: fc.constantFrom(16, 32, 64),
       bits: fc.array(fc.integer({ min: 0, max: 8 }), { minLength: 1, maxLength: 8 }),
       seed: fc.nat(),
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
-    });
+      transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), seed: fc.nat() }),
+    };
+    const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
     await fc.assert(
       fc.asyncProperty(options, async (chosen) => {
         const q = randomLinear(chosen);
@@ -168,6 +181,36 @@ describe('a quantized linear in ONNX', () => {
       expect(await decodeLinear('m.onnx', stored.get(name)!, 128)).toEqual(dequantize(linear));
   });
 
+  it('sorts and rotates an input once, whoever reads it, and each input for itself', async () => {
+    const shape = { columns: 128, groupSize: 32, bits: [4, 3, 2, 2] };
+    const linears = {
+      q: randomLinear({ ...shape, rows: 8, seed: 1, transform: { hadamard: 32 } }),
+      k: randomLinear({ ...shape, rows: 6, seed: 2, transform: { hadamard: 32 } }),
+    };
+    const { graph } = await graphOf(linears, 1);
+    const count = (op: string) => graph.nodes.filter((node) => node.op === op).length;
+    // One Mul makes the matrix; the products are its own and MatMulNBits of both linears in both widths.
+    expect([count('Gather'), count('MatMul'), count('Mul'), count('Split'), count('MatMulNBits')]).toEqual([1, 1, 1, 1, 4]);
+    expect([...graph.initializers.keys()].filter((name) => !name.includes('MatMulNBits') && !name.startsWith('/'))).toEqual([
+      'q.input_order',
+      'hadamard_32.left',
+      'hadamard_32.right',
+    ]);
+    const stored = await storedLinears('m.onnx', graph);
+    for (const [name, linear] of Object.entries(linears)) {
+      expect(await decodeLinear('m.onnx', stored.get(name)!, 128)).toEqual(dequantize(linear));
+    }
+  });
+
+  it('gathers nothing for an input that is rotated as it lies', async () => {
+    const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [2], transform: { hadamard: 32 } });
+    const inOrder = { ...q, transform: { order: Uint32Array.from({ length: 128 }, (_, k) => k), hadamard: 32 } };
+    const { graph } = await graphOf({ q: inOrder }, 1);
+    expect(graph.nodes.map((node) => node.op)).toEqual(['Mul', 'Reshape', 'Reshape', 'MatMul', 'Reshape', 'MatMulNBits']);
+    const stored = (await storedLinears('m.onnx', graph)).get('q')!;
+    expect(await decodeLinear('m.onnx', stored, 128)).toEqual(dequantize(inOrder));
+  });
+
   it('needs no gather when its parts lie in order, and no mean branch when its 1-bit levels are symmetric', async () => {
     const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [4, 2, 1, 1], symmetricOneBit: true });
     const { graph } = await graphOf({ q }, 4);
@@ -206,7 +249,7 @@ function expectLint(graph: Graph, level: number): void {
 }
 
 describe('an ONNX graph that is not as pcomp writes it', () => {
-  const q = randomLinear({ rows: 4, columns: 128, groupSize: 32, bits: [2, 4, 1, 4] });
+  const q = randomLinear({ rows: 4, columns: 128, groupSize: 32, bits: [2, 4, 1, 4], transform: { hadamard: 32 } });
   const damaged: readonly (readonly [string, string, (graph: Graph) => void])[] = [
     ['a missing constant', 'onnx-linear-constant', (graph) => graph.initializers.delete('m.MatMulNBits.scales_4')],
     [
@@ -227,6 +270,16 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
           inlineInitializer('m.group_order', 'I64', [4], asBytes(BigInt64Array.of(0n, 0n, 1n, 2n))),
         ),
     ],
+    [
+      'a rotation by another matrix',
+      'onnx-linear-rotation',
+      (graph) =>
+        graph.initializers.set(
+          'hadamard_32.left',
+          inlineInitializer('hadamard_32.left', 'F32', [4, 1, 4, 1], asBytes(new Float32Array(16).fill(1))),
+        ),
+    ],
+    ['an input sorted by what is no constant', 'onnx-linear-constant', (graph) => graph.initializers.delete('m.input_order')],
     ['3-bit operands', 'onnx-linear-bits', (graph) => setAttribute(graph, 'bits', 3)],
     ['no block size', 'onnx-linear-attribute', (graph) => setAttribute(graph, 'block_size', 0)],
   ];
@@ -243,6 +296,19 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
     const { graph } = await graphOf({ m: q }, 4);
     const stored = (await storedLinears('m.onnx', graph)).get('m')!;
     await expect(decodeLinear('m.onnx', stored, 64)).rejects.toMatchObject({ rule: 'onnx-linear-shape' });
+  });
+
+  it.each([
+    ['a column twice', [0, 0, ...Array.from({ length: 126 }, (_, k) => k + 2)]],
+    ['a column that is not there', [128, ...Array.from({ length: 127 }, (_, k) => k + 1)]],
+    ['a negative column', [-1, ...Array.from({ length: 127 }, (_, k) => k + 1)]],
+    ['too few columns', Array.from({ length: 127 }, (_, k) => k)],
+  ])('is refused when the order of its columns has %s', async (_, order) => {
+    const { graph } = await graphOf({ m: q }, 4);
+    const bytes = asBytes(Int32Array.from(order));
+    graph.initializers.set('m.input_order', inlineInitializer('m.input_order', 'I32', [order.length], bytes));
+    const stored = (await storedLinears('m.onnx', graph)).get('m')!;
+    await expect(decodeLinear('m.onnx', stored, 128)).rejects.toMatchObject({ rule: 'columns-order' });
   });
 });
 
