@@ -62,6 +62,17 @@ export class DampedFactor {
     return { rows: to - from, columns, data };
   }
 
+  /** Rows [start, end) of U from column `start` on, dense: (end - start, features - start). */
+  rowStrip(start: number, end: number): Matrix {
+    const columns = this.features - start;
+    const data = new Float32Array((end - start) * columns);
+    for (let j = start; j < end; j++) {
+      const row = this.#rowStart(j);
+      data.set(this.#packed.subarray(row, row + this.features - j), (j - start) * columns + j - start);
+    }
+    return { rows: end - start, columns, data };
+  }
+
   /** `U_jj^2`, by visited column: the reciprocal of what later inputs cannot explain of input j. */
   squaredDiagonal(): Float64Array {
     return Float64Array.from({ length: this.features }, (_, j) => this.#packed[this.#rowStart(j)] ** 2);

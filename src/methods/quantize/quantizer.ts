@@ -3,6 +3,7 @@ import type { CalibrationStats } from '../../calibration/statistics.ts';
 import type { Blas } from '../../compute/blas.ts';
 import type { AsyncKernels } from '../../compute/kernels/kernels.ts';
 import type { LinearSite } from '../../model/model.ts';
+import type { BestStep } from './best/steps.ts';
 import type { QuantizedLinear } from './quantized-linear.ts';
 
 /** How a site's input is changed (slim-llm 5.3): sorted by importance, and rotated in each group. */
@@ -24,7 +25,7 @@ export interface BitPlan {
 
 /** The validated options quantizers read; each documents which it uses. */
 export interface QuantizeOptions {
-  readonly preset: 'paper';
+  readonly preset: 'paper' | 'best';
   /** Mean code bits, an integer under preset `paper`. */
   readonly bits: number;
   readonly groupSize: number;
@@ -40,6 +41,10 @@ export interface QuantizeOptions {
   readonly lambdaSalience: number;
   /** slim-llm: denominator of the salience, see slim-llm 4.4. */
   readonly salience: 'code' | 'inverse-diag';
+  /** best: steps to leave out. */
+  readonly without?: readonly BestStep[];
+  /** best: part of the drift correction to take; absent: the best on held-out tokens. */
+  readonly alpha?: number;
 }
 
 /** What a method is given besides its inputs. */
@@ -80,4 +85,6 @@ export interface QuantizeResult {
   readonly quantized: QuantizedLinear;
   /** Relative output error `tr(dW H dW^T) / tr(W H W^T)`, when the method knows H. */
   readonly relativeError?: number;
+  /** What else a report should have of it. */
+  readonly details?: Readonly<Record<string, number>>;
 }

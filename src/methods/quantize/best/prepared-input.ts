@@ -1,0 +1,158 @@
+/** One input made ready for the preset `best`: its Hessian shrunk, transformed and factored. Shared by the sites that read the input. */
+import type { CalibrationStats } from '../../../calibration/statistics.ts';
+import { NotPositiveDefiniteError } from '../../../compute/blas.ts';
+import { UnsupportedError } from '../../../errors.ts';
+import type { LinearSite } from '../../../model/model.ts';
+import { columnRange } from '../columns.ts';
+import { DampedFactor } from '../damped-factor.ts';
+import { hadamardScale, type InputTransform, rotateRuns } from '../input-transform.ts';
+import type { QuantizeContext, TransformKind } from '../quantizer.ts';
+import { shrink, shrinkageOf } from './shrinkage.ts';
+
+/** Shrinkage after a failed factorization, and how often it is doubled before correlations are given up (slim-llm, section 9). */
+const RETRY_SHRINKAGE = 0.01;
+const RETRIES = 8;
+
+export interface PreparedInput {
+  readonly features: number;
+  readonly transform: InputTransform | undefined;
+  /** H in stored order, (features, features), shrunk. */
+  readonly hessian: Float64Array;
+  /** Its factor; columns are visited in stored order. */
+  readonly factor: DampedFactor;
+  /** `d_j = 1 / U_jj^2`: energy of stored column j that later ones do not explain, (features). */
+  readonly energies: Float32Array;
+  readonly shrinkage: number;
+}
+
+/** What `kind` means for an input with this Hessian: columns by descending energy, and rotated in runs of `groupSize`. */
+export function transformOf(
+  kind: TransformKind,
+  hessian: Float64Array,
+  features: number,
+  groupSize: number,
+): InputTransform | undefined {
+  if (kind === 'none') return undefined;
+  const order = columnRange(0, features);
+  order.sort((a, b) => hessian[b * features + b] - hessian[a * features + a] || a - b);
+  return { order, hadamard: kind === 'perm-had' && groupSize <= features ? groupSize : 0 };
+}
+
+/**
+ * Prepares an input. `stats.hessian` is taken over: it is transformed in place, since for 11008 features a copy would be another 969 MB.
+ * With `centred`, of statistics less their means: for sites whose bias makes up for the means.
+ */
+export async function prepareInput(
+  context: QuantizeContext,
+  site: LinearSite,
+  stats: CalibrationStats,
+  kind: TransformKind,
+  groupSize: number,
+  options: { readonly centred: boolean; readonly damping: 'shrink' | number },
+): Promise<PreparedInput> {
+  const { features: n, hessian } = stats;
+  checkDiagonal(site, hessian, n);
+  const mean = options.centred ? stats.drift?.mean : undefined;
+  if (mean) subtractMean(hessian, mean);
+  let rho = options.damping === 'shrink' ? shrinkageOf(hessian, n, stats.tokenCount) : 0;
+  shrink(hessian, n, rho);
+  if (typeof options.damping === 'number') addToDiagonal(hessian, n, options.damping);
+  const transform = transformOf(kind, hessian, n, groupSize);
+  if (transform) transformHessian(hessian, transform);
+  for (let retry = 0; ; retry++) {
+    try {
+      const upper = await context.blas.inverseFactor(hessian, n);
+      const factor = new DampedFactor(upper, columnRange(0, n), new Set(), rho);
+      const energies = Float32Array.from(factor.squaredDiagonal(), (value) => 1 / value);
+      return { features: n, transform, hessian, factor, energies, shrinkage: rho };
+    } catch (error) {
+      if (!(error instanceof NotPositiveDefiniteError)) throw error;
+      // What is left of the correlations is cut again, so that in all `rho` of them is gone.
+      const next = retry >= RETRIES ? 1 : Math.max(2 * rho, RETRY_SHRINKAGE);
+      if (rho >= 1) throw new UnsupportedError(`${site.name}: its Hessian cannot be factored: ${error.message}.`);
+      context.note(site, `Hessian of ${stats.input} is not positive definite; shrinkage raised to ${Math.min(1, next).toPrecision(3)}`);
+      shrink(hessian, n, 1 - (1 - Math.min(1, next)) / (1 - rho));
+      rho = Math.min(1, next);
+    }
+  }
+}
+
+function checkDiagonal(site: LinearSite, hessian: Float64Array, n: number): void {
+  for (let j = 0; j < n; j++) {
+    const energy = hessian[j * n + j];
+    if (Number.isFinite(energy) && energy >= 0) continue;
+    throw new UnsupportedError(`${site.name}: channel ${j} of its calibration activations has mean square ${energy}; it must be finite.`);
+  }
+}
+
+function subtractMean(hessian: Float64Array, mean: Float64Array): void {
+  const n = mean.length;
+  for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) hessian[i * n + j] -= mean[i] * mean[j];
+  for (let j = 0; j < n; j++) hessian[j * n + j] = Math.max(0, hessian[j * n + j]);
+}
+
+function addToDiagonal(hessian: Float64Array, n: number, fraction: number): void {
+  let mean = 0;
+  for (let j = 0; j < n; j++) mean += hessian[j * n + j] / n;
+  for (let j = 0; j < n; j++) hessian[j * n + j] += fraction * mean;
+}
+
+/** `H -> T H T^T` in place, T being what the transform does to an activation. */
+function transformHessian(hessian: Float64Array, { order, hadamard }: InputTransform): void {
+  const n = order.length;
+  permuteSymmetric(hessian, order);
+  if (hadamard === 0) return;
+  const scale = hadamardScale(hadamard);
+  const row = new Float64Array(n);
+  for (let i = 0; i < n; i++) {
+    row.set(hessian.subarray(i * n, (i + 1) * n));
+    rotateRuns(row, hadamard, scale);
+    hessian.set(row, i * n);
+  }
+  rotateRowRuns(hessian, n, hadamard, scale);
+}
+
+/** `matrix[i, j] <- matrix[order[i], order[j]]`, following the cycles of the permutation: one row of extra memory. */
+function permuteSymmetric(matrix: Float64Array, order: Uint32Array): void {
+  const n = order.length;
+  const row = new Float64Array(n);
+  for (let i = 0; i < n; i++) {
+    const at = i * n;
+    for (let j = 0; j < n; j++) row[j] = matrix[at + order[j]];
+    matrix.set(row, at);
+  }
+  const done = new Uint8Array(n);
+  for (let first = 0; first < n; first++) {
+    if (done[first] !== 0) continue;
+    row.set(matrix.subarray(first * n, (first + 1) * n));
+    let to = first;
+    for (let from = order[to]; from !== first; from = order[to]) {
+      matrix.copyWithin(to * n, from * n, (from + 1) * n);
+      done[to] = 1;
+      to = from;
+    }
+    matrix.set(row, to * n);
+    done[to] = 1;
+  }
+}
+
+/** The same rotation of every run of `size` rows. */
+function rotateRowRuns(matrix: Float64Array, n: number, size: number, scale: number): void {
+  for (let start = 0; start + size <= n; start += size) {
+    for (let half = 1; half < size; half *= 2) {
+      for (let i = start; i < start + size; i += 2 * half) {
+        for (let k = i; k < i + half; k++) {
+          const [top, bottom] = [k * n, (k + half) * n];
+          for (let j = 0; j < n; j++) {
+            const a = matrix[top + j];
+            const b = matrix[bottom + j];
+            matrix[top + j] = a + b;
+            matrix[bottom + j] = a - b;
+          }
+        }
+      }
+    }
+    for (let i = start * n; i < (start + size) * n; i++) matrix[i] *= scale;
+  }
+}
+
