@@ -1,8 +1,9 @@
 /** `pcomp evaluate MODEL|ARTIFACT --text FILE`: perplexity, size and speed; against an original also KL and agreement. */
 import { Command, Option } from 'commander';
 import type { DeviceRequest } from '../src/compute/engine.ts';
+import type { EngineName } from '../src/compute/engines.ts';
 import { type Evaluation, evaluate } from '../src/evaluate.ts';
-import { integer } from '../src/recipe.ts';
+import { integer } from '../src/recipe-fields.ts';
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandFiles } from './files.ts';
 import { deviceOption, engineOption, jsonOption, quietOption, threadsOption } from './options.ts';
@@ -15,6 +16,7 @@ interface Flags {
   readonly sequenceLength: string;
   readonly accuracy: 'exact' | 'fast';
   readonly device: DeviceRequest;
+  readonly engine: EngineName;
   readonly threads: number;
   readonly maxMemory: string;
   readonly json?: boolean;
@@ -53,6 +55,7 @@ export function evaluateCommand(signal: AbortSignal): Command {
             sequenceLength: integer('sequenceLength', flags.sequenceLength, 2, 1_048_576),
             accuracy: flags.accuracy,
             device: flags.device,
+            engine: flags.engine,
             threads: flags.threads,
             maxMemory: parseSize('--max-memory', flags.maxMemory),
           },

@@ -1,8 +1,13 @@
 /** What to do, as validated plain data. Flags and a YAML/JSON file are two spellings of it. */
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import { DEVICES, type DeviceRequest } from './compute/engine.ts';
+import { ENGINES, type EngineName } from './compute/engines.ts';
 import { RecipeError } from './errors.ts';
+import { BEST_STEPS, type BestStep } from './methods/quantize/best/steps.ts';
 import { QUANTIZERS } from './methods/quantize/index.ts';
+import { TRANSFORMS, type TransformKind } from './methods/quantize/quantizer.ts';
+import { boolean, bytes, dropUndefined, flag, fraction, integer, list, number, oneOf, range, text } from './recipe-fields.ts';
+import { checkRecipe } from './recipe-rules.ts';
 
 export type { ArtifactFormat };
 
@@ -11,12 +16,13 @@ export const FORMATS = ['onnx', 'safetensors', 'gptq'] as const satisfies readon
 export type QuantizerName = keyof typeof QUANTIZERS;
 
 export const GROUP_SIZES = [32, 64, 128, 256] as const;
-export const PRESETS = ['paper'] as const;
+export const PRESETS = ['best', 'paper'] as const;
+export const SENSITIVITIES = ['probe', 'relative', 'none'] as const;
 
 /** Where a run happens; the part of a request that does not change what is asked for. */
 export interface MachineOptions {
   readonly device: DeviceRequest;
-  readonly engine: 'ort';
+  readonly engine: EngineName;
   /** Threads of the engine. */
   readonly threads: number;
 }
@@ -25,8 +31,16 @@ export interface MachineOptions {
 export interface QuantizeRecipe extends MachineOptions {
   readonly method: QuantizerName;
   readonly preset: (typeof PRESETS)[number];
-  /** Mean code bits over the quantized weights; absent when a plan says every width. */
+  /** The budget: exactly one of the next five, or a plan that says every width. Mean code bits over the quantized weights. */
   readonly bits?: number;
+  /** All stored bits of the quantized modules over their weights. */
+  readonly bpw?: number;
+  /** Bytes of all weight files. */
+  readonly size?: number;
+  /** Rise in perplexity on held-out calibration text, as a fraction. */
+  readonly maxLoss?: number;
+  /** Bytes of the operands as the runtime holds them. */
+  readonly runtimeMemory?: number;
   readonly groupSize: number;
   readonly formats: readonly ArtifactFormat[];
   /** Globs on module names. */
@@ -46,6 +60,16 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly symmetric: boolean;
   readonly salience: 'code' | 'inverse-diag';
   readonly lambdaSalience: number;
+  /** best: what may be done to inputs; `auto` takes what predicts the least loss for each. */
+  readonly transform: TransformKind | 'auto';
+  /** best: steps to leave out. */
+  readonly without: readonly BestStep[];
+  /** best: part of the drift correction to take, 0..1; absent: the best on held-out tokens. */
+  readonly alpha?: number;
+  /** best: how a layer's loss is weighed against another's: by what it does to the logits, by its own output's energy, or not. */
+  readonly sensitivity: (typeof SENSITIVITIES)[number];
+  /** ONNX: codes at their true width in the file, expanded when it is loaded. */
+  readonly compact: boolean;
   /** A plan file, or an artifact's pcomp.json. */
   readonly plan?: string;
   /** Bound on pcomp's own buffers for activations, in bytes; what does not fit is spooled to disk. */
@@ -57,7 +81,7 @@ export type QuantizeRequest = { readonly [K in keyof QuantizeRecipe]?: unknown }
 
 export const QUANTIZE_DEFAULTS = {
   method: 'slim-llm',
-  preset: 'paper',
+  preset: 'best',
   groupSize: 128,
   formats: ['onnx'],
   skip: [],
@@ -74,6 +98,10 @@ export const QUANTIZE_DEFAULTS = {
   symmetric: false,
   salience: 'code',
   lambdaSalience: 1,
+  transform: 'auto',
+  without: [],
+  sensitivity: 'probe',
+  compact: true,
   device: 'cpu',
   engine: 'ort',
   maxMemory: 2 ** 30,
@@ -85,15 +113,15 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
   if (unknown.length > 0)
     throw new RecipeError(`${flag(unknown[0])}: no such option of quantize; known: ${[...KNOWN].map(flag).join(' ')}`);
   const given: QuantizeRequest = { ...QUANTIZE_DEFAULTS, ...dropUndefined(request) };
-  if (given.preset === 'best') {
-    throw new RecipeError('--preset best: not in this version yet; use --preset paper, the published SliM-LLM');
-  }
-  if (given.bits === undefined && given.plan === undefined) throw new RecipeError('--bits: a budget is required, e.g. --bits 2');
   const method = oneOf('method', given.method, Object.keys(QUANTIZERS) as QuantizerName[]);
   const recipe: QuantizeRecipe = {
     method,
     preset: oneOf('preset', given.preset, PRESETS),
-    ...(given.bits === undefined ? {} : { bits: integer('bits', given.bits, 1, 8) }),
+    ...(given.bits === undefined ? {} : { bits: range('bits', given.bits, 1, 8) }),
+    ...(given.bpw === undefined ? {} : { bpw: range('bpw', given.bpw, 1, 16) }),
+    ...(given.size === undefined ? {} : { size: bytes('size', given.size) }),
+    ...(given.maxLoss === undefined ? {} : { maxLoss: fraction('maxLoss', given.maxLoss) }),
+    ...(given.runtimeMemory === undefined ? {} : { runtimeMemory: bytes('runtimeMemory', given.runtimeMemory) }),
     groupSize: oneOf('groupSize', number('groupSize', given.groupSize), GROUP_SIZES),
     formats: formats(list('formats', given.formats)),
     skip: list('skip', given.skip),
@@ -111,64 +139,25 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     symmetric: boolean('symmetric', given.symmetric),
     salience: oneOf('salience', given.salience, ['code', 'inverse-diag'] as const),
     lambdaSalience: range('lambdaSalience', given.lambdaSalience, 0, 1e6),
+    transform: oneOf('transform', given.transform, ['auto', ...TRANSFORMS] as const),
+    without: list('without', given.without).map((step) => oneOf('without', step, BEST_STEPS)),
+    ...(given.alpha === undefined ? {} : { alpha: range('alpha', given.alpha, 0, 1) }),
+    sensitivity: oneOf('sensitivity', given.sensitivity, SENSITIVITIES),
+    compact: boolean('compact', given.compact),
     device: oneOf('device', given.device, DEVICES),
-    engine: oneOf('engine', given.engine, ['ort'] as const),
+    engine: oneOf('engine', given.engine, Object.keys(ENGINES) as EngineName[]),
     threads: integer('threads', given.threads ?? cores, 1, 1024),
     maxMemory: integer('maxMemory', given.maxMemory, 2 ** 20, Number.MAX_SAFE_INTEGER),
     ...(given.plan === undefined ? {} : { plan: text('plan', given.plan) }),
   };
-  checkTogether(recipe, request);
+  checkRecipe(recipe, request, QUANTIZE_DEFAULTS);
   return recipe;
 }
 
-const KNOWN: ReadonlySet<string> = new Set([...Object.keys(QUANTIZE_DEFAULTS), 'bits', 'threads', 'plan']);
-
-/** An option a method does not read is refused: nothing is parsed and ignored. */
-function checkTogether(recipe: QuantizeRecipe, request: QuantizeRequest): void {
-  const readers: readonly [keyof QuantizeRecipe, readonly QuantizerName[]][] = [
-    ['actOrder', ['gptq']],
-    ['staticGroups', ['gptq']],
-    ['symmetric', ['rtn', 'gptq']],
-    ['salience', ['slim-llm']],
-    ['lambdaSalience', ['slim-llm']],
-    ['dampening', ['gptq', 'slim-llm']],
-    ['trueSequential', ['gptq', 'slim-llm']],
-    ['calibration', ['gptq', 'slim-llm']],
-    ['samples', ['gptq', 'slim-llm']],
-    ['sequenceLength', ['gptq', 'slim-llm']],
-  ];
-  for (const [key, methods] of readers) {
-    const asked = request[key] !== undefined && JSON.stringify(request[key]) !== JSON.stringify(defaultOf(key));
-    if (asked && !methods.includes(recipe.method)) {
-      throw new RecipeError(`${flag(key)}: --method ${recipe.method} does not use it; it goes with ${methods.join(', ')}`);
-    }
-  }
-  if (recipe.plan !== undefined && recipe.bits !== undefined) {
-    throw new RecipeError(`--bits ${recipe.bits}: the plan says every width; give --bits or --plan`);
-  }
-  if (recipe.plan !== undefined && request.groupSize !== undefined && recipe.embeddings === 'float') {
-    throw new RecipeError(`--group-size ${recipe.groupSize}: the plan says the size of every group; give --group-size or --plan`);
-  }
-  if (recipe.method === 'slim-llm' && recipe.bits !== undefined && (recipe.bits < 2 || recipe.bits > 7)) {
-    throw new RecipeError(
-      `--bits ${recipe.bits}: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for ${recipe.bits} bits use --method gptq`,
-    );
-  }
-  if (recipe.formats.includes('gptq') && recipe.embeddings !== 'float') {
-    throw new RecipeError(
-      `--embeddings ${recipe.embeddings}: the gptq layout keeps embeddings in float; drop the flag or the format`,
-    );
-  }
-  if (recipe.formats.includes('gptq') && recipe.method === 'slim-llm') {
-    throw new RecipeError(
-      '--format gptq: the layout has one width per module and slim-llm mixes widths inside a module; use --method gptq, or --format safetensors',
-    );
-  }
-}
-
-function defaultOf(key: keyof QuantizeRecipe): unknown {
-  return (QUANTIZE_DEFAULTS as Partial<Record<keyof QuantizeRecipe, unknown>>)[key];
-}
+const KNOWN: ReadonlySet<string> = new Set([
+  ...Object.keys(QUANTIZE_DEFAULTS),
+  ...['bits', 'bpw', 'size', 'maxLoss', 'runtimeMemory', 'alpha', 'threads', 'plan'],
+]);
 
 function formats(names: readonly string[]): ArtifactFormat[] {
   const result = [...new Set(names.map((name) => oneOf('formats', name, FORMATS)))];
@@ -177,65 +166,4 @@ function formats(names: readonly string[]): ArtifactFormat[] {
     throw new RecipeError('--format safetensors,gptq: both write model.safetensors; take one of them (either may go with onnx)');
   }
   return result;
-}
-
-/** `groupSize` -> `--group-size`; `formats` is spelled `--format` on the command line. */
-function flag(key: string): string {
-  if (key === 'formats') return '--format';
-  return `--${key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
-}
-
-function dropUndefined(request: QuantizeRequest): QuantizeRequest {
-  return Object.fromEntries(Object.entries(request).filter(([, value]) => value !== undefined));
-}
-
-function number(key: string, value: unknown): number {
-  const result = typeof value === 'string' && value.trim() !== '' ? Number(value) : value;
-  if (typeof result !== 'number' || !Number.isFinite(result))
-    throw new RecipeError(`${flag(key)} ${show(value)}: a number is expected`);
-  return result;
-}
-
-function range(key: string, value: unknown, low: number, high: number): number {
-  const result = number(key, value);
-  if (result < low || result > high) throw new RecipeError(`${flag(key)} ${result}: must be within ${low}..${high}`);
-  return result;
-}
-
-export function integer(key: string, value: unknown, low: number, high: number): number {
-  const result = number(key, value);
-  if (key === 'bits' && (result < low || result > high)) {
-    throw new RecipeError(`--bits ${result}: pcomp quantizes to ${low}..${high} bits. To keep a layer as it is, use --skip.`);
-  }
-  if (!Number.isInteger(result)) {
-    const why = key === 'bits' ? ' under preset paper' : '';
-    throw new RecipeError(`${flag(key)} ${result}: must be a whole number${why}`);
-  }
-  return range(key, result, low, high);
-}
-
-function boolean(key: string, value: unknown): boolean {
-  if (typeof value !== 'boolean') throw new RecipeError(`${flag(key)} ${show(value)}: true or false is expected`);
-  return value;
-}
-
-function text(key: string, value: unknown): string {
-  if (typeof value !== 'string' || value === '') throw new RecipeError(`${flag(key)} ${show(value)}: a text is expected`);
-  return value;
-}
-
-function list(key: string, value: unknown): string[] {
-  const items = typeof value === 'string' ? value.split(',') : value;
-  if (!Array.isArray(items)) throw new RecipeError(`${flag(key)} ${show(value)}: a list is expected`);
-  return items.map((item) => text(key, item));
-}
-
-function oneOf<const T extends string | number>(key: string, value: unknown, allowed: readonly T[]): T {
-  const found = allowed.find((item) => item === value);
-  if (found === undefined) throw new RecipeError(`${flag(key)} ${show(value)}: must be one of ${allowed.join(', ')}`);
-  return found;
-}
-
-function show(value: unknown): string {
-  return typeof value === 'string' ? value : JSON.stringify(value);
 }
