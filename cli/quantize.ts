@@ -4,6 +4,7 @@ import { Command, Option } from 'commander';
 import { parse as parseYaml } from 'yaml';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { DEVICES } from '../src/compute/engine.ts';
+import { ENGINES } from '../src/compute/engines.ts';
 import { EnvironmentError, RecipeError } from '../src/errors.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
 import { type QuantizeOutcome, quantize } from '../src/quantize.ts';
@@ -84,7 +85,7 @@ export function quantizeCommand(signal: AbortSignal): Command {
         ...DEVICES,
       ]),
     )
-    .addOption(new Option('--engine <engine>', `what runs the graphs (default: ${D.engine})`).choices(['ort']))
+    .addOption(new Option('--engine <engine>', `what runs the graphs (default: ${D.engine})`).choices(Object.keys(ENGINES)))
     .option('--threads <count>', `threads of the engine (default: all cores, here ${CORES})`)
     .option(
       '--max-memory <size>',

@@ -6,7 +6,7 @@ import { loadTokenizer } from './calibration/tokenizer.ts';
 import { evaluationWindows } from './calibration/windows.ts';
 import type { Blas } from './compute/blas.ts';
 import type { Device, DeviceRequest, Engine } from './compute/engine.ts';
-import { createEngine } from './compute/ort.ts';
+import { ENGINES, type EngineName } from './compute/engines.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
 import { ArtifactLogits, BlockLogits, type LogitsSource } from './logits-source.ts';
@@ -23,6 +23,8 @@ export interface EvaluateOptions {
   readonly sequenceLength: number;
   readonly accuracy: 'exact' | 'fast';
   readonly device: DeviceRequest;
+  /** Default 'ort'. */
+  readonly engine?: EngineName;
   readonly threads: number;
   /** Bytes of hidden states kept in RAM, both models together. */
   readonly maxMemory: number;
@@ -73,7 +75,7 @@ export async function evaluate(path: string, options: EvaluateOptions, hooks: Ru
   const tokens = tokenizer.encode(await readText(options.text.map(parseTextFile)));
   const { windows } = evaluationWindows(tokens, sequenceLength);
 
-  await using engine = await createEngine({
+  await using engine = await ENGINES[options.engine ?? 'ort']({
     device: options.device,
     threads: options.threads,
     ...(hooks.note && { onNote: hooks.note }),

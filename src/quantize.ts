@@ -7,7 +7,7 @@ import { PartStore } from './artifacts/parts.ts';
 import { type WrittenArtifact, writeArtifact } from './artifacts/write-artifact.ts';
 import { Calibration } from './calibration/calibration.ts';
 import type { Device } from './compute/engine.ts';
-import { createEngine } from './compute/ort.ts';
+import { ENGINES } from './compute/engines.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
 import type { BitPlan } from './methods/quantize/quantizer.ts';
@@ -151,7 +151,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     plan,
     seed: recipe.seed,
     device,
-    versions: { pcomp: packageVersion(), 'onnxruntime-node': runtime },
+    versions: { pcomp: packageVersion(), [runtime.split(' ')[0]]: runtime },
     inputs: inputs.files,
     outputs: await hashFolder(output.artifactPath),
     weights: written.weights,
@@ -177,7 +177,7 @@ async function solve(
   hooks: RunHooks,
 ): Promise<{ device: Device; runtime: string }> {
   const { source, recipe, quantizer } = job;
-  await using engine = await createEngine({
+  await using engine = await ENGINES[recipe.engine]({
     device: recipe.device,
     threads: recipe.threads,
     onNote: (note) => hooks.note?.(note),

@@ -93,7 +93,7 @@ it.each<[string, QuantizeRequest]>([
   ['--lambda-salience -1: must be within 0..1000000', { bits: 2, lambdaSalience: -1 }],
   ['--salience loud: must be one of code, inverse-diag', { bits: 2, salience: 'loud' }],
   ['--device tpu: must be one of cpu, auto, webgpu, cuda, dml, coreml', { bits: 2, device: 'tpu' }],
-  ['--engine tfjs: must be one of ort', { bits: 2, engine: 'tfjs' }],
+  ['--engine onnx: must be one of ort, tfjs', { bits: 2, engine: 'onnx' }],
   ['--threads 0: must be within 1..1024', { bits: 2, threads: 0 }],
   ['--max-memory 5: must be within 1048576..9007199254740991', { bits: 2, maxMemory: 5 }],
   ['--act-order yes: true or false is expected', { bits: 2, method: 'gptq', actOrder: 'yes' }],

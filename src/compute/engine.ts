@@ -18,6 +18,9 @@ export interface NdArray {
   readonly data: TypedArray;
 }
 
+/** An array whose elements the device holds as well, by `Engine.upload`: fed to a program of that engine, nothing is copied. */
+export interface ResidentArray extends NdArray, AsyncDisposable {}
+
 export interface Program extends AsyncDisposable {
   readonly inputNames: readonly string[];
   readonly outputNames: readonly string[];
@@ -41,7 +44,7 @@ export interface CompileOptions {
 }
 
 export interface Engine extends AsyncDisposable {
-  readonly name: 'ort' | 'tfjs';
+  readonly name: 'ort' | 'tfjs' | 'plain';
   readonly device: Device;
   readonly threads: number;
   /** Name and version of the runtime, for manifests. */
@@ -50,6 +53,11 @@ export interface Engine extends AsyncDisposable {
   compile(model: OnnxModel, options?: CompileOptions): Promise<Program>;
   /** Opens a model file by path (external data beside it is mapped by the runtime). */
   open(path: string, options?: CompileOptions): Promise<Program>;
+  /**
+   * Copies an array to the device, to be fed again and again; dispose of it afterwards. Its elements must not change meanwhile.
+   * Absent where feeds are read in place, or where the runtime keeps nothing on the device between runs.
+   */
+  upload?(array: NdArray): Promise<ResidentArray>;
   /** An engine that computes in fp64: absent where this one does, else a companion on the CPU, released with this one. */
   doublePrecision?(): Promise<Engine>;
 }

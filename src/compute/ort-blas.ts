@@ -54,7 +54,7 @@ class EngineBlas implements Blas {
   }
 
   gram(features: number): GramAccumulator {
-    return new TiledGram(features, this.#staging, this.#engine.device === 'cpu' ? this.#tileOnCpu : this.#tileOnDevice);
+    return new TiledGram(features, this.#staging, this.#tile);
   }
 
   async inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array> {
@@ -98,8 +98,11 @@ class EngineBlas implements Blas {
   /** Divergences are compared to the sixth digit and read their logits once: exact logarithms are worth more than a device's speed. */
   readonly #compileExact: Compile = async (model, options) => (await this.#exactEngine()).compile(model, options);
 
+  readonly #tile: TileProduct = async (tile) =>
+    (await this.#exactEngine()) === this.#engine ? this.#tileInOneGraph(tile) : this.#tileInTwoSteps(tile);
+
   /** Product, conversion and sum in one graph: the sum runs on all threads and the fp32 tile never leaves the cache. */
-  readonly #tileOnCpu: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
+  readonly #tileInOneGraph: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
     const program = await this.#engine.compile(GRAM_TILE, { key: 'gram tile' });
     const y: NdArray = { dtype: 'F64', shape: [rows, columns], data: sum };
     const strips = {
@@ -109,8 +112,8 @@ class EngineBlas implements Blas {
     await program.run({ ...strips, sum: y }, { into: { y } });
   };
 
-  /** Without fp64 on the device only the product runs there. */
-  readonly #tileOnDevice: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
+  /** On an engine without fp64 only the product runs there. */
+  readonly #tileInTwoSteps: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
     const strip = (data: Float32Array, width: number): Matrix => ({ rows: tokens, columns: width, data });
     const { data } = await this.gemm(strip(a, rows), strip(b, columns), { transposeA: true });
     for (let i = 0; i < sum.length; i++) sum[i] += data[i];

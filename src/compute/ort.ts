@@ -9,6 +9,7 @@ import { literalGraph } from './literal-graph.ts';
 import { deviceUnavailable, type OrtContext, translateOrtError } from './ort-errors.ts';
 import { ensureRuntimeFolder, loadOrt, type Ort } from './ort-runtime.ts';
 import { fromOrtTensor, toOrtTensor } from './ort-tensors.ts';
+import { ProgramPool } from './program-pool.ts';
 
 export interface EngineOptions {
   /** Default 'cpu'. Only `auto` falls back by itself. */
@@ -54,10 +55,8 @@ class OrtEngine implements Engine {
   readonly runtime: string;
   readonly #ort: Ort;
   readonly #settings: Settings;
-  readonly #shared = new Map<string, Promise<OrtProgram>>();
-  readonly #live = new Set<OrtProgram>();
+  readonly #pool = new ProgramPool();
   #companion: OrtEngine | undefined;
-  #disposed = false;
 
   constructor(ort: Ort, device: Device, settings: Settings) {
     this.#ort = ort;
@@ -69,11 +68,13 @@ class OrtEngine implements Engine {
 
   async compile(model: OnnxModel, options: CompileOptions = {}): Promise<Program> {
     const subject = `graph "${model.graph.name}"`;
-    return this.#program(subject, options, async () => this.#create(subject, await encodeOnnx(model), options));
+    return this.#pool.get(subject, options, async (onRelease) =>
+      this.#create(subject, await encodeOnnx(model), options, onRelease),
+    );
   }
 
   async open(path: string, options: CompileOptions = {}): Promise<Program> {
-    return this.#program(path, options, () => this.#create(path, path, options));
+    return this.#pool.get(path, options, (onRelease) => this.#create(path, path, options, onRelease));
   }
 
   async doublePrecision(): Promise<Engine> {
@@ -84,27 +85,16 @@ class OrtEngine implements Engine {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#disposed = true;
-    await Promise.allSettled(this.#shared.values());
-    await Promise.all(Array.from(this.#live, (program) => program.release()));
+    await this.#pool[Symbol.asyncDispose]();
     await this.#companion?.[Symbol.asyncDispose]();
   }
 
-  async #program(subject: string, options: CompileOptions, create: () => Promise<OrtProgram>): Promise<Program> {
-    if (this.#disposed) throw new Error(`${subject}: the engine was disposed`);
-    if (options.key === undefined) return create();
-    const key = [options.key, options.optimization ?? 'all', options.memoryArena ?? true].join('|');
-    let program = this.#shared.get(key);
-    if (program === undefined) {
-      program = create();
-      this.#shared.set(key, program);
-      program.catch(() => this.#shared.delete(key));
-    }
-    return program;
-  }
-
-  async #create(subject: string, model: string | Uint8Array, options: CompileOptions): Promise<OrtProgram> {
-    const { optimization = 'all', memoryArena = true, key } = options;
+  async #create(
+    subject: string,
+    model: string | Uint8Array,
+    { optimization = 'all', memoryArena = true }: CompileOptions,
+    onRelease: () => void,
+  ): Promise<Program> {
     const context = { device: this.device, subject };
     const sessionOptions: InferenceSession.SessionOptions = {
       executionProviders: [this.device],
@@ -122,9 +112,7 @@ class OrtEngine implements Engine {
     } catch (cause) {
       throw translateOrtError(cause, context);
     }
-    const program = new OrtProgram(this.#ort, session, context, key === undefined, () => this.#live.delete(program));
-    this.#live.add(program);
-    return program;
+    return new OrtProgram(this.#ort, session, context, onRelease);
   }
 }
 
@@ -134,16 +122,13 @@ class OrtProgram implements Program {
   readonly #ort: Ort;
   readonly #session: InferenceSession;
   readonly #context: OrtContext;
-  readonly #owned: boolean;
   readonly #onRelease: () => void;
   #released = false;
 
-  /** @param owned whether the caller of `compile` alone holds it, so that disposing releases it */
-  constructor(ort: Ort, session: InferenceSession, context: OrtContext, owned: boolean, onRelease: () => void) {
+  constructor(ort: Ort, session: InferenceSession, context: OrtContext, onRelease: () => void) {
     this.#ort = ort;
     this.#session = session;
     this.#context = context;
-    this.#owned = owned;
     this.#onRelease = onRelease;
     this.inputNames = session.inputNames;
     this.outputNames = session.outputNames;
@@ -179,10 +164,6 @@ class OrtProgram implements Program {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    if (this.#owned) await this.release();
-  }
-
-  async release(): Promise<void> {
     if (this.#released) return;
     this.#released = true;
     this.#onRelease();
