@@ -45,6 +45,51 @@ export interface QuantizeOptions {
   readonly without?: readonly BestStep[];
   /** best: part of the drift correction to take; absent: the best on held-out tokens. */
   readonly alpha?: number;
+  readonly transform?: TransformKind | 'auto';
+}
+
+/** One site under one transform of its input. */
+export interface SiteCosts {
+  readonly site: LinearSite;
+  /** Predicted loss of each group (stored order) at each candidate width, as a part of `tr(W H W^T)`. */
+  readonly costs: readonly Float64Array[];
+}
+
+/** All sites of one input under one transform. */
+export interface TransformCosts {
+  readonly transform: TransformKind;
+  readonly sites: readonly SiteCosts[];
+}
+
+/** A site with an error like the one quantization will make, to see what such an error does to the model. */
+export interface Trial {
+  /** W with the error, (outFeatures, inFeatures). */
+  readonly weight: Float32Array;
+  /** `tr(E H E^T)`, in the unit of the costs. */
+  readonly loss: number;
+}
+
+/** What was seen of one input's sites. */
+export interface InputSurvey {
+  readonly transforms: readonly TransformCosts[];
+  /** By site name. */
+  readonly trials: ReadonlyMap<string, Trial>;
+}
+
+/** What a site may spend, and how. */
+export interface Assignment {
+  readonly transform: TransformKind;
+  /** In the unit of `Allocation.sizeOf`. */
+  readonly budget: number;
+}
+
+/** The budget of the whole model, shared out. */
+export interface BitAllocation {
+  /** Candidate widths, ascending. */
+  readonly widths: readonly number[];
+  /** What one group of `columns` columns takes at a width, in whole bits of whatever the budget counts. */
+  sizeOf(rows: number, columns: number, bits: number): number;
+  readonly sites: ReadonlyMap<string, Assignment>;
 }
 
 /** What a method is given besides its inputs. */
@@ -57,6 +102,18 @@ export interface QuantizeContext {
   note(site: LinearSite, message: string): void;
   /** The bias of a site that has one, (outFeatures). slim-llm compares whole outputs, bias included, and needs it where `hasBias`. */
   loadBias?(site: LinearSite): Promise<Float32Array>;
+  /** Methods that allocate: what the survey gave each site. */
+  readonly allocation?: BitAllocation;
+}
+
+/** How a run measures inputs for a method. */
+export interface Measuring {
+  /** One input after the other, each behind the sites quantized before it. */
+  readonly sequential: boolean;
+  /** Against what the float model makes of the same text. */
+  readonly drift: boolean;
+  /** Activations are read again after the Hessian is complete. */
+  readonly replay: boolean;
 }
 
 /** `weight` is (outFeatures, inFeatures) float32 and is not modified. `stats` is absent for data-free methods. */
@@ -66,6 +123,19 @@ export interface Quantizer {
   readonly summary: string;
   /** Whether decide/apply read `stats`. */
   readonly needsCalibration: boolean;
+  /** Absent for methods that read no text. */
+  measuring?(options: QuantizeOptions): Measuring;
+  /**
+   * Before anything is decided, one look at every input of the float model: what its sites would lose under each transform at each width.
+   * `stats` are used up. Methods without it get no allocation.
+   */
+  survey?(
+    context: QuantizeContext,
+    sites: readonly LinearSite[],
+    loadSite: (site: LinearSite) => Promise<Float32Array>,
+    stats: CalibrationStats | undefined,
+    widths: readonly number[],
+  ): Promise<InputSurvey>;
   decide(
     context: QuantizeContext,
     site: LinearSite,

@@ -40,7 +40,7 @@ export function preparedInput(
     if (known.kind !== kind) throw new Error(`${site.name}: its input is prepared with transform ${known.kind}, not ${kind}`);
     return known.input;
   }
-  const input = prepareInput(context, site, stats, kind, groupSize, { centred: centred(context, site), damping: 'shrink' });
+  const input = prepareInput(context, site, stats, kind, groupSize, { centred: centred(context, site) });
   shared.set(stats, { kind, input });
   return input;
 }

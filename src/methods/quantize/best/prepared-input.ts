@@ -48,15 +48,14 @@ export async function prepareInput(
   stats: CalibrationStats,
   kind: TransformKind,
   groupSize: number,
-  options: { readonly centred: boolean; readonly damping: 'shrink' | number },
+  options: { readonly centred: boolean },
 ): Promise<PreparedInput> {
   const { features: n, hessian } = stats;
   checkDiagonal(site, hessian, n);
   const mean = options.centred ? stats.drift?.mean : undefined;
   if (mean) subtractMean(hessian, mean);
-  let rho = options.damping === 'shrink' ? shrinkageOf(hessian, n, stats.tokenCount) : 0;
+  let rho = shrinkageOf(hessian, n, stats.tokenCount);
   shrink(hessian, n, rho);
-  if (typeof options.damping === 'number') addToDiagonal(hessian, n, options.damping);
   const transform = transformOf(kind, hessian, n, groupSize);
   if (transform) transformHessian(hessian, transform);
   for (let retry = 0; ; retry++) {
@@ -89,12 +88,6 @@ function subtractMean(hessian: Float64Array, mean: Float64Array): void {
   const n = mean.length;
   for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) hessian[i * n + j] -= mean[i] * mean[j];
   for (let j = 0; j < n; j++) hessian[j * n + j] = Math.max(0, hessian[j * n + j]);
-}
-
-function addToDiagonal(hessian: Float64Array, n: number, fraction: number): void {
-  let mean = 0;
-  for (let j = 0; j < n; j++) mean += hessian[j * n + j] / n;
-  for (let j = 0; j < n; j++) hessian[j * n + j] += fraction * mean;
 }
 
 /** `H -> T H T^T` in place, T being what the transform does to an activation. */

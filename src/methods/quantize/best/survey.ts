@@ -1,53 +1,77 @@
 /** First look at an input's sites in the float model: what every transform, and then every width of every group, would cost them. */
 import type { CalibrationStats } from '../../../calibration/statistics.ts';
+import type { AsyncKernels } from '../../../compute/kernels/kernels.ts';
 import { inlineKernels } from '../../../compute/kernels/wasm-kernels.ts';
 import type { LinearSite } from '../../../model/model.ts';
-import type { QuantizeContext, TransformKind } from '../quantizer.ts';
+import { decodeGroup } from '../grid.ts';
+import { untransformColumns } from '../input-transform.ts';
+import type { InputSurvey, QuantizeContext, SiteCosts, TransformCosts, TransformKind, Trial } from '../quantizer.ts';
+import { requireStats } from '../require-stats.ts';
 import { storedColumns } from './best.ts';
 import { sampledEnergy } from './energy.ts';
 import { groupCosts } from './group-costs.ts';
-import { prepareInput } from './prepared-input.ts';
+import { type PreparedInput, prepareInput } from './prepared-input.ts';
 
-/** One site under one transform. */
-export interface SiteCosts {
-  readonly site: LinearSite;
-  /** Predicted loss of each group (stored order) at each width. */
-  readonly costs: readonly Float64Array[];
-  /** `tr(W H W^T)`: the output's energy, which losses are small beside. */
-  readonly energy: number;
+/** Transforms worth a look. Each costs a factorization. */
+export function transformKinds({ options }: QuantizeContext): readonly TransformKind[] {
+  if (options.without?.includes('transform')) return ['none'];
+  const { transform = 'auto' } = options;
+  return transform === 'auto' ? ['none', 'perm', 'perm-had'] : [transform];
 }
 
-/** All sites of one input under one transform. */
-export interface TransformCosts {
-  readonly transform: TransformKind;
-  readonly sites: readonly SiteCosts[];
-}
-
-/**
- * Costs under each of `kinds`.
- * @param statsOf fresh statistics of the input: each kind uses one up
- */
+/** Costs under each transform, and a trial of every site under the last: rounded to the width nearest `options.bits`. */
 export async function surveyInput(
   context: QuantizeContext,
   sites: readonly LinearSite[],
   loadSite: (site: LinearSite) => Promise<Float32Array>,
-  stats: CalibrationStats,
-  kinds: readonly TransformKind[],
-  groupSize: number,
+  measured: CalibrationStats | undefined,
   widths: readonly number[],
-): Promise<TransformCosts[]> {
+): Promise<InputSurvey> {
   const kernels = context.kernels ?? inlineKernels();
-  const result: TransformCosts[] = [];
-  for (const transform of kinds) {
-    const own = { ...stats, batches: () => stats.batches(), hessian: kinds.length > 1 ? stats.hessian.slice() : stats.hessian };
-    const input = await prepareInput(context, sites[0], own, transform, groupSize, { centred: false, damping: 'shrink' });
+  const stats = requireStats(sites[0], measured);
+  const { groupSize } = context.options;
+  const kinds = transformKinds(context);
+  const transforms: TransformCosts[] = [];
+  const trials = new Map<string, Trial>();
+  for (const [i, transform] of kinds.entries()) {
+    const last = i + 1 === kinds.length;
+    const own = { ...stats, batches: () => stats.batches(), hessian: last ? stats.hessian : stats.hessian.slice() };
+    const input = await prepareInput(context, sites[0], own, transform, groupSize, { centred: false });
     const costs: SiteCosts[] = [];
     for (const site of sites) {
       const columns = storedColumns(site, await loadSite(site), input);
-      const [energy] = await sampledEnergy(context.blas, input.hessian, [columns], input.features);
-      costs.push({ site, costs: await groupCosts(kernels, columns, input.energies, groupSize, widths), energy });
+      costs.push({ site, costs: await groupCosts(kernels, columns, input.energies, groupSize, widths) });
+      if (last) trials.set(site.name, await tryOut(context, kernels, site, columns, input, trialWidth(context.options.bits, widths)));
     }
-    result.push({ transform, sites: costs });
+    transforms.push({ transform, sites: costs });
   }
-  return result;
+  return { transforms, trials };
+}
+
+function trialWidth(bits: number, widths: readonly number[]): number {
+  return widths.reduce((best, width) => (Math.abs(width - bits) < Math.abs(best - bits) ? width : best), widths[0]);
+}
+
+async function tryOut(
+  { blas, options }: QuantizeContext,
+  kernels: AsyncKernels,
+  site: LinearSite,
+  columns: Float32Array,
+  input: PreparedInput,
+  width: number,
+): Promise<Trial> {
+  const { outFeatures: rows, inFeatures: n } = site;
+  const decoded = new Float32Array(columns.length);
+  for (let start = 0; start < n; start += options.groupSize) {
+    const end = Math.min(start + options.groupSize, n);
+    const group = { columns: end - start, rows, values: columns.subarray(start * rows, end * rows) };
+    const { grid } = await kernels.fitWeighted(group, width, input.energies.subarray(start, end));
+    decoded.set(decodeGroup(await kernels.roundCodes(group, width, grid), width, grid), start * rows);
+  }
+  const stored = new Float32Array(columns.length);
+  for (let j = 0; j < n; j++) for (let i = 0; i < rows; i++) stored[i * n + j] = decoded[j * rows + i];
+  for (let i = 0; i < decoded.length; i++) decoded[i] -= columns[i];
+  const [loss] = await sampledEnergy(blas, input.hessian, [decoded], n);
+  const weight = input.transform ? untransformColumns(input.transform, stored, rows, n) : stored;
+  return { weight, loss };
 }
