@@ -4,7 +4,7 @@ import {
   codeBitsOf,
   gptqStoredBits,
   type ModuleStorage,
-  onnxStoredBits,
+  onnxStorage,
   planesStoredBits,
   type Storage,
   summarizeStorage,
@@ -86,23 +86,25 @@ export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactF
     quantizedBytes,
     unquantizedBytes: weightBytes - quantizedBytes,
     bytes: weightBytes,
-    ...(format === 'onnx' ? { runtimeBytes: quantizedBytes } : {}),
+    ...(format === 'onnx'
+      ? { runtimeBytes: sum([...modules, ...embeddings].map(({ runtimeBits }) => runtimeBits ?? 0)) / 8 }
+      : {}),
   };
 }
 
 /**
  * What an artifact with these widths would take; graph, headers and padding of the files are left out.
  * @param linears layers of the blocks with their widths, @param embeddings the same of embeddings and output head,
- * @param symmetric 1-bit groups have no mean
+ * @param compact how an ONNX file is to store codes
  */
 export function predictSizes(
   tensors: TensorSource,
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
-  symmetric: boolean,
+  compact: boolean,
 ): ArtifactSizes {
-  const storage = summarizeStorage(storageOf(linears, format, symmetric), storageOf(embeddings, format, false), 0);
+  const storage = summarizeStorage(storageOf(linears, format, compact), storageOf(embeddings, format, compact), 0);
   const modules = [...storage.modules, ...storage.embeddings];
   const replaced = new Set(modules.map(({ name }) => `${name}.weight`));
   const kept = [...tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
@@ -110,7 +112,7 @@ export function predictSizes(
   return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
 }
 
-function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat, symmetric: boolean): ModuleStorage[] {
+function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat, compact: boolean): ModuleStorage[] {
   const inputs = new Set<string>();
   const all = [...sites].map(([site, { groupSize, bits, transform: kind }]) => {
     const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const };
@@ -128,21 +130,39 @@ function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFor
   const shapes = format === 'gptq' ? all.filter(({ shape }) => whyNotGptq(shape) === undefined) : all;
   const onnx =
     format === 'onnx'
-      ? onnxStoredBits(
+      ? onnxStorage(
           shapes.map(({ site, shape }): [string, string, OnnxLinearLayout] => [
             site.name,
             site.input,
-            layOutShape(shape, symmetric ? [] : oneBitGroups(shape.bits)),
+            layOutShape(shape, compact),
           ]),
         )
       : undefined;
   return shapes.map(({ site, own, shape }) => {
-    const storedBits = onnx?.get(site.name) ?? (format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(own));
-    return { ...shape, bits: [...shape.bits], codeBits: codeBitsOf(shape), storedBits };
+    const bits = onnx?.get(site.name) ?? { storedBits: format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(own) };
+    return { ...shape, bits: [...shape.bits], codeBits: codeBitsOf(shape), ...bits };
   });
 }
 
-/** The groups that have a mean in ONNX: those of 1 bit, whose two levels are rarely symmetric. */
-function oneBitGroups(bits: ArrayLike<number>): number[] {
-  return Array.from(bits).flatMap((width, group) => (width === 1 ? [group] : []));
+/** Graph, headers and alignment of weight files, about: so much for a file, and so much for every tensor in it. */
+const FILE_OVERHEAD = { onnx: 40_000, safetensors: 4_000, gptq: 4_000 } as const;
+const TENSOR_OVERHEAD = { onnx: 1_500, safetensors: 160, gptq: 160 } as const;
+
+/** What a budget for codes does not change, by the plan expected now. */
+export function fixedCosts(
+  tensors: TensorSource,
+  linears: ReadonlyMap<LinearSite, SitePlan>,
+  embeddings: ReadonlyMap<LinearSite, SitePlan>,
+  format: ArtifactFormat,
+  compact: boolean,
+): { weights: number; fileBytes: number; runtimeBytes: number } {
+  const sizes = predictSizes(tensors, linears, embeddings, format, compact);
+  const storage = storageOf(embeddings, format, compact);
+  const embedded = sum(storage.map(({ storedBits }) => storedBits)) / 8;
+  const count = tensors.tensors.size + 4 * linears.size;
+  return {
+    weights: sum([...linears.keys()].map(({ inFeatures, outFeatures }) => inFeatures * outFeatures)),
+    fileBytes: sizes.unquantizedBytes + embedded + FILE_OVERHEAD[format] + TENSOR_OVERHEAD[format] * count,
+    runtimeBytes: sum(storage.map(({ storedBits, runtimeBits = storedBits }) => runtimeBits)) / 8,
+  };
 }

@@ -6,7 +6,7 @@ import { byteLengthOf } from '../../formats/dtype.ts';
 import type { TensorDeclaration } from '../../formats/tensor.ts';
 import { gptqDeclarations } from './gptq.ts';
 import { hadamardBits } from './onnx/hadamard-constant.ts';
-import { type OnnxLinearLayout, partRowBytes } from './onnx/linear-layout.ts';
+import { type OnnxLinearLayout, operandBits, partRowBytes } from './onnx/linear-layout.ts';
 import { planesDeclarations, type QuantizedShape } from './planes.ts';
 
 /** One quantized module in one layout. */
@@ -19,6 +19,8 @@ export interface ModuleStorage {
   readonly bits: readonly number[];
   readonly codeBits: number;
   readonly storedBits: number;
+  /** The same as onnxruntime holds it: whole operands, scales in float32. ONNX only. */
+  readonly runtimeBits?: number;
 }
 
 /** All modules of an artifact. */
@@ -58,38 +60,72 @@ const INDEX_BITS = 64;
 /** Bits of an order of columns, in every layout: I32 per column. */
 const COLUMN_BITS = 32;
 
+/** What a module takes in an ONNX file, and in the runtime that loaded it. */
+export interface OnnxStorage {
+  readonly storedBits: number;
+  readonly runtimeBits: number;
+}
+
 /**
- * Stored bits in the layout `onnx`, by module. Sites that read one activation share the order of its columns, that of its groups where they
+ * Bits in the layout `onnx`, by module. Sites that read one activation share the order of its columns, that of its groups where they
  * agree on it, and the list of groups that have means; all sites share the matrices that inputs are rotated with: the first one pays.
  * @param modules in graph order, with the name of the activation each reads
  */
-export function onnxStoredBits(
+export function onnxStorage(
   modules: Iterable<readonly [name: string, input: string, layout: OnnxLinearLayout]>,
-): Map<string, number> {
+): Map<string, OnnxStorage> {
   const shared = new Set<string>();
   const sharedBits = (key: string, bits: number): number => {
     if (shared.has(key)) return 0;
     shared.add(key);
     return bits;
   };
-  const result = new Map<string, number>();
+  const result = new Map<string, OnnxStorage>();
   for (const [name, input, layout] of modules) {
     const { outFeatures: rows, inFeatures, blockSize, parts, order, meanGroups, transform } = layout;
-    let bits = 0;
+    const scaleBits = layout.scaleDtype === 'F16' ? 16 : 32;
+    let storedBits = rows * scaleBits * meanGroups.length;
+    let runtimeBits = rows * 32 * meanGroups.length;
     for (const part of parts) {
       const bytes = partRowBytes(part, blockSize);
-      bits += rows * 8 * (bytes.qweight + bytes.qzeros + 4 * part.groups.length);
+      storedBits += rows * (8 * (bytes.stored + bytes.qzeros) + scaleBits * part.groups.length);
+      runtimeBits += rows * (8 * (bytes.qweight + bytes.qzeros) + 32 * part.groups.length);
     }
-    bits += rows * 32 * meanGroups.length;
-    if (transform?.permuted) bits += sharedBits(`${input} columns`, inFeatures * COLUMN_BITS);
-    if (transform && transform.hadamard > 0)
-      bits += sharedBits(`hadamard ${transform.hadamard}`, hadamardBits(transform.hadamard));
-    if (order) bits += sharedBits(`${input} order ${order} of ${blockSize}`, order.length * INDEX_BITS);
+    let indexBits = 0;
+    if (transform?.permuted) indexBits += sharedBits(`${input} columns`, inFeatures * COLUMN_BITS);
+    const { hadamard = 0 } = transform ?? {};
+    if (hadamard > 0 && sharedBits(`hadamard ${hadamard}`, 1) > 0) {
+      storedBits += hadamardBits(hadamard);
+      runtimeBits += 32 * hadamard * hadamard;
+    }
+    if (order) indexBits += sharedBits(`${input} order ${order} of ${blockSize}`, order.length * INDEX_BITS);
     const some = meanGroups.length > 0 && meanGroups.length < Math.ceil(inFeatures / blockSize);
-    if (some) bits += sharedBits(`${input} means ${meanGroups} of ${blockSize}`, meanGroups.length * INDEX_BITS);
-    result.set(name, bits);
+    if (some) indexBits += sharedBits(`${input} means ${meanGroups} of ${blockSize}`, meanGroups.length * INDEX_BITS);
+    result.set(name, { storedBits: storedBits + indexBits, runtimeBits: runtimeBits + indexBits });
   }
   return result;
+}
+
+/**
+ * Bits of one group of `columns` columns and `rows` rows at a width, scales and zero points included; what rows, words and modules are padded with is
+ * not. `onnx` is compact, `onnx-plain` has operands and float32 scales in the file; a runtime holds `planes` as it is stored.
+ */
+export function groupStorage(
+  format: 'onnx' | 'onnx-plain' | 'planes',
+  rows: number,
+  columns: number,
+  bits: number,
+): { readonly fileBits: number; readonly runtimeBits: number } {
+  if (format === 'planes') {
+    const fileBits = bits === 0 ? 8 : 8 + rows * (bits * columns + 16 + (bits === 1 ? 16 : bits));
+    return { fileBits, runtimeBits: fileBits };
+  }
+  const width = operandBits(bits);
+  const shifts = bits === 1 ? 1 : 0;
+  const runtimeBits = rows * (width * (columns + 1) + 32 * (1 + shifts));
+  if (format === 'onnx-plain') return { fileBits: runtimeBits, runtimeBits };
+  const stored = bits > 4 ? 8 : Math.max(bits, 1);
+  return { fileBits: rows * (stored * columns + width + 16 * (1 + shifts)), runtimeBits };
 }
 
 /** Averages over modules. @param floatBits width of the float type, which counts when nothing is quantized */

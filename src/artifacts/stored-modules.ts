@@ -58,10 +58,12 @@ export function moduleStorage(
   { outFeatures, inFeatures, groupSize }: QuantizedModule,
   bits: ArrayLike<number>,
   storedBits: number,
+  runtimeBits?: number,
 ): ModuleStorage {
   const widths = Array.from(bits);
   const shape = { outFeatures, inFeatures, groupSize, bits: widths };
-  return { name, ...shape, codeBits: codeBitsOf(shape), storedBits };
+  const storage = { name, ...shape, codeBits: codeBitsOf(shape), storedBits };
+  return runtimeBits === undefined ? storage : { ...storage, runtimeBits };
 }
 
 /** Modules in the layout `planes`, in any number of files. */

@@ -38,6 +38,8 @@ export interface WriteOptions {
   readonly version: string;
   /** Bound on each weight file; default 2 GB for ONNX data, 5 GB for safetensors. */
   readonly maxShardBytes?: number;
+  /** ONNX: codes at their true width and scales as F16, which a runtime unfolds when it loads the model. Default true. */
+  readonly compact?: boolean;
 }
 
 /** One format as it was written. */
@@ -66,7 +68,15 @@ export async function writeArtifact(options: WriteOptions): Promise<WrittenArtif
   }
 }
 
-async function write({ source, quantized, folder, formats, version, maxShardBytes }: WriteOptions): Promise<WrittenArtifact> {
+async function write({
+  source,
+  quantized,
+  folder,
+  formats,
+  version,
+  maxShardBytes,
+  compact = true,
+}: WriteOptions): Promise<WrittenArtifact> {
   const { model } = source;
   const notes: string[] = [];
   const written: WrittenFormat[] = [];
@@ -86,7 +96,7 @@ async function write({ source, quantized, folder, formats, version, maxShardByte
   let onnx: WrittenOnnxArtifact | undefined;
   for (const format of formats) {
     if (format === 'onnx') {
-      onnx = await writeOnnxArtifact({ model, tensors, quantized, folder, version, ...shards });
+      onnx = await writeOnnxArtifact({ model, tensors, quantized, folder, version, compact, ...shards });
       written.push(await checkOnnx(folder, onnx, finish));
       changes['transformers.js_config'] = transformersJsConfig(source.config, onnx);
       continue;

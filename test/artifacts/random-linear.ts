@@ -20,8 +20,6 @@ export interface RandomLinearOptions {
   /** Widths of the groups; repeated as often as needed. */
   readonly bits: readonly number[];
   readonly seed?: number;
-  /** Levels of 1-bit groups are -+a. */
-  readonly symmetricOneBit?: boolean;
   readonly scaleDtype?: 'F16' | 'F32';
   /** Sorts the input at random; `hadamard` rotates it too. */
   readonly transform?: { readonly hadamard: number; readonly seed?: number };
@@ -45,7 +43,7 @@ export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
     const width = bits[i % groups];
     scales[i] = width === 0 ? 1 : round(0.01 + 0.02 * random());
     if (width >= 2) zeroPoints[i] = Math.floor(random() * (1 << width));
-    if (width === 1) offsets[i] = options.symmetricOneBit ? -scales[i] / 2 : round(-0.03 * random());
+    if (width === 1) offsets[i] = round(-0.03 * random());
   }
   const { transform } = options;
   return {

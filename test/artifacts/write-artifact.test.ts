@@ -5,7 +5,7 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { byteLengthOf, toFloat32 } from '../../formats/dtype.ts';
 import { openOnnx } from '../../formats/onnx/reader.ts';
 import { createShardedSink } from '../../formats/safetensors/sharded-writer.ts';
-import { gptqStoredBits, onnxStoredBits, planesStoredBits } from '../../src/artifacts/accounting.ts';
+import { gptqStoredBits, groupStorage, onnxStorage, planesStoredBits } from '../../src/artifacts/accounting.ts';
 import { openModelSource } from '../../src/artifacts/model-source.ts';
 import { layOutLinear } from '../../src/artifacts/onnx/linear-layout.ts';
 import { embeddingGroupSize } from '../../src/artifacts/onnx/lowering.ts';
@@ -86,7 +86,11 @@ async function write(
   formats: readonly ArtifactFormat[],
   bits: readonly number[],
   extra: (model: Model) => Iterable<readonly [string, QuantizedLinear]> = () => [],
-  { maxShardBytes, hadamard }: { readonly maxShardBytes?: number; readonly hadamard?: number } = {},
+  {
+    maxShardBytes,
+    hadamard,
+    compact,
+  }: { readonly maxShardBytes?: number; readonly hadamard?: number; readonly compact?: boolean } = {},
 ): Promise<Written> {
   const folder = await save(tiny);
   const out = join(root, 'out');
@@ -100,6 +104,7 @@ async function write(
     formats,
     version: '0.0.0',
     ...(maxShardBytes ? { maxShardBytes } : {}),
+    ...(compact === undefined ? {} : { compact }),
   });
   writeFileSync(join(out, 'pcomp.json'), '{}');
   return { out, linears, artifact };
@@ -120,12 +125,13 @@ function difference(a: ArrayLike<number>, b: ArrayLike<number>): number {
 
 describe.each([
   ['onnx', [1, 2, 3, 4, 8], {}],
+  ['onnx', [1, 2, 3, 4, 8], { compact: false }],
   ['onnx', [4, 3, 2, 1], { hadamard: 0 }],
   ['onnx', [4, 3, 2, 1], { hadamard: 32 }],
   ['safetensors', [1, 2, 3, 4, 5, 6, 7, 8], {}],
   ['safetensors', [4, 3, 2, 1], { hadamard: 32 }],
   ['gptq', [3], {}],
-] as const)('an artifact of format %s, %s bits, %o', (format, bits, options) => {
+] as const)('an artifact of format %s, %s bits, %o', (format, bits, options: { hadamard?: number; compact?: boolean }) => {
   it('opens again as a model with the solved weights, the plain tensors as they were, and what it cost', async () => {
     const tiny = llama();
     const { out, linears, artifact } = await write(tiny, [format], bits, undefined, options);
@@ -153,7 +159,14 @@ describe.each([
     await using source = await openModelSource(out);
     const sites = source.model.blocks.flatMap((block) => block.sites);
     const predicted = {
-      onnx: () => onnxStoredBits(sites.map((site) => [site.name, site.input, layOutLinear(linears.get(site.name)!)])),
+      onnx: () => {
+        const layouts = sites.map((site) => layOutLinear(linears.get(site.name)!, options.compact));
+        const storage = onnxStorage(sites.map((site, i) => [site.name, site.input, layouts[i]]));
+        expect(source.storage.modules.map(({ runtimeBits }) => runtimeBits)).toEqual(
+          [...storage.values()].map(({ runtimeBits }) => runtimeBits),
+        );
+        return new Map([...storage].map(([name, { storedBits }]) => [name, storedBits]));
+      },
       safetensors: () => {
         const first = (site: LinearSite) => sites.find((other) => other.input === site.input) === site;
         return new Map(
@@ -425,6 +438,24 @@ describe('checkpoint artifacts', () => {
 
   it('in GPTQ are refused when no module suits the layout', async () => {
     await expect(write(llama(), ['gptq'], [1, 2])).rejects.toThrow(/none of the quantized modules.*mixes widths/);
+  });
+});
+
+describe('the cost of a group', () => {
+  const rows = 64;
+  it.each([1, 2, 3, 4, 8])('of %i bits is what a module is charged for one, but for padding', (bits) => {
+    const q = randomLinear({ rows, columns: 512, groupSize: 64, bits: [bits] });
+    for (const [format, compact] of [
+      ['onnx', true],
+      ['onnx-plain', false],
+    ] as const) {
+      const { fileBits, runtimeBits } = groupStorage(format, rows, 64, bits);
+      expect(onnxStorage([['m', 'x', layOutLinear(q, compact)]]).get('m')).toEqual({
+        storedBits: 8 * fileBits,
+        runtimeBits: 8 * runtimeBits,
+      });
+    }
+    expect(planesStoredBits(q)).toBe(8 * groupStorage('planes', rows, 64, bits).fileBits);
   });
 });
 

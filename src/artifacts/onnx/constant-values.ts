@@ -1,6 +1,6 @@
 /** Works out what a runtime folds when it loads a model: constants of a graph behind the few operations that pcomp puts on constants. */
 import { elementCount, toFloat32 } from '../../../formats/dtype.ts';
-import type { Graph, Node } from '../../../formats/onnx/model.ts';
+import type { Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
 import type { DType } from '../../../formats/tensor.ts';
 import { FormatError } from '../../errors.ts';
 
@@ -28,6 +28,13 @@ export class ConstantValues {
     return this.#producers.get(value);
   }
 
+  /** The initializer that a value is made of, or the first of them. */
+  root(value: string): Initializer | undefined {
+    const initializer = this.#graph.initializers.get(value);
+    const node = initializer ? undefined : this.#producers.get(value);
+    return initializer ?? (node && this.root(node.inputs[0] ?? ''));
+  }
+
   /** Throws FormatError `onnx-linear-constant` when a value depends on anything but constants, or on an operation that is not one of ours. */
   async of(name: string): Promise<ConstantValue> {
     const initializer = this.#graph.initializers.get(name);
@@ -53,8 +60,20 @@ function typed(dtype: DType, bytes: Uint8Array): ConstantValue['values'] {
 }
 
 /** Result of one operation; undefined when it is not one of ours. */
-function fold(node: Node, [a, b]: readonly ConstantValue[]): ConstantValue | undefined {
+function fold(node: Node, inputs: readonly ConstantValue[]): ConstantValue | undefined {
+  const [a, b] = inputs;
   switch (node.op) {
+    case 'Cast':
+      // What is float is held as float32 already.
+      return a.values instanceof Float32Array && node.attributes.to?.value === FLOAT32 ? { ...a, dtype: 'F32' } : undefined;
+    case 'BitwiseAnd':
+      return bytewise(a, b, (x, y) => x & y);
+    case 'BitwiseXor':
+      return bytewise(a, b, (x, y) => x ^ y);
+    case 'BitShift':
+      return node.attributes.direction?.value === 'RIGHT' ? bytewise(a, b, (x, y) => x >> y) : undefined;
+    case 'Concat':
+      return joined(inputs, Number(node.attributes.axis?.value));
     case 'Reshape': {
       const shape = Array.from(b.values, Number);
       return elementCount(shape) === elementCount(a.shape) ? { ...a, shape } : undefined;
@@ -64,6 +83,35 @@ function fold(node: Node, [a, b]: readonly ConstantValue[]): ConstantValue | und
     default:
       return undefined;
   }
+}
+
+/** TensorProto.DataType. */
+const FLOAT32 = 1;
+
+/** Of bytes and as many bytes, or one. */
+function bytewise(a: ConstantValue, b: ConstantValue, operation: (x: number, y: number) => number): ConstantValue | undefined {
+  const { values: x } = a;
+  const { values: y } = b;
+  if (!(x instanceof Uint8Array && y instanceof Uint8Array) || (y.length !== x.length && y.length !== 1)) return undefined;
+  const step = y.length === 1 ? 0 : 1;
+  return { ...a, values: x.map((value, i) => operation(value, y[i * step])) };
+}
+
+/** Bytes side by side along the last axis. */
+function joined(parts: readonly ConstantValue[], axis: number): ConstantValue | undefined {
+  const [{ dtype, shape }] = parts;
+  if (axis !== shape.length - 1 || parts.some(({ values }) => !(values instanceof Uint8Array))) return undefined;
+  const widths = parts.map((part) => part.shape[axis]);
+  const width = widths.reduce((sum, one) => sum + one, 0);
+  const rows = elementCount(shape.slice(0, -1));
+  const values = new Uint8Array(rows * width);
+  let first = 0;
+  parts.forEach((part, p) => {
+    const source = part.values as Uint8Array;
+    for (let row = 0; row < rows; row++) values.set(source.subarray(row * widths[p], (row + 1) * widths[p]), row * width + first);
+    first += widths[p];
+  });
+  return { dtype, shape: [...shape.slice(0, -1), width], values };
 }
 
 /** Elementwise product of two constants of one rank, whose axes of size 1 stretch. */

@@ -1,5 +1,5 @@
 /** Reads quantized linears back from an ONNX graph that pcomp wrote: from its nodes and constants alone, to float32 as they multiply the model's own activations. */
-import type { Attribute, Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
+import type { Attribute, Graph, Node } from '../../../formats/onnx/model.ts';
 import { FormatError } from '../../errors.ts';
 import { untransformColumns } from '../../methods/quantize/input-transform.ts';
 import { type OperandBits, unpackByteRows } from '../packing/byte-rows.ts';
@@ -14,9 +14,8 @@ export interface StoredPart {
   readonly blockSize: number;
   /** Its groups, by their place in the transformed input. */
   readonly groups: readonly number[];
-  readonly qweight: Initializer;
-  readonly scales: Initializer;
-  readonly qzeros: Initializer;
+  /** As a runtime has them once it loaded the model. */
+  read(): Promise<{ readonly qweight: Uint8Array; readonly scales: Float32Array; readonly qzeros: Uint8Array }>;
 }
 
 /** A linear as the file has it. */
@@ -26,12 +25,14 @@ export interface StoredLinear {
   readonly transform?: StoredInputTransform;
   /** Widest first. */
   readonly parts: readonly StoredPart[];
-  readonly means?: { readonly groups: readonly number[]; readonly values: Initializer };
+  readonly means?: { readonly groups: readonly number[]; read(): Promise<Float32Array> };
   /** Bytes of every constant of its own; what it shares with other sites counts at the first of them. */
   readonly byteLength: number;
+  /** The same as a runtime holds them. */
+  readonly runtimeByteLength: number;
 }
 
-const WEIGHT_NAME = /^(.*)\.MatMulNBits\.qweight(?:_[248])?$/;
+const WEIGHT_NAME = /^(.*)\.MatMulNBits\.qweight(?:_\d)?(?:\.0)?$/;
 
 /** The quantized linears of a graph by module name. Throws FormatError (`onnx-linear-*`) when the graph is not as pcomp writes it. */
 export async function storedLinears(path: string, graph: Graph): Promise<Map<string, StoredLinear>> {
@@ -39,40 +40,50 @@ export async function storedLinears(path: string, graph: Graph): Promise<Map<str
   const bySite = new Map<string, Node[]>();
   const tables = new Map<string, Node>();
   for (const node of graph.nodes) {
-    const table = node.op === 'GatherBlockQuantized' ? constants.producer(node.inputs[0])?.inputs[0] : undefined;
-    const module = table === undefined ? undefined : WEIGHT_NAME.exec(table)?.[1];
-    if (module !== undefined) tables.set(module, node);
-    const site = node.op === 'MatMulNBits' ? WEIGHT_NAME.exec(node.inputs[1])?.[1] : undefined;
+    if (node.op === 'GatherBlockQuantized') {
+      const module = moduleOf(constants, node.inputs[0]);
+      if (module !== undefined) tables.set(module, node);
+    }
+    const site = node.op === 'MatMulNBits' ? moduleOf(constants, node.inputs[1]) : undefined;
     if (site !== undefined) bySite.set(site, [...(bySite.get(site) ?? []), node]);
   }
   const linears = new Map<string, StoredLinear>();
   // A table that an output head multiplies with too is read as the head's operand.
-  for (const [module, node] of tables) linears.set(module, storedTable(path, graph, module, node));
+  for (const [module, node] of tables) linears.set(module, storedTable(path, graph, constants, module, node));
   const rotations = new Set<number>();
   for (const [site, nodes] of bySite) {
     const linear = await storedLinear(path, graph, constants, site, nodes);
     const size = linear.transform?.hadamard ?? 0;
-    const shared = size === 0 || rotations.has(size) ? 0 : hadamardBits(size) / 8;
+    const first = size > 0 && !rotations.has(size);
     rotations.add(size);
-    linears.set(site, { ...linear, byteLength: linear.byteLength + shared });
+    linears.set(site, {
+      ...linear,
+      byteLength: linear.byteLength + (first ? hadamardBits(size) / 8 : 0),
+      runtimeByteLength: linear.runtimeByteLength + (first ? 4 * size * size : 0),
+    });
   }
   return linears;
 }
 
 /** An embedding: the operand of a linear whose rows are looked up. */
-function storedTable(path: string, graph: Graph, module: string, node: Node): StoredLinear {
-  const qweight = constantOf(path, graph, module, 'operand', `${module}.MatMulNBits.qweight`);
-  const [outFeatures, blocks] = qweight.shape;
+function storedTable(path: string, graph: Graph, constants: ConstantValues, module: string, node: Node): StoredLinear {
+  const [outFeatures, blocks] = constants.root(node.inputs[0])!.shape;
   const groups = Array.from({ length: blocks }, (_, g) => g);
   const columns = blocks * integer(path, node, 'block_size');
-  const part = storedPart(path, graph, module, node, [qweight.name, ...node.inputs.slice(2, 4)], outFeatures, columns, groups);
-  return { outFeatures, parts: [part], byteLength: ownBytes(graph, module) };
+  const names = [node.inputs[0], ...node.inputs.slice(2, 4)];
+  const parts = [storedPart(path, constants, module, node, names, outFeatures, columns, groups)];
+  return { outFeatures, parts, ...byteLengths(graph, module, outFeatures, parts, 0) };
+}
+
+function moduleOf(constants: ConstantValues, operand: string): string | undefined {
+  const root = constants.root(operand);
+  return root && WEIGHT_NAME.exec(root.name)?.[1];
 }
 
 /** @param names of the constants: codes, scales, zero points */
 function storedPart(
   path: string,
-  graph: Graph,
+  constants: ConstantValues,
   site: string,
   node: Node,
   names: readonly string[],
@@ -84,26 +95,43 @@ function storedPart(
   if (bits !== 2 && bits !== 4 && bits !== 8)
     throw new FormatError(path, 'onnx-linear-bits', `${node.name} has ${bits} bits, operands have 2, 4 or 8`);
   const blockSize = integer(path, node, 'block_size');
-  const [qweight, scales, qzeros] = names.map((name) => constantOf(path, graph, site, 'operand', name));
+  const missing = names.find((name) => !constants.root(name));
+  if (missing !== undefined)
+    throw new FormatError(path, 'onnx-linear-constant', `${site}: operand "${missing}" is not a constant of the graph`);
   const blocks = groups.length;
-  expectBytes(path, qweight, (outFeatures * blocks * blockSize * bits) / 8);
-  expectBytes(path, scales, outFeatures * blocks * 4);
-  expectBytes(path, qzeros, outFeatures * Math.ceil((blocks * bits) / 8));
-  return { bits, columns, blockSize, groups, qweight, scales, qzeros };
+  const [qweight, scales, qzeros] = names;
+  return {
+    bits,
+    columns,
+    blockSize,
+    groups,
+    read: async () => ({
+      qweight: await bytesOf(path, constants, qweight, (outFeatures * blocks * blockSize * bits) / 8),
+      scales: await floatsOf(path, constants, scales, outFeatures * blocks),
+      qzeros: await bytesOf(path, constants, qzeros, outFeatures * Math.ceil((blocks * bits) / 8)),
+    }),
+  };
 }
 
-function constantOf(path: string, graph: Graph, site: string, detail: string, name: string): Initializer {
-  const initializer = graph.initializers.get(name);
-  if (initializer) return initializer;
-  throw new FormatError(path, 'onnx-linear-constant', `${site}: ${detail} "${name}" is not a constant of the graph`);
-}
-
-function ownBytes(graph: Graph, site: string): number {
-  const indices = ['input_order', 'group_order', 'mean_groups'].map((name) => `${site}.${name}`);
-  const own = [...graph.initializers.values()].filter(
-    ({ name }) => name.startsWith(`${site}.MatMulNBits.`) || indices.includes(name),
-  );
-  return own.reduce((sum, initializer) => sum + initializer.byteLength, 0);
+/** Bytes of a linear's constants in the file and at run time, but for the matrix of a rotation. */
+function byteLengths(
+  graph: Graph,
+  site: string,
+  rows: number,
+  parts: readonly StoredPart[],
+  means: number,
+): Pick<StoredLinear, 'byteLength' | 'runtimeByteLength'> {
+  const sum = (names: (name: string) => boolean): number =>
+    [...graph.initializers.values()].filter(({ name }) => names(name)).reduce((total, { byteLength }) => total + byteLength, 0);
+  const indexNames = ['input_order', 'group_order', 'mean_groups'].map((name) => `${site}.${name}`);
+  const indices = sum((name) => indexNames.includes(name));
+  const operands = parts.map(({ bits, blockSize, groups }) => {
+    return rows * ((groups.length * blockSize * bits) / 8 + Math.ceil((groups.length * bits) / 8) + 4 * groups.length);
+  });
+  return {
+    byteLength: indices + sum((name) => name.startsWith(`${site}.MatMulNBits.`)),
+    runtimeByteLength: indices + operands.reduce((total, one) => total + one, 0) + 4 * rows * means,
+  };
 }
 
 async function storedLinear(
@@ -125,10 +153,11 @@ async function storedLinear(
   const parts = nodes.map((node, i): StoredPart => {
     const groups = order.slice(first, first + counts[i]);
     first += counts[i];
-    return storedPart(path, graph, site, node, node.inputs.slice(1, 4), outFeatures, integer(path, node, 'K'), groups);
+    return storedPart(path, constants, site, node, node.inputs.slice(1, 4), outFeatures, integer(path, node, 'K'), groups);
   });
   const means = await storedMeans(path, graph, constants, site, outFeatures, total);
-  return { outFeatures, parts, byteLength: ownBytes(graph, site), ...(transform && { transform }), ...(means && { means }) };
+  const sizes = byteLengths(graph, site, outFeatures, parts, means?.groups.length ?? 0);
+  return { outFeatures, parts, ...sizes, ...(transform && { transform }), ...(means && { means }) };
 }
 
 async function storedMeans(
@@ -141,14 +170,13 @@ async function storedMeans(
 ): Promise<StoredLinear['means']> {
   const values = graph.initializers.get(`${site}.MatMulNBits.means`);
   if (!values) return undefined;
-  const matmul = graph.nodes.find((node) => node.op === 'MatMul' && node.inputs[1] === values.name);
+  const matmul = graph.nodes.find((node) => node.op === 'MatMul' && constants.root(node.inputs[1]) === values);
   const gather = matmul ? constants.producer(matmul.inputs[0]) : undefined;
   const groups =
     gather?.op === 'Gather' ? await integers(constants, gather.inputs[1]) : Array.from({ length: total }, (_, g) => g);
   if (groups.some((g) => g < 0 || g >= total))
     throw new FormatError(path, 'onnx-linear-means', `${site}: a mean belongs to none of its ${total} groups`);
-  expectBytes(path, values, groups.length * outFeatures * 4);
-  return { groups, values };
+  return { groups, read: () => floatsOf(path, constants, values.name, groups.length * outFeatures) };
 }
 
 /** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one; a transform of the input is folded in. */
@@ -162,15 +190,9 @@ export async function decodeLinear(path: string, linear: StoredLinear, inFeature
   }
   for (const part of linear.parts) {
     const blocks = part.groups.length;
-    const codes = unpackByteRows(
-      await part.qweight.read(),
-      rows,
-      blocks * blockSize,
-      part.bits,
-      (blocks * blockSize * part.bits) / 8,
-    );
-    const zeros = unpackByteRows(await part.qzeros.read(), rows, blocks, part.bits, Math.ceil((blocks * part.bits) / 8));
-    const scales = floats(await part.scales.read());
+    const { qweight, scales, qzeros } = await part.read();
+    const codes = unpackByteRows(qweight, rows, blocks * blockSize, part.bits, (blocks * blockSize * part.bits) / 8);
+    const zeros = unpackByteRows(qzeros, rows, blocks, part.bits, Math.ceil((blocks * part.bits) / 8));
     for (let row = 0; row < rows; row++) {
       for (let block = 0; block < blocks; block++) {
         const index = row * blocks + block;
@@ -181,7 +203,7 @@ export async function decodeLinear(path: string, linear: StoredLinear, inFeature
       }
     }
   }
-  if (linear.means) addMeans(weight, inFeatures, blockSize, linear.means.groups, floats(await linear.means.values.read()));
+  if (linear.means) addMeans(weight, inFeatures, blockSize, linear.means.groups, await linear.means.read());
   return linear.transform
     ? untransformColumns(transformOf(path, linear.transform, inFeatures), weight, rows, inFeatures)
     : weight;
@@ -204,8 +226,24 @@ function addMeans(
   });
 }
 
-function floats(bytes: Uint8Array): Float32Array {
-  return new Float32Array(bytes.slice().buffer);
+async function bytesOf(path: string, constants: ConstantValues, name: string, count: number): Promise<Uint8Array> {
+  const { values } = await constants.of(name);
+  if (values instanceof Uint8Array && values.length === count) return values;
+  throw wrongSize(path, name, values.length, count);
+}
+
+async function floatsOf(path: string, constants: ConstantValues, name: string, count: number): Promise<Float32Array> {
+  const { values } = await constants.of(name);
+  if (values instanceof Float32Array && values.length === count) return values;
+  throw wrongSize(path, name, values.length, count);
+}
+
+function wrongSize(path: string, name: string, found: number, needed: number): FormatError {
+  return new FormatError(
+    path,
+    'onnx-linear-size',
+    `constant "${name}" has ${found} elements, its node needs ${needed} of another kind or number`,
+  );
 }
 
 function integer(path: string, node: Node, name: string): number {
@@ -216,13 +254,4 @@ function integer(path: string, node: Node, name: string): number {
   if (!(value > 0))
     throw new FormatError(path, 'onnx-linear-attribute', `node ${node.name}: "${name}" is ${value}, it must be positive`);
   return value;
-}
-
-function expectBytes(path: string, initializer: Initializer, expected: number): void {
-  if (initializer.byteLength === expected) return;
-  throw new FormatError(
-    path,
-    'onnx-linear-size',
-    `constant "${initializer.name}" has ${initializer.byteLength} bytes, its node needs ${expected}`,
-  );
 }

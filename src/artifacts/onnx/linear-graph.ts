@@ -1,9 +1,11 @@
 /** Renders quantized linears as MatMulNBits nodes; sites that read one activation in one group order share its gather. */
+import type { Initializer } from '../../../formats/onnx/model.ts';
 import { int } from '../../graph/attributes.ts';
 import { type GraphBuilder, MICROSOFT, type Value } from '../../graph/builder.ts';
 import { hadamardConstant } from './hadamard-constant.ts';
 import type { LinearInitializers } from './linear-initializers.ts';
 import type { OnnxLinearLayout } from './linear-layout.ts';
+import { operandOf } from './operand-graph.ts';
 
 /** 1: activations stay float; 4: activations are quantized to int8 per block, which is what runs fast. */
 export type AccuracyLevel = 1 | 4;
@@ -32,8 +34,7 @@ export class LinearRenderer {
     const sizes = layout.parts.map((part) => part.columns);
     const inputs = sizes.length > 1 ? this.#split(ordered, sizes) : [ordered];
     const products = layout.parts.map((part, i) => {
-      const { qweight, scales, qzeros } = constants.parts[i];
-      const operands = [qweight, scales, qzeros].map((initializer) => builder.initializer(initializer));
+      const operands = this.operands(layout, constants, i);
       const attributes = {
         K: int(part.columns),
         N: int(layout.outFeatures),
@@ -47,9 +48,23 @@ export class LinearRenderer {
     });
     if (constants.means) {
       const sums = this.#meanGroupSums(site, layout, x);
-      products.push(builder.matmul(sums, builder.initializer(constants.means)));
+      products.push(builder.matmul(sums, this.#float(constants.means)));
     }
     return products.reduce((sum, product) => builder.add(sum, product));
+  }
+
+  /** What part `i` of a linear multiplies with: codes, scales and zero points as the runtime wants them. */
+  operands(layout: OnnxLinearLayout, constants: LinearInitializers, i: number): [Value, Value, Value] {
+    const { qweight, scales, qzeros } = constants.parts[i];
+    const operand = this.#once(`operand ${qweight[0].name}`, () => {
+      const stored = qweight.map((piece) => this.#builder.initializer(piece));
+      return operandOf(this.#builder, layout.parts[i].codeBits, stored);
+    });
+    return [operand, this.#float(scales), this.#builder.initializer(qzeros)];
+  }
+
+  #float(constant: Initializer): Value {
+    return this.#once(`float ${constant.name}`, () => this.#builder.cast(this.#builder.initializer(constant), 'F32'));
   }
 
   /** The input in stored order. Sites that read one input transform it alike. */

@@ -1,20 +1,35 @@
 /** The constants of quantized linears in an ONNX graph: named as onnxruntime-genai names them, packed when the writer asks for their bytes. */
+import { fromFloat32 } from '../../../formats/dtype.ts';
 import type { Initializer } from '../../../formats/onnx/model.ts';
 import type { DType } from '../../../formats/tensor.ts';
 import type { QuantizedSource } from '../quantized-source.ts';
 import { asBytes } from '../tensor-bytes.ts';
-import { layOutLinear, type OnnxLinearLayout, type OnnxPart, packMeans, packPart, partRowBytes } from './linear-layout.ts';
+import {
+  layOutLinear,
+  type OnnxLinearLayout,
+  type OnnxPart,
+  packMeans,
+  packPart,
+  partRowBytes,
+  storedShapes,
+} from './linear-layout.ts';
 
-/** Names of a part's constants; `suffix` is empty for a uniform layer, else `_<operand bits>`. */
-export function partNames(site: string, layout: Pick<OnnxLinearLayout, 'parts'>, part: Pick<OnnxPart, 'bits'>) {
+/** Names of a part's constants; `suffix` is empty for a uniform layer, else `_<bits of its codes>`. An operand in pieces numbers them. */
+function partNames(site: string, layout: Pick<OnnxLinearLayout, 'parts'>, part: OnnxPart) {
   const prefix = `${site}.MatMulNBits`;
-  const suffix = layout.parts.length > 1 ? `_${part.bits}` : '';
-  return { qweight: `${prefix}.qweight${suffix}`, scales: `${prefix}.scales${suffix}`, qzeros: `${prefix}.qzeros${suffix}` };
+  const suffix = layout.parts.length > 1 ? `_${part.codeBits}` : '';
+  const operand = `${prefix}.qweight${suffix}`;
+  const qweight = part.codeBits === 3 ? [0, 1, 2].map((piece) => `${operand}.${piece}`) : [operand];
+  return { qweight, scales: `${prefix}.scales${suffix}`, qzeros: `${prefix}.qzeros${suffix}` };
 }
 
 /** Constants of one linear. */
 export interface LinearInitializers {
-  readonly parts: readonly { readonly qweight: Initializer; readonly scales: Initializer; readonly qzeros: Initializer }[];
+  readonly parts: readonly {
+    readonly qweight: readonly Initializer[];
+    readonly scales: Initializer;
+    readonly qzeros: Initializer;
+  }[];
   /** (meanGroups, outFeatures); absent when no group has a mean. */
   readonly means?: Initializer;
   /** I32 (inFeatures): stored column k reads input `inputOrder[k]`. */
@@ -32,11 +47,11 @@ export class QuantizedInitializers {
     this.#layouts = layouts;
   }
 
-  /** Reads the grids of the modules named, and lays them out. */
-  static async create(source: QuantizedSource, names: Iterable<string>): Promise<QuantizedInitializers> {
+  /** Reads the grids of the modules named, and lays them out. @param compact codes at their true width, scales as F16 */
+  static async create(source: QuantizedSource, names: Iterable<string>, compact = true): Promise<QuantizedInitializers> {
     const layouts = new Map<string, OnnxLinearLayout>();
     for (const name of names) {
-      if (source.has(name)) layouts.set(name, layOutLinear(await source.readGrid(name)));
+      if (source.has(name)) layouts.set(name, layOutLinear(await source.readGrid(name), compact));
     }
     return new QuantizedInitializers(source, layouts);
   }
@@ -48,14 +63,17 @@ export class QuantizedInitializers {
   /** The constants of a linear that has a layout. */
   of(site: string): LinearInitializers {
     const layout = this.#layouts.get(site)!;
-    const { outFeatures: rows, blockSize, meanGroups } = layout;
+    const { outFeatures: rows, blockSize, meanGroups, scaleDtype } = layout;
+    const scaleBytes = scaleDtype === 'F16' ? 2 : 4;
     const parts = layout.parts.map((part) => {
       const names = partNames(site, layout, part);
       const blocks = part.groups.length;
       const bytes = partRowBytes(part, blockSize);
       return {
-        qweight: this.#initializer(site, names.qweight, 'U8', [rows, blocks, bytes.qweight / blocks], rows * bytes.qweight),
-        scales: this.#initializer(site, names.scales, 'F32', [rows, blocks], rows * blocks * 4),
+        qweight: storedShapes(part, rows, blockSize).map((shape, piece) =>
+          this.#initializer(site, names.qweight[piece], 'U8', shape, shape[0] * shape[1] * shape[2]),
+        ),
+        scales: this.#initializer(site, names.scales, scaleDtype, [rows, blocks], rows * blocks * scaleBytes),
         qzeros: this.#initializer(site, names.qzeros, 'U8', [rows, bytes.qzeros], rows * bytes.qzeros),
       };
     });
@@ -64,7 +82,7 @@ export class QuantizedInitializers {
     return {
       parts,
       ...(meanGroups.length > 0 && {
-        means: this.#initializer(site, `${site}.MatMulNBits.means`, 'F32', shape, meanGroups.length * rows * 4),
+        means: this.#initializer(site, `${site}.MatMulNBits.means`, scaleDtype, shape, meanGroups.length * rows * scaleBytes),
       }),
       ...(layout.transform?.permuted && {
         inputOrder: this.#initializer(site, `${site}.input_order`, 'I32', [columns], columns * 4),
@@ -89,10 +107,14 @@ export class QuantizedInitializers {
     for (const part of layout.parts) {
       const names = partNames(site, layout, part);
       const packed = packPart(q, layout, part);
-      tensors.set(names.qweight, packed.qweight).set(names.scales, asBytes(packed.scales)).set(names.qzeros, packed.qzeros);
+      packed.qweight.forEach((bytes, piece) => {
+        tensors.set(names.qweight[piece], bytes);
+      });
+      tensors.set(names.scales, fromFloat32(layout.scaleDtype, packed.scales)).set(names.qzeros, packed.qzeros);
     }
     if (q.transform) tensors.set(`${site}.input_order`, asBytes(q.transform.order));
-    if (layout.meanGroups.length > 0) tensors.set(`${site}.MatMulNBits.means`, asBytes(packMeans(q, layout)));
+    if (layout.meanGroups.length > 0)
+      tensors.set(`${site}.MatMulNBits.means`, fromFloat32(layout.scaleDtype, packMeans(q, layout)));
     return tensors;
   }
 }

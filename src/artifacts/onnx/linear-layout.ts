@@ -1,16 +1,22 @@
 /**
  * How a quantized linear is laid out for stock onnxruntime: MatMulNBits has operands of 2, 4 and 8 bits only, so the groups
- * are sorted into at most three uniform parts, widest first, whose products are added.
+ * are sorted into uniform parts, widest first, whose products are added. A compact file has a part for each width that it stores.
  */
 import { RecipeError } from '../../errors.ts';
 import type { QuantizedLinear } from '../../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../../methods/quantize/quantized-linear.ts';
 import { type OperandBits, packByteRows } from '../packing/byte-rows.ts';
+import { squeezeOne, squeezeThree } from '../packing/squeezed.ts';
 import type { QuantizedGrid } from '../planes.ts';
 import { isIdentity } from '../stored-order.ts';
 
-/** One MatMulNBits: its operand's width and its groups, natural indices in ascending order. */
+/** Widths of codes in a file. */
+export type CodeBits = 1 | 2 | 3 | 4 | 8;
+
+/** One MatMulNBits: its operand's width and its groups, by their place in stored order, ascending. */
 export interface OnnxPart {
+  /** Width of its codes in the file; less than the operand's where that is unfolded when a model is loaded. */
+  readonly codeBits: CodeBits;
   readonly bits: OperandBits;
   readonly groups: readonly number[];
   /** Input columns the node reads, padding included. */
@@ -37,8 +43,10 @@ export interface OnnxLinearLayout {
   readonly order?: readonly number[];
   /** Zero columns to append to the activation, so that it consists of whole groups. */
   readonly padding: number;
-  /** 1-bit groups whose two levels are not symmetric in every row: they have a mean, applied to the group's sum of inputs. */
+  /** The 1-bit groups: what their code 0 stands for is applied to the group's sum of inputs. */
   readonly meanGroups: readonly number[];
+  /** In the file; the runtime has F32. */
+  readonly scaleDtype: 'F16' | 'F32';
 }
 
 /** Smallest block worth a kernel; a lone short group is padded to no more than it needs. */
@@ -47,6 +55,12 @@ const SMALLEST_BLOCK = 32;
 /** Operand width that holds a group of `bits` bits. */
 export function operandBits(bits: number): OperandBits {
   return bits <= 2 ? 2 : bits <= 4 ? 4 : 8;
+}
+
+/** Width of the codes of a group of `bits` bits in a file: in a compact one the true width, where that is 4 or less. */
+function codeBitsIn(bits: number, compact: boolean): CodeBits {
+  if (!compact || bits > 4) return operandBits(bits);
+  return bits <= 1 ? 1 : (bits as CodeBits);
 }
 
 /** Block size of MatMulNBits for groups of `groupSize` columns. Throws RecipeError for sizes it does not take. */
@@ -62,27 +76,29 @@ export function blockSizeOf(inFeatures: number, groupSize: number): number {
 }
 
 /** Lays out one linear; reads no codes. */
-export function layOutLinear(grid: QuantizedGrid): OnnxLinearLayout {
-  const meanGroups = [...grid.bits.keys()].filter((g) => grid.bits[g] === 1 && hasMean(grid, g));
-  const { transform, ...shape } = grid;
-  if (!transform) return layOutShape(shape, meanGroups);
-  return layOutShape({ ...shape, transform: { permuted: !isIdentity(transform), hadamard: transform.hadamard } }, meanGroups);
+export function layOutLinear({ transform, ...shape }: QuantizedGrid, compact = true): OnnxLinearLayout {
+  if (!transform) return layOutShape(shape, compact);
+  return layOutShape({ ...shape, transform: { permuted: !isIdentity(transform), hadamard: transform.hadamard } }, compact);
 }
 
-/** As `layOutLinear` for a linear whose levels are not known yet: `meanGroups` says which groups are to have a mean. */
+/** As `layOutLinear` for a linear whose levels and order of columns are not known yet. */
 export function layOutShape(
-  shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize'> & {
+  shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'scaleDtype'> & {
     readonly bits: ArrayLike<number>;
     readonly transform?: OnnxTransform;
   },
-  meanGroups: readonly number[],
+  compact: boolean,
 ): OnnxLinearLayout {
   const { outFeatures, inFeatures, groupSize, bits, transform } = shape;
   const groups = groupCount(inFeatures, groupSize);
   const blockSize = blockSizeOf(inFeatures, groupSize);
   const indices = Array.from({ length: groups }, (_, g) => g);
-  const sorted = ([8, 4, 2] as const)
-    .map((width) => ({ bits: width, groups: indices.filter((g) => operandBits(bits[g]) === width) }))
+  const meanGroups = indices.filter((g) => bits[g] === 1);
+  const sorted = ([8, 4, 3, 2, 1] as const)
+    .map((codeBits) => {
+      const chosen = indices.filter((g) => codeBitsIn(bits[g], compact) === codeBits);
+      return { codeBits, bits: operandBits(codeBits), groups: chosen };
+    })
     .filter((part) => part.groups.length > 0);
   const order = sorted.flatMap((part) => part.groups);
   const reordered = order.some((group, place) => group !== place);
@@ -102,53 +118,35 @@ export function layOutShape(
     parts,
     padding,
     meanGroups,
+    scaleDtype: compact ? shape.scaleDtype : 'F32',
     ...(changed && { transform: { permuted: transform.permuted, hadamard } }),
     ...(reordered && { order }),
   };
 }
 
-/** A 1-bit group in a 2-bit operand: code c becomes `factor * c`, the zero point and the scale are the operand's, `mean` is added. */
-interface OneBitForm {
-  readonly factor: 1 | 2;
-  readonly zeroPoint: 0 | 1;
-  readonly scale: number;
-  readonly mean: number;
-}
-
-/**
- * Levels `o` and `o + s` as `mean -+ s/2`, which quantized activations suit best. When float32 cannot hold that mean exactly (s and o many
- * binades apart) the levels are kept as they are: `o + s * {0, 1}`.
- */
-function oneBitForm(grid: QuantizedGrid, index: number): OneBitForm {
-  const offset = grid.offsets ? grid.offsets[index] : 0;
-  const step = grid.scales[index];
-  const half = Math.fround(step / 2);
-  const mean = Math.fround(offset + half);
-  const exact = Math.fround(mean - half) === offset && Math.fround(mean + half) === Math.fround(offset + step);
-  return exact ? { factor: 2, zeroPoint: 1, scale: half, mean } : { factor: 1, zeroPoint: 0, scale: step, mean: offset };
-}
-
-function hasMean(grid: QuantizedGrid, group: number): boolean {
-  const groups = grid.bits.length;
-  for (let row = 0; row < grid.outFeatures; row++) {
-    if (oneBitForm(grid, row * groups + group).mean !== 0) return true;
-  }
-  return false;
-}
-
 /** Bytes of one part's initializers. */
 export interface PackedPart {
-  /** (outFeatures, blocks, blockSize * bits / 8). */
-  readonly qweight: Uint8Array;
+  /** (outFeatures, blocks, blockSize * bits / 8), or what that folds into. */
+  readonly qweight: readonly Uint8Array[];
   /** (outFeatures, blocks). */
   readonly scales: Float32Array;
   /** (outFeatures, ceil(blocks * bits / 8)). */
   readonly qzeros: Uint8Array;
 }
 
-/** Bytes a row of a part's operand and of its zero points takes. */
-export function partRowBytes(part: OnnxPart, blockSize: number): { qweight: number; qzeros: number } {
-  return { qweight: (part.groups.length * blockSize * part.bits) / 8, qzeros: Math.ceil((part.groups.length * part.bits) / 8) };
+/** Bytes a row of a part's operand and of its zero points takes; `stored`: what the file holds of the operand. */
+export function partRowBytes(
+  { groups, bits, codeBits }: Pick<OnnxPart, 'groups' | 'bits' | 'codeBits'>,
+  blockSize: number,
+): { stored: number; qweight: number; qzeros: number } {
+  const bytesOf = (width: number): number => (groups.length * blockSize * width) / 8;
+  return { stored: bytesOf(codeBits), qweight: bytesOf(bits), qzeros: Math.ceil((groups.length * bits) / 8) };
+}
+
+/** Shapes of what a part's operand folds into. */
+export function storedShapes({ groups, codeBits }: OnnxPart, rows: number, blockSize: number): readonly (readonly number[])[] {
+  const pieces = codeBits === 3 ? 3 : 1;
+  return new Array(pieces).fill([rows, groups.length, (blockSize * codeBits) / 8 / pieces]);
 }
 
 /** Packs one part. A short group's block is filled up with zeros. */
@@ -169,30 +167,32 @@ export function packPart(q: QuantizedLinear, layout: OnnxLinearLayout, part: Onn
         scales[to] = 1;
         continue;
       }
-      const form = bits[g] === 1 ? oneBitForm(q, from) : undefined;
-      scales[to] = form ? form.scale : q.scales[from];
-      zeros[to] = form ? form.zeroPoint : q.zeroPoints[from];
-      const factor = form ? form.factor : 1;
+      scales[to] = q.scales[from];
+      zeros[to] = bits[g] === 1 ? 0 : q.zeroPoints[from];
       const start = row * inFeatures + g * groupSize;
       const count = Math.min(groupSize, inFeatures - g * groupSize);
       const target = to * blockSize;
-      for (let k = 0; k < count; k++) codes[target + k] = factor * q.codes[start + k];
+      for (let k = 0; k < count; k++) codes[target + k] = q.codes[start + k];
     }
   }
   const rowBytes = partRowBytes(part, blockSize);
+  const operand = packByteRows(codes, rows, blocks * blockSize, part.bits, rowBytes.qweight);
+  const blockBytes = rowBytes.qweight / blocks;
+  const folded =
+    part.codeBits === 3 ? squeezeThree(operand, blockBytes) : [part.codeBits === 1 ? squeezeOne(operand, blockBytes) : operand];
   return {
-    qweight: packByteRows(codes, rows, blocks * blockSize, part.bits, rowBytes.qweight),
+    qweight: folded,
     scales,
     qzeros: packByteRows(zeros, rows, blocks, part.bits, rowBytes.qzeros),
   };
 }
 
-/** Means of the groups that have one, (meanGroups, outFeatures). */
+/** What code 0 stands for in the 1-bit groups, (meanGroups, outFeatures). */
 export function packMeans(grid: QuantizedGrid, layout: OnnxLinearLayout): Float32Array {
   const rows = grid.outFeatures;
   const means = new Float32Array(layout.meanGroups.length * rows);
   layout.meanGroups.forEach((g, i) => {
-    for (let row = 0; row < rows; row++) means[i * rows + row] = oneBitForm(grid, row * grid.bits.length + g).mean;
+    for (let row = 0; row < rows; row++) means[i * rows + row] = grid.offsets?.[row * grid.bits.length + g] ?? 0;
   });
   return means;
 }

@@ -6,7 +6,7 @@ import type { DecoderLowering, LinearSite, Model } from '../../model/model.ts';
 import { floatTensor } from '../../model/stored-tensor.ts';
 import { type AccuracyLevel, LinearRenderer } from './linear-graph.ts';
 import type { QuantizedInitializers } from './linear-initializers.ts';
-import type { OnnxLinearLayout } from './linear-layout.ts';
+import { type OnnxLinearLayout, partRowBytes } from './linear-layout.ts';
 
 export interface LoweringOptions {
   readonly model: Model;
@@ -35,7 +35,7 @@ export function quantizedLowering({ model, tensors, quantized, accuracyLevel }: 
     },
     embedding(builder: GraphBuilder, ids: Value): Value | undefined {
       const layout = quantized.layouts.get(embedding);
-      return layout && gatherRows(builder, quantized, embedding, layout, ids);
+      return layout && gatherRows(builder, rendererOf(builder).operands(layout, quantized.of(embedding), 0), layout, ids);
     },
     head(builder: GraphBuilder, hidden: Value): Value | undefined {
       const layout = quantized.layouts.get(head);
@@ -47,18 +47,15 @@ export function quantizedLowering({ model, tensors, quantized, accuracyLevel }: 
 /** Rows of a quantized table by token id. The table is the operand a tied output head multiplies with; here its blocks lie end to end. */
 function gatherRows(
   builder: GraphBuilder,
-  quantized: QuantizedInitializers,
-  module: string,
+  [operand, scales, qzeros]: readonly [Value, Value, Value],
   layout: OnnxLinearLayout,
   ids: Value,
 ): Value {
-  const { parts, blockSize, inFeatures } = layout;
-  const [{ qweight, scales, qzeros }] = quantized.of(module).parts;
-  const [rows, blocks, blockBytes] = qweight.shape;
-  const table = builder.reshape(builder.initializer(qweight), [rows, blocks * blockBytes]);
+  const { parts, blockSize, inFeatures, outFeatures } = layout;
+  const table = builder.reshape(operand, [outFeatures, partRowBytes(parts[0], blockSize).qweight]);
   const attributes = { bits: int(parts[0].bits), block_size: int(blockSize), gather_axis: int(0), quantize_axis: int(1) };
   const output = { dtype: 'F32', shape: [...ids.shape, inFeatures] } as const;
-  const inputs = [table, ids, builder.initializer(scales), builder.initializer(qzeros)];
+  const inputs = [table, ids, scales, qzeros];
   return builder.node('GatherBlockQuantized', inputs, { domain: MICROSOFT, attributes, outputs: [output] })[0];
 }
 

@@ -40,7 +40,7 @@ export async function onnxModules({ path, model }: OnnxFile): Promise<StoredModu
       const linear = linearOf(name);
       const operands = linear.parts.flatMap((part) => part.groups.map((group) => [group, part.bits] as const));
       const widths = module.bits ?? operands.sort(([a], [b]) => a - b).map(([, bits]) => bits);
-      return moduleStorage(name, module, widths, linear.byteLength * 8);
+      return moduleStorage(name, module, widths, linear.byteLength * 8, linear.runtimeByteLength * 8);
     },
   };
 }

@@ -23,8 +23,9 @@ async function graphOf(
   linears: Readonly<Record<string, QuantizedLinear>>,
   level: AccuracyLevel,
   bias?: Float32Array,
+  compact = true,
 ): Promise<OnnxModel> {
-  const initializers = await QuantizedInitializers.create(sourceOf(linears), Object.keys(linears));
+  const initializers = await QuantizedInitializers.create(sourceOf(linears), Object.keys(linears), compact);
   const builder = new GraphBuilder();
   const [first] = Object.values(linears);
   const x = builder.input('x', 'F32', ['batch_size', 'sequence_length', first.inFeatures]);
@@ -72,7 +73,6 @@ const CASES: readonly (readonly [string, Parameters<typeof randomLinear>[0]])[] 
   ['uniform 4 bits, groups of 128', { rows: 24, columns: 256, groupSize: 128, bits: [4] }],
   ['uniform 8 bits, groups of 32', { rows: 24, columns: 96, groupSize: 32, bits: [8] }],
   ['uniform 1 bit', { rows: 24, columns: 128, groupSize: 32, bits: [1] }],
-  ['uniform 1 bit, levels -+a', { rows: 24, columns: 128, groupSize: 32, bits: [1], symmetricOneBit: true }],
   ['1 to 4 bits', { rows: 17, columns: 256, groupSize: 32, bits: [1, 2, 3, 4] }],
   ['1 to 8 bits', { rows: 17, columns: 256, groupSize: 32, bits: [1, 2, 3, 4, 5, 6, 7, 8] }],
   ['widths that lie in order already', { rows: 17, columns: 128, groupSize: 32, bits: [4, 3, 2, 2] }],
@@ -101,11 +101,12 @@ describe('a quantized linear in ONNX', () => {
     const x = inputs(q.inFeatures);
     const bias = Float32Array.from({ length: q.outFeatures }, (_, i) => i / 10 - 1);
     const expected = multiply(x, dequantize(q), q, bias);
-    for (const [level, tolerance] of [
-      [1, 1e-5],
-      [4, 8e-3],
+    for (const [level, tolerance, compact] of [
+      [1, 1e-5, true],
+      [4, 8e-3, true],
+      [1, 1e-5, false],
     ] as const) {
-      const model = await graphOf({ m: q }, level, bias);
+      const model = await graphOf({ m: q }, level, bias, compact);
       expectLint(model.graph, level);
       const session = await openGraph(model);
       const { 'y.m': y } = await session.run({ x: f32([2, 3, q.inFeatures], x) });
@@ -131,9 +132,11 @@ describe('a quantized linear in ONNX', () => {
     await fc.assert(
       fc.asyncProperty(options, async (chosen) => {
         const q = randomLinear(chosen);
-        const { graph } = await graphOf({ m: q }, 4);
-        const stored = (await storedLinears('m.onnx', graph)).get('m')!;
-        expect(await decodeLinear('m.onnx', stored, q.inFeatures)).toEqual(dequantize(q));
+        for (const compact of [true, false]) {
+          const { graph } = await graphOf({ m: q }, 4, undefined, compact);
+          const stored = (await storedLinears('m.onnx', graph)).get('m')!;
+          expect(await decodeLinear('m.onnx', stored, q.inFeatures)).toEqual(dequantize(q));
+        }
       }),
       { numRuns: 60 },
     );
@@ -161,7 +164,7 @@ describe('a quantized linear in ONNX', () => {
     expect({ splits: count('Split'), sums: count('ReduceSum'), products: count('MatMulNBits') }).toEqual({
       splits: 2,
       sums: 1,
-      products: 6,
+      products: 8,
     });
     expect([...model.graph.initializers.keys()].filter((name) => name.endsWith('.group_order'))).toEqual([
       'q.group_order',
@@ -190,7 +193,7 @@ describe('a quantized linear in ONNX', () => {
     const { graph } = await graphOf(linears, 1);
     const count = (op: string) => graph.nodes.filter((node) => node.op === op).length;
     // One Mul makes the matrix; the products are its own and MatMulNBits of both linears in both widths.
-    expect([count('Gather'), count('MatMul'), count('Mul'), count('Split'), count('MatMulNBits')]).toEqual([1, 1, 1, 1, 4]);
+    expect([count('Gather'), count('MatMul'), count('Mul'), count('Split'), count('MatMulNBits')]).toEqual([1, 1, 1, 1, 6]);
     expect([...graph.initializers.keys()].filter((name) => !name.includes('MatMulNBits') && !name.startsWith('/'))).toEqual([
       'q.input_order',
       'hadamard_32.left',
@@ -206,14 +209,15 @@ describe('a quantized linear in ONNX', () => {
     const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [2], transform: { hadamard: 32 } });
     const inOrder = { ...q, transform: { order: Uint32Array.from({ length: 128 }, (_, k) => k), hadamard: 32 } };
     const { graph } = await graphOf({ q: inOrder }, 1);
-    expect(graph.nodes.map((node) => node.op)).toEqual(['Mul', 'Reshape', 'Reshape', 'MatMul', 'Reshape', 'MatMulNBits']);
+    const work = graph.nodes.map((node) => node.op).filter((op) => op !== 'Cast');
+    expect(work).toEqual(['Mul', 'Reshape', 'Reshape', 'MatMul', 'Reshape', 'MatMulNBits']);
     const stored = (await storedLinears('m.onnx', graph)).get('q')!;
     expect(await decodeLinear('m.onnx', stored, 128)).toEqual(dequantize(inOrder));
   });
 
-  it('needs no gather when its parts lie in order, and no mean branch when its 1-bit levels are symmetric', async () => {
-    const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [4, 2, 1, 1], symmetricOneBit: true });
-    const { graph } = await graphOf({ q }, 4);
+  it('needs no gather when its parts lie in order, and nothing to unfold in a plain file', async () => {
+    const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [4, 3, 2, 2] });
+    const { graph } = await graphOf({ q }, 4, undefined, false);
     expect(graph.nodes.map((node) => node.op)).toEqual(['Split', 'MatMulNBits', 'MatMulNBits', 'Add']);
   });
 
@@ -287,7 +291,8 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
   it.each(damaged)('is refused for %s', async (_, rule, damage) => {
     const { graph } = await graphOf({ m: q }, 4);
     damage(graph);
-    const error = await storedLinears('m.onnx', graph).catch((thrown: unknown) => thrown);
+    const decode = async () => decodeLinear('m.onnx', (await storedLinears('m.onnx', graph)).get('m')!, 128);
+    const error = await decode().catch((thrown: unknown) => thrown);
     expect(error).toBeInstanceOf(FormatError);
     expect(error).toMatchObject({ rule });
   });
