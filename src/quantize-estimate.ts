@@ -102,7 +102,7 @@ export function predictSizes(
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
-  compact: boolean,
+  compact = true,
 ): ArtifactSizes {
   const storage = summarizeStorage(storageOf(linears, format, compact), storageOf(embeddings, format, compact), 0);
   const modules = [...storage.modules, ...storage.embeddings];
@@ -154,7 +154,7 @@ export function fixedCosts(
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
-  compact: boolean,
+  compact = true,
 ): { weights: number; fileBytes: number; runtimeBytes: number } {
   const sizes = predictSizes(tensors, linears, embeddings, format, compact);
   const storage = storageOf(embeddings, format, compact);
