@@ -2,8 +2,17 @@
 import type { PartStore } from './artifacts/parts.ts';
 import type { Calibration } from './calibration/calibration.ts';
 import type { Blas } from './compute/blas.ts';
+import type { AsyncKernels } from './compute/kernels/kernels.ts';
 import { dequantize, type QuantizedLinear } from './methods/quantize/quantized-linear.ts';
-import type { BitPlan, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
+import type {
+  BitAllocation,
+  BitPlan,
+  Measuring,
+  QuantizeContext,
+  QuantizeOptions,
+  Quantizer,
+  SitePlan,
+} from './methods/quantize/quantizer.ts';
 import type { Block, LinearSite, Model, WeightReader } from './model/model.ts';
 import type { QuantizeProgress } from './quantize-progress.ts';
 import type { RunHooks } from './run.ts';
@@ -22,8 +31,10 @@ export interface BlocksRun {
   readonly selected: ReadonlySet<string>;
   /** Widths to follow instead of deciding. */
   readonly given: BitPlan | undefined;
-  /** Measure the inputs of a block one after the other, each behind the sites quantized before it. */
-  readonly trueSequential: boolean;
+  readonly measuring: Measuring;
+  /** What a survey gave each site. */
+  readonly allocation: BitAllocation | undefined;
+  readonly kernels?: AsyncKernels;
   /** Called when a block is safely stored. */
   readonly onStored: () => Promise<void>;
   readonly progress: QuantizeProgress;
@@ -39,6 +50,8 @@ export interface SiteDetails {
   readonly plan: SitePlan;
   /** Relative output error on the calibration text, `tr(dW H dW^T) / tr(W H W^T)`; absent for methods that do not know H. */
   readonly relativeError?: number;
+  /** What else the method tells of the layer. */
+  readonly details?: Readonly<Record<string, number>>;
   readonly seconds: number;
 }
 
@@ -57,6 +70,7 @@ export async function quantizeBlocks(run: BlocksRun): Promise<void> {
     if (block === lastOpen) return;
     // The following blocks see what the artifact will make: weights decoded from what was stored.
     await calibration?.advance(block, decoded(run.weights, parts));
+    if (run.measuring.drift) await calibration?.advanceFloat(block, run.weights);
   }
 }
 
@@ -65,11 +79,15 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
   const sites: Record<string, SiteDetails> = {};
   const sitesOf = (input: string) => block.sites.filter((site) => site.input === input && run.selected.has(site.name));
   const inputs = block.inputs.filter((input) => sitesOf(input).length > 0);
-  const stages = run.trueSequential ? inputs.map((input) => [input]) : [inputs];
+  const stages = run.measuring.sequential ? inputs.map((input) => [input]) : [inputs];
   for (const stage of stages) {
     if (stage.length === 0) continue;
     const weights = decoded(run.weights, { has: (name) => finished.has(name), read: async (name) => finished.get(name)! });
-    await using measured = await run.calibration?.measure(block, weights, { inputs: stage });
+    await using measured = await run.calibration?.measure(block, weights, {
+      inputs: stage,
+      replay: run.measuring.replay && run.given === undefined,
+      float: run.measuring.drift ? run.weights : undefined,
+    });
     for (const input of stage) {
       for (const site of sitesOf(input)) {
         run.hooks.signal?.throwIfAborted();
@@ -78,10 +96,15 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
         const stats = measured?.get(input);
         const context = contextOf(run);
         const plan = run.given?.modules[site.name] ?? (await run.quantizer.decide(context, site, weight, stats));
-        const { quantized, relativeError } = await run.quantizer.apply(context, site, weight, stats, plan);
+        const { quantized, relativeError, details } = await run.quantizer.apply(context, site, weight, stats, plan);
         finished.set(site.name, quantized);
         const seconds = (performance.now() - started) / 1000;
-        sites[site.name] = { plan, ...(relativeError === undefined ? {} : { relativeError }), seconds };
+        sites[site.name] = {
+          plan,
+          ...(relativeError === undefined ? {} : { relativeError }),
+          ...(details && { details }),
+          seconds,
+        };
         run.progress.siteDone(block, site);
       }
       await measured?.release(input);
@@ -90,17 +113,22 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
   await run.parts.addBlock(block.index, finished, { sites } satisfies BlockDetails);
 }
 
-function contextOf(run: BlocksRun): QuantizeContext {
+/** What a method is given in this run. */
+export function contextOf(
+  run: Pick<BlocksRun, 'blas' | 'options' | 'weights' | 'hooks' | 'allocation' | 'kernels'>,
+): QuantizeContext {
   return {
     blas: run.blas,
     options: run.options,
     note: (site, message) => run.hooks.note?.(`${site.name}: ${message}`),
     loadBias: (site) => run.weights.load(`${site.name}.bias`),
+    ...(run.allocation && { allocation: run.allocation }),
+    ...(run.kernels && { kernels: run.kernels }),
   };
 }
 
 /** Weights as float32, with the sites that are quantized already decoded from their codes. */
-function decoded(
+export function decoded(
   weights: WeightReader,
   quantized: { has(name: string): boolean; read(name: string): Promise<QuantizedLinear> },
 ): WeightReader {

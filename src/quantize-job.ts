@@ -6,7 +6,7 @@ import { parseTextFile, readText } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
 import { calibrationWindows } from './calibration/windows.ts';
 import { RecipeError } from './errors.ts';
-import { QUANTIZERS } from './methods/quantize/index.ts';
+import { quantizerOf } from './methods/quantize/index.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
 import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
 import type { LinearSite } from './model/model.ts';
@@ -22,6 +22,8 @@ export interface QuantizeJob {
   readonly quantizer: Quantizer;
   /** Names of the linear layers to quantize. */
   readonly selected: ReadonlySet<string>;
+  /** Mean width the budget comes to, about; exact for `--bits`. */
+  readonly nominalBits: number;
   /** Widths to follow instead of deciding. */
   readonly given: BitPlan | undefined;
   /** Windows of calibration tokens; none for a method that needs no text. */
@@ -34,7 +36,7 @@ export interface QuantizeJob {
 
 /** Reads plan and text, and checks that they, the model and the formats fit together. Throws RecipeError, FormatError, EnvironmentError. */
 export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, hooks: RunHooks): Promise<QuantizeJob> {
-  const quantizer: Quantizer = QUANTIZERS[recipe.method];
+  const quantizer = quantizerOf(recipe.method, recipe.preset);
   const selected = selectSites(source.model, recipe.only, recipe.skip);
   const given = recipe.plan === undefined ? undefined : await readPlan(recipe.plan);
   if (given !== undefined && recipe.plan !== undefined) checkPlanFits(recipe.plan, given, source.model, selected);
@@ -43,8 +45,12 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
     groupSize,
     bits: new Array<number>(groupCount(inFeatures, groupSize)).fill(bits),
   });
+  const nominalBits = given === undefined ? nominalBitsOf(recipe, source, sites) : 0;
   const expected = new Map(
-    sites.map((site) => [site, given?.modules[site.name] ?? uniform(site, recipe.bits ?? 0, recipe.groupSize)]),
+    sites.map((site) => [
+      site,
+      given?.modules[site.name] ?? uniform(site, Math.max(1, Math.round(nominalBits)), recipe.groupSize),
+    ]),
   );
   const { embeddings } = recipe;
   const tables = embeddings === 'float' ? [] : embeddingSites(source.model);
@@ -53,7 +59,25 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   );
   checkFormats(recipe, expected);
   const windows = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : [];
-  return { source, recipe, quantizer, selected, given, windows, expected, expectedEmbeddings };
+  return { source, recipe, quantizer, selected, nominalBits, given, windows, expected, expectedEmbeddings };
+}
+
+/** Scales and zero points of a group, about, in bits a weight. */
+const GRID_BITS = 18;
+/** Where a search for a tolerable loss begins. */
+const SEARCH_BITS = 3;
+
+function nominalBitsOf(recipe: QuantizeRecipe, source: ModelSource, sites: readonly LinearSite[]): number {
+  const { bits, bpw, size, runtimeMemory, groupSize } = recipe;
+  if (bits !== undefined) return bits;
+  const overhead = GRID_BITS / groupSize;
+  const weights = sites.reduce((sum, { inFeatures, outFeatures }) => sum + inFeatures * outFeatures, 0);
+  const replaced = new Set(sites.map(({ name }) => `${name}.weight`));
+  const kept = [...source.tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
+  const fixed = size === undefined ? 0 : kept.reduce((sum, { byteLength }) => sum + byteLength, 0);
+  const bytes = size ?? runtimeMemory;
+  const mean = bpw ?? (bytes === undefined ? SEARCH_BITS + overhead : (8 * (bytes - fixed)) / weights);
+  return Math.min(8, Math.max(1, mean - overhead));
 }
 
 /** Refuses before the work what a format could not hold after it. */

@@ -5,6 +5,8 @@ import type { RunHooks } from './run.ts';
 
 /** Share of a block's time, as measured on blocks of 7B shape with slim-llm; other methods only move the estimate a little. */
 const SHARES = { measure: 0.2, quantize: 0.65, advance: 0.15 } as const;
+/** Time of a survey of a block over that of its quantization. */
+const SURVEY = 0.5;
 
 export class QuantizeProgress {
   readonly #model: Model;
@@ -12,15 +14,30 @@ export class QuantizeProgress {
   /** Weights of the block's sites that are done, of all. */
   #siteWeights = 0;
   #done = 0;
+  /** What a survey takes beside the blocks themselves, as a part of them; 0 without one. */
+  readonly #surveyShare: number;
+  #surveying: boolean;
 
-  constructor(model: Model, hooks: RunHooks) {
+  constructor(model: Model, hooks: RunHooks, surveys = false) {
     this.#model = model;
     this.#hooks = hooks;
+    this.#surveyShare = surveys ? SURVEY : 0;
+    this.#surveying = surveys;
+  }
+
+  /** `done` blocks are surveyed. */
+  surveyed(done: number): void {
+    this.#tell(this.#surveyShare * done, `survey of block ${done - 1}`);
+  }
+
+  /** The survey, if there was one, is over. */
+  startBlocks(): void {
+    this.#surveying = false;
   }
 
   /** Takes a report of the calibration. */
   calibration({ phase, block, done, total }: CalibrationProgress): void {
-    if (block === undefined || phase === 'embed') return;
+    if (block === undefined || phase === 'embed' || this.#surveying) return;
     const index = this.#model.blocks.findIndex(({ name }) => name === block);
     const before = phase === 'measure' ? 0 : 1 - SHARES.advance;
     this.#report(index, before + SHARES[phase] * (done / total), `${block}: ${phase}`);
@@ -34,8 +51,12 @@ export class QuantizeProgress {
   }
 
   #report(block: number, share: number, phase: string): void {
+    this.#tell(this.#surveyShare * this.#model.blocks.length + block + share, phase);
+  }
+
+  #tell(done: number, phase: string): void {
     // Stages of a true-sequential run measure again: what is done never shrinks.
-    this.#done = Math.max(this.#done, block + share);
-    this.#hooks.progress?.({ phase, done: this.#done, total: this.#model.blocks.length });
+    this.#done = Math.max(this.#done, done);
+    this.#hooks.progress?.({ phase, done: this.#done, total: this.#model.blocks.length * (1 + this.#surveyShare) });
   }
 }

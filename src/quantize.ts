@@ -5,19 +5,15 @@ import { openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
 import { PartStore } from './artifacts/parts.ts';
 import { type WrittenArtifact, writeArtifact } from './artifacts/write-artifact.ts';
-import { Calibration } from './calibration/calibration.ts';
 import type { Device } from './compute/engine.ts';
-import { ENGINES } from './compute/engines.ts';
-import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
 import type { BitPlan } from './methods/quantize/quantizer.ts';
 import { packageVersion } from './package-root.ts';
-import { type BlockDetails, quantizeBlocks, type SiteDetails } from './quantize-blocks.ts';
-import { quantizeEmbeddings } from './quantize-embeddings.ts';
+import type { BlockDetails, SiteDetails } from './quantize-blocks.ts';
 import { type ArtifactSizes, estimatePeakBytes, predictSizes, sizesOf } from './quantize-estimate.ts';
 import { describeInputs, type RunInputs } from './quantize-inputs.ts';
 import { prepareJob, type QuantizeJob } from './quantize-job.ts';
-import { QuantizeProgress } from './quantize-progress.ts';
+import { solve } from './quantize-solve.ts';
 import type { ArtifactFormat, QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 
@@ -122,7 +118,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     const done = source.model.blocks.filter((block) => parts.hasBlock(block.index)).length;
     hooks.note?.(`resuming: ${done} of ${source.model.blocks.length} blocks are finished`);
   }
-  const { device, runtime } = await solve(job, parts, output, hooks);
+  const { device, runtime, shared } = await solve(job, parts, () => output.keepForResume(), hooks);
   hooks.signal?.throwIfAborted();
   const written = await writeArtifact({
     source,
@@ -157,64 +153,20 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     weights: written.weights,
   });
   const { plan: _, ...measured } = outcome;
-  const sites = details.map(([name, site]) => [name, { relativeError: site.relativeError, seconds: site.seconds }]);
+  const sites = details.map(([name, site]) => [
+    name,
+    { relativeError: site.relativeError, ...site.details, seconds: site.seconds },
+  ]);
   await writeReport(output.artifactPath, {
     ...measured,
     threads: recipe.threads,
     resumed: output.resumed,
+    ...(shared && { allocation: { unit: shared.unit, predictedLoss: shared.predictedLoss, bound: shared.bound } }),
     sites: Object.fromEntries(sites),
   });
   hooks.signal?.throwIfAborted();
   await output.finalize();
   return outcome;
-}
-
-/** Quantizes what is not in `parts` yet. Returns where it ran. */
-async function solve(
-  job: QuantizeJob,
-  parts: PartStore,
-  output: OutputFolder,
-  hooks: RunHooks,
-): Promise<{ device: Device; runtime: string }> {
-  const { source, recipe, quantizer } = job;
-  await using engine = await ENGINES[recipe.engine]({
-    device: recipe.device,
-    threads: recipe.threads,
-    onNote: (note) => hooks.note?.(note),
-  });
-  const blas = createBlas(engine);
-  const progress = new QuantizeProgress(source.model, hooks);
-  await using calibration = quantizer.needsCalibration
-    ? new Calibration({
-        model: source.model,
-        engine,
-        blas,
-        windows: job.windows,
-        path: source.path,
-        ramBytes: recipe.maxMemory,
-        onProgress: (event) => progress.calibration(event),
-      })
-    : undefined;
-  const options = { ...recipe, bits: recipe.bits ?? 0 };
-  await quantizeBlocks({
-    model: source.model,
-    weights: source.weights,
-    quantizer,
-    options,
-    blas,
-    calibration,
-    parts,
-    selected: job.selected,
-    given: job.given,
-    trueSequential: recipe.trueSequential,
-    onStored: () => output.keepForResume(),
-    progress,
-    hooks,
-  });
-  if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
-    await quantizeEmbeddings(source.weights, job.expectedEmbeddings, options, blas, parts, hooks);
-  }
-  return { device: engine.device, runtime: engine.runtime };
 }
 
 function detailsOf({ source, selected }: QuantizeJob, parts: PartStore): [string, SiteDetails][] {
@@ -255,7 +207,7 @@ function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): Qu
   const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };
   const artifacts = recipe.formats.map((format) => ({
     format,
-    ...predictSizes(source.tensors, expected, expectedEmbeddings, format, recipe.symmetric),
+    ...predictSizes(source.tensors, expected, expectedEmbeddings, format),
   }));
   return { ...outlineOf(job, plan, notes), averageBits: artifacts[0].averageBits, artifacts };
 }

@@ -67,7 +67,7 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
     throw new RecipeError(`--transform ${recipe.transform}: the gptq layout has no place for it; use --transform none`);
   }
   if (!recipe.compact && !recipe.formats.includes('onnx')) {
-    throw new RecipeError(`--no-compact: says how ONNX files store codes, and no ONNX is written`);
+    throw new RecipeError('--no-compact: says how ONNX files store codes, and no ONNX is written');
   }
   if (recipe.runtimeMemory !== undefined && !recipe.formats.includes('onnx')) {
     throw new RecipeError('--runtime-memory: counts operands of onnxruntime, and no ONNX is written; use --size or --bpw');

@@ -17,6 +17,7 @@ const RECIPE = 'pcomp.recipe';
 const DETAILS = 'pcomp.details';
 const SUFFIX = '.safetensors';
 const EMBEDDINGS = 'embeddings';
+const ALLOCATION = 'allocation';
 
 /** What a run wants back of a finished part besides its weights, for its report: plain JSON. */
 export type PartDetails = Readonly<Record<string, unknown>>;
@@ -69,6 +70,15 @@ export class PartStore implements QuantizedSource {
   /** Stores quantized embeddings, by module name: (vocabSize, hiddenSize) as a linear. */
   async addEmbeddings(linears: ReadonlyMap<string, QuantizedLinear>): Promise<void> {
     await this.#add(EMBEDDINGS, linears, {});
+  }
+
+  /** How the budget was shared out, once that is decided. */
+  get allocation(): PartDetails | undefined {
+    return this.#parts.get(ALLOCATION);
+  }
+
+  async addAllocation(details: PartDetails): Promise<void> {
+    await this.#add(ALLOCATION, new Map(), details);
   }
 
   /** Every module stored so far. */

@@ -51,8 +51,10 @@ export interface QuantizeOptions {
 /** One site under one transform of its input. */
 export interface SiteCosts {
   readonly site: LinearSite;
-  /** Predicted loss of each group (stored order) at each candidate width, as a part of `tr(W H W^T)`. */
+  /** Predicted loss of each group (stored order) at each candidate width. */
   readonly costs: readonly Float64Array[];
+  /** `tr(W H W^T)`: the energy of the output, which losses are parts of. */
+  readonly energy: number;
 }
 
 /** All sites of one input under one transform. */

@@ -13,7 +13,7 @@ import type { QuantizeContext, QuantizeResult, SitePlan, TransformKind } from '.
 import { requireStats } from '../require-stats.ts';
 import { correctForDrift } from './drift-target.ts';
 import { sampledEnergy } from './energy.ts';
-import { polish, type PolishedGroup } from './polish.ts';
+import { type PolishedGroup, polish } from './polish.ts';
 import { type PreparedInput, prepareInput } from './prepared-input.ts';
 import type { BestStep } from './steps.ts';
 
@@ -96,10 +96,8 @@ export async function applyBest(
     async ({ start, end, group }) => {
       const bits = plan.bits[start / plan.groupSize];
       // Without compensation, errors stay where they are made.
-      const own = without(context, 'compensation')
-        ? { ...group, values: target.subarray(start * m, end * m) }
-        : group;
-      const fitted = await fit(context, kernels, own, bits, input.energies.subarray(start, end));
+      const own = without(context, 'compensation') ? { ...group, values: target.subarray(start * m, end * m) } : group;
+      const fitted = await fitGrid(context, kernels, own, bits, input.energies.subarray(start, end));
       const grid = builder.setGrid(start / plan.groupSize, fitted);
       groups.push({ start, end, bits, grid, codes: new Uint8Array(0) });
       return { bits: new Uint8Array(group.columns).fill(bits), grid };
@@ -125,7 +123,7 @@ export async function applyBest(
   return { quantized, relativeError: energy > 0 ? loss / energy : 0, details: { alpha, shrinkage: input.shrinkage } };
 }
 
-async function fit(
+async function fitGrid(
   context: QuantizeContext,
   kernels: AsyncKernels,
   group: Group,

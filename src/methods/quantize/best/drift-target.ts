@@ -4,7 +4,7 @@
  */
 import type { Drift } from '../../../calibration/statistics.ts';
 import type { Blas, Matrix } from '../../../compute/blas.ts';
-import { rotateRuns, hadamardScale, type InputTransform } from '../input-transform.ts';
+import { hadamardScale, type InputTransform, rotateRuns } from '../input-transform.ts';
 import type { PreparedInput } from './prepared-input.ts';
 
 /** Rows of W that decide how much of the correction is taken. */
@@ -54,14 +54,21 @@ async function correctionOf(
   const n = input.features;
   const rows = columns.length / n;
   const cross = storedCross(drift, input.transform, n, centred);
-  const { data } = await blas.gemm({ rows: n, columns: n, data: cross }, { rows: n, columns: rows, data: columns }, { transposeA: true });
+  const { data } = await blas.gemm(
+    { rows: n, columns: n, data: cross },
+    { rows: n, columns: rows, data: columns },
+    { transposeA: true },
+  );
   // H^-1 = U^T U: twice a triangular product, a strip of U at a time.
   const once = new Float32Array(n * rows);
   for (let start = 0; start < n; start += STRIP) {
     const end = Math.min(start + STRIP, n);
     const strip = input.factor.rowStrip(start, end);
     const x = { rows: n - start, columns: rows, data: data.subarray(start * rows) };
-    await blas.gemm(strip, x, { beta: 0, out: { rows: end - start, columns: rows, data: once.subarray(start * rows, end * rows) } });
+    await blas.gemm(strip, x, {
+      beta: 0,
+      out: { rows: end - start, columns: rows, data: once.subarray(start * rows, end * rows) },
+    });
   }
   data.fill(0);
   for (let start = 0; start < n; start += STRIP) {

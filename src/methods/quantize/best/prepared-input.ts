@@ -69,7 +69,10 @@ export async function prepareInput(
       // What is left of the correlations is cut again, so that in all `rho` of them is gone.
       const next = retry >= RETRIES ? 1 : Math.max(2 * rho, RETRY_SHRINKAGE);
       if (rho >= 1) throw new UnsupportedError(`${site.name}: its Hessian cannot be factored: ${error.message}.`);
-      context.note(site, `Hessian of ${stats.input} is not positive definite; shrinkage raised to ${Math.min(1, next).toPrecision(3)}`);
+      context.note(
+        site,
+        `Hessian of ${stats.input} is not positive definite; shrinkage raised to ${Math.min(1, next).toPrecision(3)}`,
+      );
       shrink(hessian, n, 1 - (1 - Math.min(1, next)) / (1 - rho));
       rho = Math.min(1, next);
     }
@@ -80,7 +83,9 @@ function checkDiagonal(site: LinearSite, hessian: Float64Array, n: number): void
   for (let j = 0; j < n; j++) {
     const energy = hessian[j * n + j];
     if (Number.isFinite(energy) && energy >= 0) continue;
-    throw new UnsupportedError(`${site.name}: channel ${j} of its calibration activations has mean square ${energy}; it must be finite.`);
+    throw new UnsupportedError(
+      `${site.name}: channel ${j} of its calibration activations has mean square ${energy}; it must be finite.`,
+    );
   }
 }
 
@@ -148,4 +153,3 @@ function rotateRowRuns(matrix: Float64Array, n: number, size: number, scale: num
     for (let i = start * n; i < (start + size) * n; i++) matrix[i] *= scale;
   }
 }
-

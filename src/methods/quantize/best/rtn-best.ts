@@ -31,7 +31,11 @@ export const rtnBest: Quantizer = {
     widths: readonly number[],
   ): Promise<InputSurvey> {
     const costs = [];
-    for (const site of sites) costs.push({ site, costs: await costsOf(context, site, await loadSite(site), widths) });
+    for (const site of sites) {
+      const weight = await loadSite(site);
+      const energy = weight.reduce((sum, w) => sum + w * w, 0);
+      costs.push({ site, energy, costs: await costsOf(context, site, weight, widths) });
+    }
     return { transforms: [{ transform: 'none', sites: costs }], trials: new Map() };
   },
 

@@ -40,8 +40,10 @@ export async function surveyInput(
     const costs: SiteCosts[] = [];
     for (const site of sites) {
       const columns = storedColumns(site, await loadSite(site), input);
-      costs.push({ site, costs: await groupCosts(kernels, columns, input.energies, groupSize, widths) });
-      if (last) trials.set(site.name, await tryOut(context, kernels, site, columns, input, trialWidth(context.options.bits, widths)));
+      const [energy] = await sampledEnergy(context.blas, input.hessian, [columns], input.features);
+      costs.push({ site, energy, costs: await groupCosts(kernels, columns, input.energies, groupSize, widths) });
+      if (last)
+        trials.set(site.name, await tryOut(context, kernels, site, columns, input, trialWidth(context.options.bits, widths)));
     }
     transforms.push({ transform, sites: costs });
   }

@@ -1,0 +1,121 @@
+/** A budget as the user gives it, in bits of whatever it counts, and shared out over a surveyed model. */
+import { type BudgetUnit, groupBits } from './artifacts/group-bits.ts';
+import { RecipeError } from './errors.ts';
+import { type Allocation, allocate } from './methods/quantize/allocation/allocate.ts';
+import { BudgetError } from './methods/quantize/allocation/frontier.ts';
+import type { BitAllocation, TransformKind } from './methods/quantize/quantizer.ts';
+import { choiceSets, type ModelSurvey } from './quantize-survey.ts';
+import type { QuantizeRecipe } from './recipe.ts';
+import { formatSize } from './size.ts';
+
+/** Part of a budget that counts files, kept for the padding of rows. */
+const PADDING = 0.002;
+
+/** Widths files hold at their true size; those a compact ONNX file does; and the widths of a runtime's operands: others take the room of the next of these. */
+const ALL_WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8];
+const COMPACT_WIDTHS = [1, 2, 3, 4, 8];
+const OPERAND_WIDTHS = [2, 4, 8];
+
+/** A budget in bits, and how to say such bits the user's way. */
+export interface BitBudget {
+  readonly unit: BudgetUnit;
+  readonly bits: number;
+  /** `--bits 2.25` */
+  say(bits: number): string;
+}
+
+/** What is paid whatever the widths are, in bytes: float tensors and quantized embeddings. */
+export interface FixedCosts {
+  /** Weights to be quantized. */
+  readonly weights: number;
+  /** Bytes of the weight files that do not depend on the widths. */
+  readonly fileBytes: number;
+  /** Bytes of operands outside the blocks, as the runtime holds them. */
+  readonly runtimeBytes: number;
+}
+
+/** Widths the allocator may choose from: those that do not waste room in what the budget counts. */
+export function candidateWidths({ formats, compact, runtimeMemory }: QuantizeRecipe): readonly number[] {
+  if (!formats.includes('onnx')) return ALL_WIDTHS;
+  return compact && runtimeMemory === undefined ? COMPACT_WIDTHS : OPERAND_WIDTHS;
+}
+
+/** What files are counted by: the first format asked for. */
+function fileUnit({ formats, compact }: QuantizeRecipe): BudgetUnit {
+  if (formats[0] !== 'onnx') return 'planes';
+  return compact ? 'onnx' : 'onnx-plain';
+}
+
+/** The budget of a recipe that has one in bits or bytes. */
+export function bitBudget(recipe: QuantizeRecipe, fixed: FixedCosts): BitBudget {
+  const { weights } = fixed;
+  if (recipe.bits !== undefined) {
+    return { unit: 'code', bits: recipe.bits * weights, say: (bits) => `--bits ${ceil4(bits / weights)}` };
+  }
+  const unit = fileUnit(recipe);
+  if (recipe.bpw !== undefined) {
+    const say = (bits: number) => `--bpw ${ceil4(bits / (1 - PADDING) / weights)}`;
+    return { unit, bits: recipe.bpw * weights * (1 - PADDING), say };
+  }
+  if (recipe.size !== undefined) {
+    const bits = 8 * (recipe.size - fixed.fileBytes) * (1 - PADDING);
+    return { unit, bits, say: (value) => `--size ${Math.ceil(fixed.fileBytes + value / (1 - PADDING) / 8)}` };
+  }
+  const memory = recipe.runtimeMemory;
+  if (memory === undefined) throw new Error('the recipe has no budget in bits or bytes');
+  const bits = 8 * (memory - fixed.runtimeBytes);
+  return { unit: 'runtime', bits, say: (value) => `--runtime-memory ${Math.ceil(fixed.runtimeBytes + value / 8)}` };
+}
+
+/** Four digits, rounded so that the printed value is feasible. */
+function ceil4(value: number): string {
+  return (Math.ceil(value * 1e4) / 1e4).toString();
+}
+
+/** A shared-out budget, as it is kept for a resumed run. */
+export interface SharedBudget {
+  readonly unit: BudgetUnit;
+  readonly widths: readonly number[];
+  readonly sites: Readonly<Record<string, { readonly transform: TransformKind; readonly budget: number }>>;
+  /** What the survey predicts, in nats where sensitivities were measured. */
+  readonly predictedLoss: number;
+  /** No allocation of this budget could be predicted to lose less. */
+  readonly bound: number;
+}
+
+/** Shares a budget out. Throws RecipeError with the nearest feasible budget. */
+export function shareBudget(survey: ModelSurvey, widths: readonly number[], groupSize: number, budget: BitBudget): SharedBudget {
+  const sets = choiceSets(survey, widths, groupSize, budget.unit);
+  let allocation: Allocation;
+  try {
+    allocation = allocate(sets, budget.bits);
+  } catch (error) {
+    if (!(error instanceof BudgetError)) throw error;
+    throw new RecipeError(
+      `${budget.say(budget.bits)}: below what groups of ${groupSize} can reach; the smallest is ${budget.say(error.least)}, and beyond ${budget.say(error.most)} nothing is gained`,
+    );
+  }
+  const sites: Record<string, { transform: TransformKind; budget: number }> = {};
+  for (const { label, members } of allocation.sets) {
+    for (const { name, size } of members) sites[name] = { transform: label as TransformKind, budget: size };
+  }
+  return { unit: budget.unit, widths, sites, predictedLoss: allocation.loss, bound: allocation.bound };
+}
+
+/** As methods take it. */
+export function allocationOf({ unit, widths, sites }: SharedBudget): BitAllocation {
+  return {
+    widths,
+    sizeOf: (rows, columns, bits) => groupBits(unit, rows, columns, bits),
+    sites: new Map(Object.entries(sites)),
+  };
+}
+
+/** `--size 20 kB` below the float part alone is told apart from a budget for codes that is too small. */
+export function checkRoom(recipe: QuantizeRecipe, fixed: FixedCosts): void {
+  if (recipe.size !== undefined && recipe.size <= fixed.fileBytes) {
+    throw new RecipeError(
+      `--size ${recipe.size}: what stays in float takes ${fixed.fileBytes} bytes (${formatSize(fixed.fileBytes)}) alone; --embeddings 4 or 8 makes that smaller`,
+    );
+  }
+}

@@ -1,0 +1,113 @@
+/** The work of a quantize run: share the budget out where the method allocates, then block after block into `parts`. */
+import type { PartStore } from './artifacts/parts.ts';
+import { allocationOf, bitBudget, candidateWidths, checkRoom, type SharedBudget, shareBudget } from './bit-budget.ts';
+import { Calibration } from './calibration/calibration.ts';
+import type { Device, Engine } from './compute/engine.ts';
+import { ENGINES } from './compute/engines.ts';
+import { createBlas } from './compute/ort-blas.ts';
+import type { Measuring, QuantizeContext, QuantizeOptions } from './methods/quantize/quantizer.ts';
+import { contextOf, quantizeBlocks } from './quantize-blocks.ts';
+import { quantizeEmbeddings } from './quantize-embeddings.ts';
+import { fixedCosts } from './quantize-estimate.ts';
+import type { QuantizeJob } from './quantize-job.ts';
+import { QuantizeProgress } from './quantize-progress.ts';
+import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
+import type { RunHooks } from './run.ts';
+import { SensitivityProbe } from './sensitivity-probe.ts';
+
+/** Where the work was done, and how the budget was shared out if it was. */
+export interface Solved {
+  readonly device: Device;
+  readonly runtime: string;
+  readonly shared?: SharedBudget | undefined;
+}
+
+/** Quantizes what is not in `parts` yet. @param onStored called when a part is safely stored */
+export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => Promise<void>, hooks: RunHooks): Promise<Solved> {
+  const { source, recipe, quantizer } = job;
+  const { model, weights } = source;
+  await using engine = await ENGINES[recipe.engine]({
+    device: recipe.device,
+    threads: recipe.threads,
+    onNote: (note) => hooks.note?.(note),
+  });
+  const blas = createBlas(engine);
+  const options: QuantizeOptions = { ...recipe, bits: job.nominalBits };
+  const measuring: Measuring = quantizer.measuring?.(options) ?? {
+    sequential: recipe.trueSequential,
+    drift: false,
+    replay: true,
+  };
+  const surveys = job.given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
+  const progress = new QuantizeProgress(model, hooks, surveys);
+  await using calibration = quantizer.needsCalibration
+    ? new Calibration({
+        model,
+        engine,
+        blas,
+        windows: job.windows,
+        path: source.path,
+        ramBytes: recipe.maxMemory,
+        followFloat: measuring.drift,
+        onProgress: (event) => progress.calibration(event),
+        ...(hooks.signal && { signal: hooks.signal }),
+      })
+    : undefined;
+  const run = { model, weights, quantizer, options, blas, calibration, parts, measuring, progress, hooks, onStored };
+  let shared = parts.allocation as unknown as SharedBudget | undefined;
+  if (surveys && shared === undefined) {
+    const context = contextOf({ ...run, allocation: undefined });
+    const survey = await surveyOf(job, engine, context, calibration, progress, hooks);
+    const fixed = fixedCosts(source.tensors, job.expected, job.expectedEmbeddings, recipe.formats[0]);
+    checkRoom(recipe, fixed);
+    shared = shareBudget(survey, candidateWidths(recipe), recipe.groupSize, bitBudget(recipe, fixed));
+    await parts.addAllocation(shared as unknown as Record<string, unknown>);
+    await onStored();
+  }
+  progress.startBlocks();
+  const allocation = shared && allocationOf(shared);
+  await quantizeBlocks({ ...run, selected: job.selected, given: job.given, allocation });
+  if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
+    await quantizeEmbeddings(weights, job.expectedEmbeddings, options, blas, parts, hooks);
+  }
+  return { device: engine.device, runtime: engine.runtime, shared };
+}
+
+/** One pass over the float model, and what errors in its layers do to the logits. */
+async function surveyOf(
+  job: QuantizeJob,
+  engine: Engine,
+  context: QuantizeContext,
+  calibration: Calibration | undefined,
+  progress: QuantizeProgress,
+  hooks: RunHooks,
+): Promise<ModelSurvey> {
+  const { source, recipe, quantizer, selected, windows } = job;
+  const { model, weights, path } = source;
+  const probes = calibration !== undefined && recipe.sensitivity === 'probe';
+  await using probe = probes
+    ? await SensitivityProbe.start({
+        model,
+        weights,
+        engine,
+        blas: context.blas,
+        windows,
+        path,
+        ramBytes: recipe.maxMemory / 4,
+        signal: hooks.signal,
+      })
+    : undefined;
+  return await surveyModel({
+    model,
+    weights,
+    quantizer,
+    context,
+    calibration,
+    probe,
+    selected,
+    widths: candidateWidths(recipe),
+    relative: recipe.sensitivity === 'relative',
+    signal: hooks.signal,
+    onBlock: (done) => progress.surveyed(done),
+  });
+}

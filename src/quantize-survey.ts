@@ -1,0 +1,109 @@
+/** First pass of an allocating method: the float model on the calibration text, every layer's costs, and what an error in each does to the logits. */
+import { type BudgetUnit, groupBits } from './artifacts/group-bits.ts';
+import type { Calibration } from './calibration/calibration.ts';
+import { frontier } from './methods/quantize/allocation/frontier.ts';
+import type { Choice, ChoiceSet } from './methods/quantize/allocation/hull.ts';
+import type { InputSurvey, QuantizeContext, Quantizer, TransformCosts, Trial } from './methods/quantize/quantizer.ts';
+import type { LinearSite, Model, WeightReader } from './model/model.ts';
+import type { SensitivityProbe } from './sensitivity-probe.ts';
+
+/** A transform costs a runtime an operation: it must predict this much less loss than none. */
+const TRANSFORM_HANDICAP = 1.03;
+/** Bits of a permutation's entry. */
+const INDEX_BITS = 32;
+
+/** All that was seen of a model. */
+export interface ModelSurvey {
+  /** In model order; `sites` share the input. */
+  readonly inputs: readonly { readonly input: string; readonly survey: InputSurvey }[];
+  /** What a unit of each site's loss costs the model. */
+  readonly sensitivities: ReadonlyMap<string, number>;
+}
+
+export interface SurveyRun {
+  readonly model: Model;
+  /** The float model's weights. */
+  readonly weights: WeightReader;
+  readonly quantizer: Quantizer;
+  readonly context: QuantizeContext;
+  /** Absent for a method that needs no text. */
+  readonly calibration: Calibration | undefined;
+  /** Absent: every unit of loss weighs the same. */
+  readonly probe: SensitivityProbe | undefined;
+  readonly selected: ReadonlySet<string>;
+  readonly widths: readonly number[];
+  /** A layer's loss counts as a part of its output's energy. */
+  readonly relative?: boolean;
+  readonly signal?: AbortSignal | undefined;
+  /** Called after each block, with how many are done. */
+  readonly onBlock?: (done: number) => void;
+}
+
+/** Surveys every selected site. */
+export async function surveyModel(run: SurveyRun): Promise<ModelSurvey> {
+  const { model, weights, quantizer, context, calibration, probe, widths } = run;
+  const inputs: { input: string; survey: InputSurvey }[] = [];
+  await calibration?.start(weights);
+  for (const block of model.blocks) {
+    const sitesOf = (input: string) => block.sites.filter((site) => site.input === input && run.selected.has(site.name));
+    const wanted = block.inputs.filter((input) => sitesOf(input).length > 0);
+    const trials = new Map<string, Trial>();
+    if (wanted.length > 0) {
+      await using measured = await calibration?.measure(block, weights, { inputs: wanted, replay: false });
+      for (const input of wanted) {
+        run.signal?.throwIfAborted();
+        const load = (site: LinearSite) => weights.loadSite(site);
+        const survey = await quantizer.survey!(context, sitesOf(input), load, measured?.get(input), widths);
+        for (const [name, trial] of survey.trials) trials.set(name, trial);
+        inputs.push({ input, survey: { transforms: survey.transforms, trials: new Map() } });
+        await measured?.release(input);
+      }
+    }
+    await probe?.add(block, trials);
+    if (block !== model.blocks.at(-1)) await calibration?.advance(block, weights);
+    run.onBlock?.(block.index + 1);
+  }
+  if (probe) return { inputs, sensitivities: await probe.finish() };
+  const sites = inputs.flatMap(({ survey }) => survey.transforms[0].sites);
+  return {
+    inputs,
+    sensitivities: new Map(sites.map(({ site, energy }) => [site.name, run.relative && energy > 0 ? 1 / energy : 1])),
+  };
+}
+
+/** The survey as the allocator takes it, sizes counted in `unit`. */
+export function choiceSets(
+  { inputs, sensitivities }: ModelSurvey,
+  widths: readonly number[],
+  groupSize: number,
+  unit: BudgetUnit,
+): ChoiceSet[] {
+  return inputs.map(({ input, survey }) => ({
+    name: input,
+    choices: survey.transforms.map((costs) => choiceOf(costs, sensitivities, widths, groupSize, unit)),
+  }));
+}
+
+function choiceOf(
+  { transform, sites }: TransformCosts,
+  sensitivities: ReadonlyMap<string, number>,
+  widths: readonly number[],
+  groupSize: number,
+  unit: BudgetUnit,
+): Choice {
+  const { inFeatures } = sites[0].site;
+  const fixedBits = transform === 'none' || unit === 'code' ? 0 : INDEX_BITS * inFeatures;
+  const handicap = transform === 'none' ? TRANSFORM_HANDICAP : 1;
+  const members = sites.map(({ site, costs }) => {
+    const sizes = costs.map((_, g) => {
+      const columns = Math.min(groupSize, inFeatures - g * groupSize);
+      return widths.map((width) => groupBits(unit, site.outFeatures, columns, width));
+    });
+    return {
+      name: site.name,
+      frontier: frontier({ widths, costs, sizes, monotone: transform !== 'none' }),
+      omega: handicap * (sensitivities.get(site.name) ?? 1),
+    };
+  });
+  return { label: transform, fixedBits, members };
+}
