@@ -6,9 +6,19 @@ import { formatDuration } from '../src/calibration/progress.ts';
 import { DEVICES } from '../src/compute/engine.ts';
 import { ENGINES } from '../src/compute/engines.ts';
 import { EnvironmentError, RecipeError } from '../src/errors.ts';
+import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
+import { TRANSFORMS } from '../src/methods/quantize/quantizer.ts';
 import { type QuantizeOutcome, quantize } from '../src/quantize.ts';
-import { FORMATS, GROUP_SIZES, PRESETS, QUANTIZE_DEFAULTS, type QuantizeRequest, quantizeRecipe } from '../src/recipe.ts';
+import {
+  FORMATS,
+  GROUP_SIZES,
+  PRESETS,
+  QUANTIZE_DEFAULTS,
+  type QuantizeRequest,
+  quantizeRecipe,
+  SENSITIVITIES,
+} from '../src/recipe.ts';
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandFiles } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
@@ -39,7 +49,10 @@ export function quantizeCommand(signal: AbortSignal): Command {
     .description('Quantize every linear layer of every block, and write a folder that runtimes load.')
     .argument('<model>', 'Hugging Face folder, or a bare .safetensors file with config.json beside it')
     .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
-    .option('--bits <bits>', 'mean code bits over the quantized weights, 1..8')
+    .option('--bits <bits>', 'budget: mean code bits over the quantized weights, 1..8, e.g. 2 or 2.25')
+    .option('--bpw <bits>', 'budget: all stored bits of the quantized layers over their weights, e.g. 2.4')
+    .option('--size <size>', 'budget: all weight files of the artifact, e.g. 120MB')
+    .option('--runtime-memory <size>', 'budget: the quantized operands as onnxruntime holds them')
     .addOption(new Option('--method <method>', `how codes are chosen (default: ${D.method})`).choices(Object.keys(QUANTIZERS)))
     .option('--preset <preset>', `variant of the method: ${PRESETS.join(', ')} (default: ${D.preset})`)
     .addOption(
@@ -63,22 +76,36 @@ export function quantizeCommand(signal: AbortSignal): Command {
     )
     .option('--samples <count>', `calibration windows (default: ${D.samples})`)
     .option('--sequence-length <tokens>', `tokens in a window, at most the model's context (default: ${D.sequenceLength})`)
+    .addOption(
+      new Option('--transform <kind>', `best: what may be done to inputs (default: ${D.transform})`).choices([
+        'auto',
+        ...TRANSFORMS,
+      ]),
+    )
+    .option('--without <steps>', `best: leave steps out, comma-separated: ${BEST_STEPS.join(', ')}`)
+    .option('--alpha <part>', 'best: part of the drift correction to take, 0..1 (default: what helps on held-out tokens)')
+    .addOption(
+      new Option('--sensitivity <kind>', `best: how layers are weighed against each other (default: ${D.sensitivity})`).choices([
+        ...SENSITIVITIES,
+      ]),
+    )
+    .option('--no-compact', 'ONNX: store codes in operands of 2, 4 and 8 bits, as the runtime holds them')
     .option('--seed <seed>', `seed of the window crops (default: ${D.seed})`)
     .option('--plan <file>', "reuse the widths of a plan file or an artifact's pcomp.json; skips deciding")
-    .option('--dampening <fraction>', `part of the Hessian's mean diagonal added to it (default: ${D.dampening})`)
-    .option('--act-order', 'gptq: visit columns by descending Hessian diagonal')
-    .option('--static-groups', 'gptq: fit every grid before any column moves')
-    .option('--true-sequential', 'measure each layer with the layers before it in the block already quantized')
-    .option('--symmetric', 'rtn, gptq: zero point fixed at the middle')
+    .option('--dampening <fraction>', `paper: part of the Hessian's mean diagonal added to it (default: ${D.dampening})`)
+    .option('--act-order', 'gptq, paper: visit columns by descending Hessian diagonal')
+    .option('--static-groups', 'gptq, paper: fit every grid before any column moves')
+    .option('--true-sequential', 'paper: measure each layer with the layers before it in the block already quantized')
+    .option('--symmetric', 'rtn, gptq, paper: zero point fixed at the middle')
     .addOption(
-      new Option('--salience <kind>', `slim-llm: denominator of the salience (default: ${D.salience})`).choices([
+      new Option('--salience <kind>', `slim-llm, paper: denominator of the salience (default: ${D.salience})`).choices([
         'code',
         'inverse-diag',
       ]),
     )
     .option(
       '--lambda-salience <weight>',
-      `slim-llm: weight of salient elements in the grid search (default: ${D.lambdaSalience})`,
+      `slim-llm, paper: weight of salient elements in the grid search (default: ${D.lambdaSalience})`,
     )
     .addOption(
       new Option('--device <device>', `where matrix products run; only auto may fall back (default: ${D.device})`).choices([
@@ -127,6 +154,8 @@ async function readRequest(flags: Flags): Promise<QuantizeRequest> {
   );
   const merged: Record<string, unknown> = { ...fromFile, ...fromFlags };
   if (flags.format !== undefined) merged['formats'] = flags.format;
+  // Commander gives every --no- flag a default of true, which is no request.
+  if (flags['compact'] === true && fromFile['compact'] !== undefined) merged['compact'] = fromFile['compact'];
   for (const key of ['maxMemory']) {
     if (typeof merged[key] === 'string') merged[key] = parseSize('--max-memory', merged[key]);
   }

@@ -3,7 +3,8 @@ import { type BudgetUnit, groupBits } from './artifacts/group-bits.ts';
 import { RecipeError } from './errors.ts';
 import { type Allocation, allocate } from './methods/quantize/allocation/allocate.ts';
 import { BudgetError } from './methods/quantize/allocation/frontier.ts';
-import type { BitAllocation, TransformKind } from './methods/quantize/quantizer.ts';
+import type { BitAllocation, SitePlan, TransformKind } from './methods/quantize/quantizer.ts';
+import type { LinearSite } from './model/model.ts';
 import { choiceSets, type ModelSurvey } from './quantize-survey.ts';
 import type { QuantizeRecipe } from './recipe.ts';
 import { formatSize } from './size.ts';
@@ -83,23 +84,51 @@ export interface SharedBudget {
   readonly bound: number;
 }
 
-/** Shares a budget out. Throws RecipeError with the nearest feasible budget. */
-export function shareBudget(survey: ModelSurvey, widths: readonly number[], groupSize: number, budget: BitBudget): SharedBudget {
+/** Times a plan that turned out too large is made again. */
+const ROUNDS = 6;
+
+/** Shares a budget out; `sizeOf` tells in bits what a plan takes in all, in the unit of the budget. Throws RecipeError with the nearest feasible budget. */
+export function shareBudget(
+  survey: ModelSurvey,
+  widths: readonly number[],
+  groupSize: number,
+  budget: BitBudget,
+  sizeOf: (plan: ReadonlyMap<string, SitePlan>) => number,
+): SharedBudget {
+  // What rows and words are padded with depends on all widths together: what a plan really takes is only known when there is one.
+  let bits = budget.bits;
+  for (let round = 0; ; round++) {
+    const { shared, plan } = shareOnce(survey, widths, groupSize, { ...budget, bits });
+    const excess = budget.unit === 'code' ? 0 : sizeOf(plan) - budget.bits;
+    if (excess <= 0 || round === ROUNDS) return shared;
+    bits -= excess + PADDING * budget.bits;
+  }
+}
+
+function shareOnce(
+  survey: ModelSurvey,
+  widths: readonly number[],
+  groupSize: number,
+  budget: BitBudget,
+): { shared: SharedBudget; plan: Map<string, SitePlan> } {
   const sets = choiceSets(survey, widths, groupSize, budget.unit);
   let allocation: Allocation;
   try {
     allocation = allocate(sets, budget.bits);
   } catch (error) {
     if (!(error instanceof BudgetError)) throw error;
-    throw new RecipeError(
-      `${budget.say(budget.bits)}: below what groups of ${groupSize} can reach; the smallest is ${budget.say(error.least)}, and beyond ${budget.say(error.most)} nothing is gained`,
-    );
+    throw outOfReach(budget, groupSize, error.least, error.most);
   }
   const sites: Record<string, { transform: TransformKind; budget: number }> = {};
+  const plan = new Map<string, SitePlan>();
   for (const { label, members } of allocation.sets) {
-    for (const { name, size } of members) sites[name] = { transform: label as TransformKind, budget: size };
+    const transform = label as TransformKind;
+    for (const { name, size, bits } of members) {
+      sites[name] = { transform, budget: size };
+      plan.set(name, { groupSize, bits, ...(transform === 'none' ? {} : { transform }) });
+    }
   }
-  return { unit: budget.unit, widths, sites, predictedLoss: allocation.loss, bound: allocation.bound };
+  return { shared: { unit: budget.unit, widths, sites, predictedLoss: allocation.loss, bound: allocation.bound }, plan };
 }
 
 /** As methods take it. */
@@ -111,11 +140,30 @@ export function allocationOf({ unit, widths, sites }: SharedBudget): BitAllocati
   };
 }
 
-/** `--size 20 kB` below the float part alone is told apart from a budget for codes that is too small. */
-export function checkRoom(recipe: QuantizeRecipe, fixed: FixedCosts): void {
+/** Refuses before any work what no widths can reach. @param sites layers to quantize */
+export function checkBudget(recipe: QuantizeRecipe, fixed: FixedCosts, sites: readonly LinearSite[]): void {
   if (recipe.size !== undefined && recipe.size <= fixed.fileBytes) {
     throw new RecipeError(
-      `--size ${recipe.size}: what stays in float takes ${fixed.fileBytes} bytes (${formatSize(fixed.fileBytes)}) alone; --embeddings 4 or 8 makes that smaller`,
+      `--size ${recipe.size}: what stays in float takes ${Math.ceil(fixed.fileBytes)} bytes (${formatSize(fixed.fileBytes)}) alone; --embeddings 4 or 8 makes that smaller`,
     );
   }
+  const budget = bitBudget(recipe, fixed);
+  const widths = candidateWidths(recipe);
+  const total = (width: number): number => {
+    let bits = 0;
+    for (const { inFeatures, outFeatures } of sites) {
+      for (let start = 0; start < inFeatures; start += recipe.groupSize) {
+        bits += groupBits(budget.unit, outFeatures, Math.min(recipe.groupSize, inFeatures - start), width);
+      }
+    }
+    return bits;
+  };
+  const [least, most] = [total(widths[0]), total(widths[widths.length - 1])];
+  if (budget.bits < least) throw outOfReach(budget, recipe.groupSize, least, most);
+}
+
+function outOfReach(budget: BitBudget, groupSize: number, least: number, most: number): RecipeError {
+  return new RecipeError(
+    `${budget.say(budget.bits)}: below what groups of ${groupSize} can reach; the smallest is ${budget.say(least)}, and beyond ${budget.say(most)} nothing is gained`,
+  );
 }

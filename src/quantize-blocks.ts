@@ -1,4 +1,5 @@
 /** The loop of a quantize run: measure a block, decide and apply each site, store the block, move the text through it. */
+import { fromFloat32, toFloat32 } from '../formats/dtype.ts';
 import type { PartStore } from './artifacts/parts.ts';
 import type { Calibration } from './calibration/calibration.ts';
 import type { Blas } from './compute/blas.ts';
@@ -122,6 +123,11 @@ export function contextOf(
     options: run.options,
     note: (site, message) => run.hooks.note?.(`${site.name}: ${message}`),
     loadBias: (site) => run.weights.load(`${site.name}.bias`),
+    roundBias: (site, bias) => {
+      const dtype = run.weights.info(`${site.name}.bias`)?.dtype ?? 'F32';
+      if (dtype !== 'F16' && dtype !== 'BF16') return bias;
+      return toFloat32(dtype, fromFloat32(dtype, bias));
+    },
     ...(run.allocation && { allocation: run.allocation }),
     ...(run.kernels && { kernels: run.kernels }),
   };
@@ -133,7 +139,10 @@ export function decoded(
   quantized: { has(name: string): boolean; read(name: string): Promise<QuantizedLinear> },
 ): WeightReader {
   return {
-    load: (name) => weights.load(name),
+    load: async (name) => {
+      const module = name.endsWith('.bias') ? name.slice(0, -'.bias'.length) : '';
+      return (quantized.has(module) && (await quantized.read(module)).bias) || weights.load(name);
+    },
     loadRows: (name, start, end) => weights.loadRows(name, start, end),
     info: (name) => weights.info(name),
     loadSite: async (site: LinearSite) =>

@@ -2,6 +2,7 @@
 import { fileURLToPath } from 'node:url';
 import { whyNotGptq } from './artifacts/gptq.ts';
 import type { ModelSource } from './artifacts/model-source.ts';
+import { checkBudget, type FixedCosts } from './bit-budget.ts';
 import { parseTextFile, readText } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
 import { calibrationWindows } from './calibration/windows.ts';
@@ -12,6 +13,7 @@ import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.
 import type { LinearSite } from './model/model.ts';
 import { packageRoot } from './package-root.ts';
 import { embeddingGroups, embeddingSites } from './quantize-embeddings.ts';
+import { fixedCosts } from './quantize-estimate.ts';
 import type { QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import { checkPlanFits, readPlan, selectSites } from './site-selection.ts';
@@ -24,6 +26,10 @@ export interface QuantizeJob {
   readonly selected: ReadonlySet<string>;
   /** Mean width the budget comes to, about; exact for `--bits`. */
   readonly nominalBits: number;
+  /** Whether the budget is shared out over the layers after a first pass over the model. */
+  readonly surveys: boolean;
+  /** What the widths do not change. */
+  readonly fixed: FixedCosts;
   /** Widths to follow instead of deciding. */
   readonly given: BitPlan | undefined;
   /** Windows of calibration tokens; none for a method that needs no text. */
@@ -57,9 +63,21 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   const expectedEmbeddings = new Map(
     tables.map((site) => [site, uniform(site, Number(embeddings), embeddingGroups(source.model, recipe))]),
   );
+  const transformed = [...expected].find(([, { transform }]) => transform !== undefined);
+  if (transformed !== undefined && (recipe.preset !== 'best' || !quantizer.needsCalibration || recipe.formats.includes('gptq'))) {
+    const why = recipe.formats.includes('gptq')
+      ? '--format gptq has no place for it'
+      : `--method ${recipe.method}, preset ${recipe.preset} does not make it`;
+    throw new RecipeError(
+      `--plan ${recipe.plan}: module "${transformed[0].name}" has transform ${transformed[1].transform}, and ${why}`,
+    );
+  }
   checkFormats(recipe, expected);
+  const fixed = fixedCosts(source.tensors, expected, expectedEmbeddings, recipe.formats[0], recipe.compact);
+  const surveys = given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
+  if (surveys) checkBudget(recipe, fixed, sites);
   const windows = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : [];
-  return { source, recipe, quantizer, selected, nominalBits, given, windows, expected, expectedEmbeddings };
+  return { source, recipe, quantizer, selected, nominalBits, surveys, fixed, given, windows, expected, expectedEmbeddings };
 }
 
 /** Scales and zero points of a group, about, in bits a weight. */

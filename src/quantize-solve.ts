@@ -1,14 +1,14 @@
 /** The work of a quantize run: share the budget out where the method allocates, then block after block into `parts`. */
 import type { PartStore } from './artifacts/parts.ts';
-import { allocationOf, bitBudget, candidateWidths, checkRoom, type SharedBudget, shareBudget } from './bit-budget.ts';
+import { allocationOf, bitBudget, candidateWidths, type SharedBudget, shareBudget } from './bit-budget.ts';
 import { Calibration } from './calibration/calibration.ts';
 import type { Device, Engine } from './compute/engine.ts';
 import { ENGINES } from './compute/engines.ts';
 import { createBlas } from './compute/ort-blas.ts';
-import type { Measuring, QuantizeContext, QuantizeOptions } from './methods/quantize/quantizer.ts';
+import type { Measuring, QuantizeContext, QuantizeOptions, SitePlan } from './methods/quantize/quantizer.ts';
 import { contextOf, quantizeBlocks } from './quantize-blocks.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
-import { fixedCosts } from './quantize-estimate.ts';
+import { predictSizes } from './quantize-estimate.ts';
 import type { QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
@@ -32,13 +32,15 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
     onNote: (note) => hooks.note?.(note),
   });
   const blas = createBlas(engine);
-  const options: QuantizeOptions = { ...recipe, bits: job.nominalBits };
+  // The gptq layout has no place for a transform.
+  const transform = recipe.transform === 'auto' && recipe.formats.includes('gptq') ? 'none' : recipe.transform;
+  const options: QuantizeOptions = { ...recipe, transform, bits: job.nominalBits };
   const measuring: Measuring = quantizer.measuring?.(options) ?? {
     sequential: recipe.trueSequential,
     drift: false,
     replay: true,
   };
-  const surveys = job.given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
+  const { surveys } = job;
   const progress = new QuantizeProgress(model, hooks, surveys);
   await using calibration = quantizer.needsCalibration
     ? new Calibration({
@@ -58,9 +60,9 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
   if (surveys && shared === undefined) {
     const context = contextOf({ ...run, allocation: undefined });
     const survey = await surveyOf(job, engine, context, calibration, progress, hooks);
-    const fixed = fixedCosts(source.tensors, job.expected, job.expectedEmbeddings, recipe.formats[0]);
-    checkRoom(recipe, fixed);
-    shared = shareBudget(survey, candidateWidths(recipe), recipe.groupSize, bitBudget(recipe, fixed));
+    shared = shareBudget(survey, candidateWidths(recipe), recipe.groupSize, bitBudget(recipe, job.fixed), (plan) =>
+      sizeOfPlan(job, plan),
+    );
     await parts.addAllocation(shared as unknown as Record<string, unknown>);
     await onStored();
   }
@@ -110,4 +112,12 @@ async function surveyOf(
     signal: hooks.signal,
     onBlock: (done) => progress.surveyed(done),
   });
+}
+
+/** Bits of the quantized layers with these widths: stored ones, or as the runtime holds them where the budget counts those. */
+function sizeOfPlan({ source, recipe, expected, fixed }: QuantizeJob, plan: ReadonlyMap<string, SitePlan>): number {
+  const linears = new Map([...expected.keys()].map((site) => [site, plan.get(site.name)!]));
+  const sizes = predictSizes(source.tensors, linears, new Map(), recipe.formats[0], recipe.compact);
+  if (recipe.runtimeMemory !== undefined) return 8 * (sizes.runtimeBytes ?? 0);
+  return sizes.bitsPerWeight * fixed.weights;
 }

@@ -126,6 +126,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     folder: output.artifactPath,
     formats: recipe.formats,
     version: packageVersion(),
+    compact: recipe.compact,
   });
   for (const note of written.notes) hooks.note?.(note);
   const details = detailsOf(job, parts);
@@ -199,15 +200,13 @@ function outlineOf({ source, recipe, selected, quantizer, windows }: QuantizeJob
 /** Sizes with the widths that are known before the work. */
 function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): QuantizeOutcome {
   const { source, recipe, given, expected, expectedEmbeddings } = job;
-  if (given === undefined && recipe.method === 'slim-llm') {
-    hooks.note?.(
-      'sizes are those of one width everywhere; slim-llm mixes widths around it, which makes an ONNX file larger (a 1-bit group takes 2 bits there, a 3-bit group 4)',
-    );
+  if (given === undefined && (recipe.method === 'slim-llm' || (recipe.preset === 'best' && recipe.method === 'rtn'))) {
+    hooks.note?.('sizes are those of one width everywhere; the run mixes widths within the budget');
   }
   const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };
   const artifacts = recipe.formats.map((format) => ({
     format,
-    ...predictSizes(source.tensors, expected, expectedEmbeddings, format),
+    ...predictSizes(source.tensors, expected, expectedEmbeddings, format, recipe.compact),
   }));
   return { ...outlineOf(job, plan, notes), averageBits: artifacts[0].averageBits, artifacts };
 }

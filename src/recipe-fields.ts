@@ -64,11 +64,3 @@ export function bytes(key: string, value: unknown): number {
   if (!(result > 0)) throw new RecipeError(`${flag(key)} ${show(value)}: a size above 0 is expected`);
   return result;
 }
-
-/** A fraction: `5%`, or 0.05. */
-export function fraction(key: string, value: unknown): number {
-  const percent = typeof value === 'string' ? /^\s*([\d.]+)\s*%\s*$/.exec(value) : null;
-  const result = percent ? Number(percent[1]) / 100 : number(key, value);
-  if (!(result > 0)) throw new RecipeError(`${flag(key)} ${show(value)}: a part above 0 is expected, e.g. 5%`);
-  return result;
-}

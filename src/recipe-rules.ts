@@ -28,14 +28,13 @@ const READERS: Partial<Record<Key, Readers>> = {
   bpw: { methods: ALLOCATING, preset: 'best' },
   size: { methods: ALLOCATING, preset: 'best' },
   runtimeMemory: { methods: ALLOCATING, preset: 'best' },
-  maxLoss: { methods: ['slim-llm'], preset: 'best' },
   transform: { methods: CALIBRATED, preset: 'best' },
   alpha: { methods: CALIBRATED, preset: 'best' },
   sensitivity: { methods: ['slim-llm'], preset: 'best' },
   without: { methods: ['rtn', 'gptq', 'slim-llm'], preset: 'best' },
 };
 
-export const BUDGETS = ['bits', 'bpw', 'size', 'maxLoss', 'runtimeMemory'] as const satisfies readonly Key[];
+const BUDGETS = ['bits', 'bpw', 'size', 'runtimeMemory'] as const satisfies readonly Key[];
 
 /** Throws RecipeError naming the option that does not fit, and what it fits. An option asked for at its default value fits everything. */
 export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, defaults: Partial<QuantizeRecipe>): void {

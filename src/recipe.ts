@@ -6,7 +6,7 @@ import { RecipeError } from './errors.ts';
 import { BEST_STEPS, type BestStep } from './methods/quantize/best/steps.ts';
 import { QUANTIZERS } from './methods/quantize/index.ts';
 import { TRANSFORMS, type TransformKind } from './methods/quantize/quantizer.ts';
-import { boolean, bytes, dropUndefined, flag, fraction, integer, list, number, oneOf, range, text } from './recipe-fields.ts';
+import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, range, text } from './recipe-fields.ts';
 import { checkRecipe } from './recipe-rules.ts';
 
 export type { ArtifactFormat };
@@ -31,14 +31,12 @@ export interface MachineOptions {
 export interface QuantizeRecipe extends MachineOptions {
   readonly method: QuantizerName;
   readonly preset: (typeof PRESETS)[number];
-  /** The budget: exactly one of the next five, or a plan that says every width. Mean code bits over the quantized weights. */
+  /** The budget: exactly one of the next four, or a plan that says every width. Mean code bits over the quantized weights. */
   readonly bits?: number;
   /** All stored bits of the quantized modules over their weights. */
   readonly bpw?: number;
   /** Bytes of all weight files. */
   readonly size?: number;
-  /** Rise in perplexity on held-out calibration text, as a fraction. */
-  readonly maxLoss?: number;
   /** Bytes of the operands as the runtime holds them. */
   readonly runtimeMemory?: number;
   readonly groupSize: number;
@@ -120,7 +118,6 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     ...(given.bits === undefined ? {} : { bits: range('bits', given.bits, 1, 8) }),
     ...(given.bpw === undefined ? {} : { bpw: range('bpw', given.bpw, 1, 16) }),
     ...(given.size === undefined ? {} : { size: bytes('size', given.size) }),
-    ...(given.maxLoss === undefined ? {} : { maxLoss: fraction('maxLoss', given.maxLoss) }),
     ...(given.runtimeMemory === undefined ? {} : { runtimeMemory: bytes('runtimeMemory', given.runtimeMemory) }),
     groupSize: oneOf('groupSize', number('groupSize', given.groupSize), GROUP_SIZES),
     formats: formats(list('formats', given.formats)),
@@ -156,7 +153,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
 
 const KNOWN: ReadonlySet<string> = new Set([
   ...Object.keys(QUANTIZE_DEFAULTS),
-  ...['bits', 'bpw', 'size', 'maxLoss', 'runtimeMemory', 'alpha', 'threads', 'plan'],
+  ...['bits', 'bpw', 'size', 'runtimeMemory', 'alpha', 'threads', 'plan'],
 ]);
 
 function formats(names: readonly string[]): ArtifactFormat[] {

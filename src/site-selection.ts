@@ -43,13 +43,15 @@ export async function readPlan(path: string): Promise<BitPlan> {
 function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
   const fail = (what: string) => new RecipeError(`--plan ${path}: module "${name}" ${what}`);
   if (!isObject(site)) throw fail('is not an object with "groupSize" and "bits"');
-  const { groupSize, bits } = site;
+  const { groupSize, bits, transform } = site;
   if (typeof groupSize !== 'number' || ![32, 64, 128, 256].includes(groupSize))
     throw fail(`has groupSize ${groupSize}; 32, 64, 128 or 256 is expected`);
   if (!Array.isArray(bits) || !bits.every((width) => Number.isInteger(width) && width >= 1 && width <= 8)) {
     throw fail('has "bits" that are not a list of whole numbers 1..8');
   }
-  return { groupSize, bits: bits as number[] };
+  if (transform !== undefined && transform !== 'perm' && transform !== 'perm-had')
+    throw fail('has a "transform" that is not perm or perm-had');
+  return { groupSize, bits: bits as number[], ...(transform && { transform }) };
 }
 
 /** Checks that the plan fits the model: known modules, a width for each selected one, and one per group. */
@@ -62,6 +64,17 @@ export function checkPlanFits(path: string, plan: BitPlan, model: Model, selecte
     if (bits.length !== groups) {
       throw new RecipeError(
         `--plan ${path}: module "${name}" has ${bits.length} widths, but ${site.inFeatures} inputs in groups of ${groupSize} make ${groups}`,
+      );
+    }
+  }
+  const byInput = new Map<string, string>();
+  for (const [name, { transform = 'none' }] of Object.entries(plan.modules)) {
+    const { input } = sites.get(name)!;
+    const other = byInput.get(input) ?? transform;
+    byInput.set(input, other);
+    if (other !== transform) {
+      throw new RecipeError(
+        `--plan ${path}: module "${name}" has transform ${transform}, but another that reads the same input has ${other}`,
       );
     }
   }

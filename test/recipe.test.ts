@@ -17,7 +17,7 @@ describe('a recipe', () => {
     expect(quantizeRecipe({ bits: 2 }, 4)).toEqual({ ...QUANTIZE_DEFAULTS, bits: 2, threads: 4 });
     expect(QUANTIZE_DEFAULTS).toMatchObject({
       method: 'slim-llm',
-      preset: 'paper',
+      preset: 'best',
       groupSize: 128,
       formats: ['onnx'],
       embeddings: 'float',
@@ -30,8 +30,24 @@ describe('a recipe', () => {
   });
 
   it('is the same whether its values come as text or as numbers', () => {
-    const words = { bits: '3', groupSize: '64', formats: 'onnx,safetensors', embeddings: '8', samples: '5', dampening: '0.05' };
-    const values = { bits: 3, groupSize: 64, formats: ['onnx', 'safetensors'], embeddings: 8, samples: 5, dampening: 0.05 };
+    const words = {
+      bits: '3',
+      groupSize: '64',
+      formats: 'onnx,safetensors',
+      embeddings: '8',
+      samples: '5',
+      dampening: '0.05',
+      preset: 'paper',
+    };
+    const values = {
+      bits: 3,
+      groupSize: 64,
+      formats: ['onnx', 'safetensors'],
+      embeddings: 8,
+      samples: 5,
+      dampening: 0.05,
+      preset: 'paper',
+    };
     expect(quantizeRecipe(words, 1)).toEqual(quantizeRecipe(values, 1));
   });
 
@@ -54,19 +70,34 @@ describe('a recipe', () => {
 
 it.each<[string, QuantizeRequest]>([
   ['--bits: a budget is required, e.g. --bits 2', {}],
-  ['--bits 9: pcomp quantizes to 1..8 bits. To keep a layer as it is, use --skip.', { bits: 9 }],
-  ['--bits 0: pcomp quantizes to 1..8 bits. To keep a layer as it is, use --skip.', { bits: '0' }],
-  ['--bits 2.5: must be a whole number under preset paper', { bits: 2.5 }],
+  ['--bits 9: must be within 1..8. To keep a layer as it is, use --skip.', { bits: 9 }],
+  ['--bits 0: must be within 1..8. To keep a layer as it is, use --skip.', { bits: '0' }],
+  ['--bits 2.5: must be a whole number under preset paper', { bits: 2.5, preset: 'paper' }],
+  ['--bits 2.5: must be a whole number with --method gptq', { bits: 2.5, method: 'gptq' }],
+  ['--bits 2.5: must be a whole number without allocation', { bits: 2.5, without: 'allocation' }],
+  ['--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory', { bits: 2, bpw: 3 }],
+  ['--bpw: widths are not allocated here, so the budget is a width; use --bits', { bpw: 2.5, without: ['allocation'] }],
+  ['--alpha: preset paper does not use it; it goes with --preset best', { bits: 2, preset: 'paper', alpha: 0.5 }],
+  ['--size: --method gptq does not use it; it goes with rtn, slim-llm', { size: '3MB', method: 'gptq' }],
+  [
+    '--without frob: must be one of asymmetric, transform, grid, allocation, compensation, polish, bias',
+    { bits: 2, without: 'frob' },
+  ],
   ['--bits two: a number is expected', { bits: 'two' }],
   ['--bits : a number is expected', { bits: '' }],
   ['--bits null: a number is expected', { bits: null }],
-  ['--bits 1: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for 1 bits use --method gptq', { bits: 1 }],
-  ['--bits 8: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for 8 bits use --method gptq', { bits: 8 }],
+  [
+    '--bits 1: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for 1 bits use --preset best',
+    { bits: 1, preset: 'paper' },
+  ],
+  [
+    '--bits 8: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for 8 bits use --preset best',
+    { bits: 8, preset: 'paper' },
+  ],
   ['--bits 2: the plan says every width; give --bits or --plan', { bits: 2, plan: 'p.json' }],
   ['--group-size 64: the plan says the size of every group; give --group-size or --plan', { groupSize: 64, plan: 'p.json' }],
   ['--plan 7: a text is expected', { plan: 7 }],
-  ['--preset best: not in this version yet; use --preset paper, the published SliM-LLM', { bits: 2, preset: 'best' }],
-  ['--preset other: must be one of paper', { bits: 2, preset: 'other' }],
+  ['--preset other: must be one of best, paper', { bits: 2, preset: 'other' }],
   ['--method frob: must be one of rtn, gptq, slim-llm', { bits: 2, method: 'frob' }],
   ['--group-size 48: must be one of 32, 64, 128, 256', { bits: 2, groupSize: 48 }],
   ['--format zip: must be one of onnx, safetensors, gptq', { bits: 2, formats: 'zip' }],

@@ -79,9 +79,9 @@ describe.each([
     const outcome = await quantizeTo(name, `${name}-out`, { embeddings: bits, formats: 'onnx,safetensors' });
     expect(outcome.averageBits).toBe(4);
 
-    // 41 x 64 values; in ONNX two groups of 32 with F32 scales and zero points that fill whole bytes.
+    // 41 x 64 values; in ONNX two groups of 32 with F16 scales and zero points that fill whole bytes.
     const rows = 41 * (tied ? 1 : 2);
-    const table = rows * ((64 * bits) / 8 + 2 * 4 + (2 * bits) / 8);
+    const table = rows * ((64 * bits) / 8 + 2 * 2 + (2 * bits) / 8);
     const quantizedBytes = outcome.artifacts.map((artifact) => artifact.quantizedBytes);
     expect(quantizedBytes[0] - float.artifacts[0].quantizedBytes).toBe(table);
     for (const [i, { bytes }] of outcome.artifacts.entries()) {

@@ -16,6 +16,7 @@ const BLOCKS = 8;
 const at = (...path: string[]) => join(cwd, ...path);
 const command = (output: string, ...more: string[]) => [
   ...['quantize', 'model', '--bits', '2', '--group-size', '32', '--calibration', 'text.txt', '--samples', '32', '--quiet'],
+  ...['--preset', 'paper'],
   ...['-o', output, ...more],
 ];
 const run = (output: string, ...more: string[]) => runCli(command(output, ...more), { cwd });
@@ -143,7 +144,9 @@ it('of two runs on one output the second is refused and the first is not disturb
 });
 
 it('--overwrite keeps the old output until the new one is whole', async () => {
-  expect(await runCli(['quantize', 'model', '--bits', '4', '--method', 'rtn', '--quiet', '-o', 'old'], { cwd })).toMatchObject({
+  expect(
+    await runCli(['quantize', 'model', '--bits', '4', '--method', 'rtn', '--preset', 'paper', '--quiet', '-o', 'old'], { cwd }),
+  ).toMatchObject({
     code: 0,
   });
   const old = folderTree(at('old'));

@@ -1,13 +1,14 @@
 /** What decides an artifact's bytes and what does not: seeds, plans, globs, places. */
-import { mkdirSync, readFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { beforeAll, describe, expect, it } from 'vitest';
 import type { Inspection } from '../../src/inspect.ts';
 import type { BitPlan } from '../../src/methods/quantize/quantizer.ts';
 import type { QuantizeOutcome } from '../../src/quantize.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { artifactTree } from '../support/folder-tree.ts';
-import { runCli, runCliJson } from '../support/run-cli.ts';
+import { runCli, runCliJson, startCli } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 
 const scratch = scratchFolder();
@@ -85,6 +86,33 @@ describe('the same recipe and seed', () => {
   });
 });
 
+it('a run that is killed after its survey goes on with what that found, and ends with the same bytes', async () => {
+  const running = startCli(['quantize', 'model', ...SETTINGS, '--quiet', '-o', 'killed'], { cwd });
+  while (!existsSync(at('killed.partial', 'parts', 'block-00000.safetensors'))) {
+    if (running.process.exitCode !== null) throw new Error(`ended early: ${(await running.done).stderr}`);
+    await delay(2);
+  }
+  running.process.kill('SIGKILL');
+  await running.done;
+  expect(existsSync(at('killed.partial', 'parts', 'allocation.safetensors'))).toBe(true);
+  expect(await runCli(['quantize', 'model', ...SETTINGS, '--quiet', '-o', 'killed', '--resume'], { cwd })).toMatchObject({
+    code: 0,
+  });
+  expect(artifactTree(at('killed'))).toEqual(artifactTree(at('first')));
+});
+
+it.concurrent.each([
+  ['--bpw', '3.1', 'bitsPerWeight', 3.1],
+  ['--size', '250kB', 'bytes', 250_000],
+  ['--runtime-memory', '60kB', 'runtimeBytes', 60_000],
+] as const)('a budget of %s %s is kept', async (flag, budget, figure, most) => {
+  const outcome = await quantize(flag, budget, ...SHAPE, ...TEXT, '-o', `budget${flag}`);
+  const [artifact] = outcome.artifacts;
+  expect(artifact[figure]).toBeLessThanOrEqual(most);
+  // What graph and alignment take is estimated from above, which tells in a file this small.
+  expect(artifact[figure]).toBeGreaterThan((flag === '--size' ? 0.6 : 0.9) * most);
+});
+
 it.concurrent('another seed gives other weights', async () => {
   await quantize(...SETTINGS, '--seed', '1', '-o', 'seeded');
   expect(manifest('seeded').weights).not.toEqual(manifest('first').weights);
@@ -100,7 +128,10 @@ describe('a plan', () => {
   });
 
   it.concurrent('written by hand is followed, group by group', async () => {
-    const plan = structuredClone(manifest('first').plan) as { modules: Record<string, { groupSize: number; bits: number[] }> };
+    const plan = structuredClone(manifest('first').plan) as {
+      modules: Record<string, { groupSize: number; bits: number[]; transform?: string }>;
+    };
+    for (const module of Object.values(plan.modules)) delete module.transform;
     plan.modules['model.layers.1.mlp.down_proj'] = { groupSize: 32, bits: [1, 2, 3, 4, 5, 8] };
     plan.modules['model.layers.0.self_attn.q_proj'] = { groupSize: 64, bits: [3] };
     scratch.write('plan.json', JSON.stringify(plan));
@@ -135,12 +166,12 @@ it.concurrent('--skip and --only decide which layers are quantized', async () =>
 
 describe('the sizes that a dry run predicts are those of the artifact:', () => {
   it.concurrent.each([
-    ['rtn, every layout', '--method rtn --bits 2 --format onnx,safetensors'],
-    ['rtn of 1 bit', '--method rtn --bits 1 --format onnx,safetensors'],
-    ['rtn of 1 bit, symmetric', '--method rtn --bits 1 --symmetric --format onnx,safetensors'],
-    ['rtn with embeddings', '--method rtn --bits 3 --embeddings 4 --format onnx,safetensors'],
-    ['gptq in act-order', `--method gptq --bits 4 --act-order --format onnx,gptq ${TEXT.join(' ')}`],
-    ['a plan', '--method rtn --plan first/pcomp.json --format onnx,safetensors'],
+    ['rtn, every layout', '--method rtn --preset paper --bits 2 --format onnx,safetensors'],
+    ['rtn of 1 bit', '--method rtn --preset paper --bits 1 --format onnx,safetensors'],
+    ['rtn of 1 bit, symmetric', '--method rtn --preset paper --bits 1 --symmetric --format onnx,safetensors'],
+    ['rtn with embeddings', '--method rtn --preset paper --bits 3 --embeddings 4 --format onnx,safetensors'],
+    ['gptq in act-order', `--method gptq --preset paper --bits 4 --act-order --format onnx,gptq ${TEXT.join(' ')}`],
+    ['a plan', `--plan first/pcomp.json --format onnx,safetensors ${TEXT.join(' ')}`],
   ])('%s', async (name, line) => {
     const group = line.includes('--plan') ? [] : SHAPE;
     const args = [...line.split(' '), ...group, '-o', name.replaceAll(/\W/g, '-')];

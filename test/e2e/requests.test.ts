@@ -62,9 +62,21 @@ describe('wrong requests end with code 2', () => {
     ["required option '-o, --output <folder>' not specified", quantize('model --bits 2')],
     ['-o: the name of a folder to write is needed', quantize(`model ${rtn} -o`, '')],
     ['--bits: a budget is required, e.g. --bits 2', quantize('model -o out')],
-    ['--bits 9: pcomp quantizes to 1..8 bits. To keep a layer as it is, use --skip.', quantize('model --bits 9 -o out')],
-    ['--bits 2.5: must be a whole number under preset paper', quantize('model --bits 2.5 -o out')],
-    [/^--preset best: not in this version yet; use --preset paper/, quantize('model --bits 2 --preset best -o out')],
+    ['--bits 9: must be within 1..8. To keep a layer as it is, use --skip.', quantize('model --bits 9 -o out')],
+    ['--bits 2.5: must be a whole number under preset paper', quantize('model --bits 2.5 --preset paper -o out')],
+    [
+      '--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory',
+      quantize('model --bits 2 --bpw 3 -o out'),
+    ],
+    [
+      /^--alpha: preset paper does not use it; it goes with --preset best/,
+      quantize('model --bits 2 --preset paper --alpha 1 -o out'),
+    ],
+    [
+      /^--bpw 1.01: below what groups of 32 can reach; the smallest is --bpw \d\.\d+, and beyond --bpw \d/,
+      quantize('model --bpw 1.01 --method rtn --group-size 32 -o out'),
+    ],
+    [/^--size 1000: what stays in float takes \d+ bytes/, quantize('model --size 1000 --method rtn --group-size 32 -o out')],
     [/^--act-order: --method rtn does not use it/, quantize(`model ${rtn} --act-order -o out`)],
     [/^--bits 2: the plan says every width/, quantize('model --bits 2 --plan short.json -o out')],
     [/^--max-memory 5XB: a size is a number with kB, MB, GB/, quantize(`model ${rtn} --max-memory 5XB -o out`)],
@@ -144,7 +156,7 @@ function expectOneLine(stderr: string, expected: string | RegExp): void {
 it('a bug is told from these by its stack, and leaves nothing either', async () => {
   // No input is known to hit one: a runtime that fails in a way nobody foresaw stands for it.
   const trap = "data:text/javascript,Array.prototype.findLast=()=>{throw new TypeError('unforeseen')}";
-  const { code, stdout, stderr } = await runCli(quantize(`model ${rtn} -o out --quiet`), {
+  const { code, stdout, stderr } = await runCli(quantize(`model ${rtn} --preset paper -o out --quiet`), {
     cwd: desk,
     nodeArgs: ['--import', trap],
   });

@@ -104,6 +104,8 @@ export interface QuantizeContext {
   note(site: LinearSite, message: string): void;
   /** The bias of a site that has one, (outFeatures). slim-llm compares whole outputs, bias included, and needs it where `hasBias`. */
   loadBias?(site: LinearSite): Promise<Float32Array>;
+  /** A corrected bias as it will be stored. */
+  roundBias?(site: LinearSite, bias: Float32Array): Float32Array;
   /** Methods that allocate: what the survey gave each site. */
   readonly allocation?: BitAllocation;
 }

@@ -1,5 +1,5 @@
 /** Preset `best` (slim-llm section 5): one layer's codes for given widths and a given transform of its input. */
-import type { CalibrationStats } from '../../../calibration/statistics.ts';
+import type { CalibrationStats, Drift } from '../../../calibration/statistics.ts';
 import type { AsyncKernels, Grid, Group } from '../../../compute/kernels/kernels.ts';
 import { inlineKernels } from '../../../compute/kernels/wasm-kernels.ts';
 import type { LinearSite } from '../../../model/model.ts';
@@ -9,6 +9,7 @@ import { decodeGroup, fitSearched } from '../grid.ts';
 import { transformColumns } from '../input-transform.ts';
 import { checkPlan } from '../plan.ts';
 import { QuantizedBuilder } from '../quantized-builder.ts';
+import { dequantize, type QuantizedLinear } from '../quantized-linear.ts';
 import type { QuantizeContext, QuantizeResult, SitePlan, TransformKind } from '../quantizer.ts';
 import { requireStats } from '../require-stats.ts';
 import { correctForDrift } from './drift-target.ts';
@@ -40,14 +41,14 @@ export function preparedInput(
     if (known.kind !== kind) throw new Error(`${site.name}: its input is prepared with transform ${known.kind}, not ${kind}`);
     return known.input;
   }
-  const input = prepareInput(context, site, stats, kind, groupSize, { centred: centred(context, site) });
+  const input = prepareInput(context, site, stats, kind, groupSize, { centred: centred(context, site, stats) });
   shared.set(stats, { kind, input });
   return input;
 }
 
 /** Whether statistics are taken around their means: the bias then makes up for what quantization does to the mean output. */
-function centred(context: QuantizeContext, site: LinearSite): boolean {
-  return site.hasBias && !without(context, 'bias');
+function centred(context: QuantizeContext, site: LinearSite, stats: CalibrationStats): boolean {
+  return site.hasBias && stats.drift !== undefined && !without(context, 'bias');
 }
 
 function without({ options }: QuantizeContext, step: BestStep): boolean {
@@ -79,7 +80,14 @@ export async function applyBest(
   const columns = original.slice();
   let alpha = 0;
   if (stats.drift && !without(context, 'asymmetric')) {
-    const correction = await correctForDrift(blas, stats.drift, input, columns, context.options.alpha, centred(context, site));
+    const correction = await correctForDrift(
+      blas,
+      stats.drift,
+      input,
+      columns,
+      context.options.alpha,
+      centred(context, site, stats),
+    );
     alpha = correction.alpha;
   }
   const target = columns.slice();
@@ -119,8 +127,30 @@ export async function applyBest(
   for (const { start, end, codes } of groups) builder.setCodes(columnRange(start, end), codes);
   const error = decoded.map((value, i) => value - original[i]);
   const [energy, loss] = await sampledEnergy(blas, input.hessian, [original, error], input.features);
-  const quantized = { ...builder.finish(), ...(input.transform && { transform: input.transform }) };
+  const decided = { ...builder.finish(), ...(input.transform && { transform: input.transform }) };
+  const bias = centred(context, site, stats) ? await correctedBias(context, site, weight, decided, stats.drift!) : undefined;
+  const quantized = { ...decided, ...(bias && { bias }) };
   return { quantized, relativeError: energy > 0 ? loss / energy : 0, details: { alpha, shrinkage: input.shrinkage } };
+}
+
+/** `b + W E[x'] - Wq E[x]`: the mean output is the float model's again (slim-llm 5.2). */
+async function correctedBias(
+  context: QuantizeContext,
+  site: LinearSite,
+  weight: Float32Array,
+  quantized: QuantizedLinear,
+  { mean, floatMean }: Drift,
+): Promise<Float32Array> {
+  if (!context.loadBias || !context.roundBias) throw new Error(`${site.name} has a bias, but the context cannot load it`);
+  const bias = (await context.loadBias(site)).slice();
+  const decoded = dequantize(quantized);
+  const n = site.inFeatures;
+  for (let row = 0; row < site.outFeatures; row++) {
+    let change = 0;
+    for (let j = 0; j < n; j++) change += weight[row * n + j] * floatMean[j] - decoded[row * n + j] * mean[j];
+    bias[row] += change;
+  }
+  return context.roundBias(site, bias);
 }
 
 async function fitGrid(

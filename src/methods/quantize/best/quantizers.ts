@@ -11,7 +11,7 @@ import { groupCosts } from './group-costs.ts';
 import { surveyInput, transformKinds } from './survey.ts';
 
 function measuring({ without }: QuantizeOptions): Measuring {
-  return { sequential: true, drift: !without?.includes('asymmetric'), replay: false };
+  return { sequential: true, drift: !(without?.includes('asymmetric') && without.includes('bias')), replay: false };
 }
 
 /** One width everywhere. */
