@@ -1,5 +1,6 @@
 /** One block at a time on an engine: its weights loaded once, its graph run over every batch of hidden states. */
-import type { Engine, NdArray, Program } from '../compute/engine.ts';
+import type { Engine, NdArray, Program, ResidentArray } from '../compute/engine.ts';
+import { FusedGrams, type GramTarget } from '../compute/fused-gram.ts';
 import { FormatError } from '../errors.ts';
 import { pruneModel } from '../graph/prune.ts';
 import type { Block, BlockGraph, Model, WeightReader } from '../model/model.ts';
@@ -10,12 +11,14 @@ export const DEFAULT_BATCH_TOKENS = 2048;
 
 const HIDDEN_OUT = 'hidden_out';
 
-/** A block ready to run: its compiled graph and its weights as the graph's inputs. */
-export interface LoadedBlock {
+/** A block ready to run: its compiled graph and its weights as the graph's inputs. Disposing takes the weights off the device. */
+export interface LoadedBlock extends AsyncDisposable {
   readonly block: Block;
   readonly graph: BlockGraph;
   readonly program: Program;
   readonly weights: Readonly<Record<string, NdArray>>;
+  /** What its runs sum up by themselves. */
+  readonly grams?: FusedGrams | undefined;
 }
 
 export class BlockRunner {
@@ -34,28 +37,47 @@ export class BlockRunner {
 
   /**
    * Compiles (or finds) what computes `outputs` of the block's graph, for windows like those of `states`, and reads the weights that takes.
-   * The program belongs to the engine.
+   * The program belongs to the engine. Where the device keeps what it is given, the weights are moved there once.
+   * @param targets outputs that every run sums x x^T of
    */
   async load(
     block: Block,
     weights: WeightReader,
     states: HiddenStates,
     outputs: readonly string[] = [HIDDEN_OUT],
+    targets: readonly GramTarget[] = [],
   ): Promise<LoadedBlock> {
     const graph = this.#model.blockGraph(block, states.longest);
-    const model = pruneModel(graph.model, outputs);
+    const pruned = pruneModel(graph.model, outputs);
+    const grams = targets.length === 0 ? undefined : new FusedGrams(pruned, targets);
+    const model = grams?.model ?? pruned;
     // An arena would keep the largest run's activations while the block is quantized: 0.8 GB for a 7B block of 2048 tokens,
     // against 4 % more time.
-    const program = await this.#engine.compile(model, { key: `${graph.key} -> ${outputs.join(' ')}`, memoryArena: false });
+    const program = await this.#engine.compile(model, {
+      key: `${graph.key} -> ${[...outputs, ...(grams?.outputs ?? [])].join(' ')}`,
+      memoryArena: false,
+    });
     const feeds: Record<string, NdArray> = {};
-    for (const input of model.graph.inputs) {
-      const source = graph.weights.get(input.name);
-      if (source === undefined) continue;
-      const name = typeof source === 'string' ? source : `${source.name}.weight`;
-      const data = typeof source === 'string' ? await weights.load(source) : await weights.loadSite(source);
-      feeds[input.name] = { dtype: 'F32', shape: this.#weightShape(name, input.shape ?? [], data.length), data };
+    const resident: ResidentArray[] = [];
+    const dispose = async (): Promise<void> => {
+      for (const array of resident) await array[Symbol.asyncDispose]();
+    };
+    try {
+      for (const input of model.graph.inputs) {
+        const source = graph.weights.get(input.name);
+        if (source === undefined) continue;
+        const name = typeof source === 'string' ? source : `${source.name}.weight`;
+        const data = typeof source === 'string' ? await weights.load(source) : await weights.loadSite(source);
+        const array: NdArray = { dtype: 'F32', shape: this.#weightShape(name, input.shape ?? [], data.length), data };
+        const moved = await this.#engine.upload?.(array);
+        if (moved) resident.push(moved);
+        feeds[input.name] = moved ?? array;
+      }
+    } catch (error) {
+      await dispose();
+      throw error;
     }
-    return { block, graph, program, weights: feeds };
+    return { block, graph, program, weights: feeds, grams, [Symbol.asyncDispose]: dispose };
   }
 
   /**
@@ -63,9 +85,28 @@ export class BlockRunner {
    * only, (rows, features), in memory that the next run overwrites. Throws FormatError `non-finite-activation`.
    */
   async run(loaded: LoadedBlock, states: HiddenStates, batch: WindowBatch, outputs: ReadonlyMap<string, number>) {
+    const { grams } = loaded;
+    if (grams === undefined) return this.#run(loaded, states, batch, outputs);
+    const memory = grams.memory();
+    const made = await this.#run(loaded, states, batch, outputs, memory);
+    const broken = grams.add(memory, batch.rowEnd - batch.rowStart);
+    if (broken.length > 0) {
+      // Which token it was, only the activations tell.
+      await this.#run(loaded, states, batch, new Map(broken.map(({ value, features }) => [value, features])));
+    }
+    return made;
+  }
+
+  async #run(
+    loaded: LoadedBlock,
+    states: HiddenStates,
+    batch: WindowBatch,
+    outputs: ReadonlyMap<string, number>,
+    products: Readonly<Record<string, NdArray>> = {},
+  ) {
     const { hidden, lengths } = await states.feeds(batch);
     const rows = batch.lengths.length * batch.sequence;
-    const into: Record<string, NdArray> = {};
+    const into: Record<string, NdArray> = { ...products };
     for (const [name, features] of outputs) {
       into[name] = {
         dtype: 'F32',
@@ -73,13 +114,13 @@ export class BlockRunner {
         data: this.#memory(name, rows * features),
       };
     }
-    const feeds: Record<string, NdArray> = { ...loaded.weights };
+    const feeds: Record<string, NdArray> = { ...loaded.weights, ...loaded.grams?.feeds(batch.lengths, batch.sequence) };
     // What only norms the hidden states knows nothing of their lengths.
     for (const name of loaded.program.inputNames) {
       if (name === 'hidden') feeds[name] = hidden;
       else if (name === 'lengths') feeds[name] = lengths;
     }
-    const results = await loaded.program.run(feeds, { outputs: [...outputs.keys()], into });
+    const results = await loaded.program.run(feeds, { outputs: Object.keys(into), into });
     const made = new Map<string, Float32Array>();
     for (const [name, features] of outputs) {
       const real = dropPads(batch, results[name].data as Float32Array, features);
@@ -96,7 +137,7 @@ export class BlockRunner {
     weights: WeightReader,
     onProgress?: (done: number, total: number) => void,
   ): Promise<void> {
-    const loaded = await this.load(block, weights, states);
+    await using loaded = await this.load(block, weights, states);
     const outputs = new Map([[HIDDEN_OUT, states.hiddenSize]]);
     await states.replace(async (batch) => {
       const made = await this.run(loaded, states, batch, outputs);

@@ -1,6 +1,7 @@
 /** Looks at a model on calibration text, block after block: measure what enters each linear layer, then move on. */
-import type { Blas, GramAccumulator } from '../compute/blas.ts';
+import type { Blas } from '../compute/blas.ts';
 import type { Engine } from '../compute/engine.ts';
+import { FUSED_TOKENS, fusesGrams } from '../compute/fused-gram.ts';
 import { RecipeError } from '../errors.ts';
 import type { Block, Model, WeightReader } from '../model/model.ts';
 import { BlockRunner, DEFAULT_BATCH_TOKENS } from './block-runner.ts';
@@ -52,7 +53,6 @@ interface Observed {
   readonly input: string;
   readonly output: string;
   readonly features: number;
-  readonly gram: GramAccumulator;
   readonly store?: StateStore | undefined;
   readonly drift?: DriftMeter | undefined;
 }
@@ -108,11 +108,9 @@ export class Calibration implements AsyncDisposable {
     const inputs = options.inputs ?? block.inputs;
     const observed = inputs.map((input) => this.#observe(block, input, graph.siteInputs.get(input), options));
     try {
-      await this.#pass(block, weights, observed, options.float);
+      const hessian = await this.#pass(block, weights, observed, options.float);
       const { batches, tokenCount } = this.states;
-      return new MeasuredBlock(
-        observed.map((seen) => new MeasuredInput({ ...seen, tokenCount }, seen.gram.finish(), seen, batches)),
-      );
+      return new MeasuredBlock(observed.map((seen) => new MeasuredInput({ ...seen, tokenCount }, hessian(seen), seen, batches)));
     } catch (error) {
       for (const { store, drift } of observed) {
         await store?.[Symbol.asyncDispose]();
@@ -157,37 +155,44 @@ export class Calibration implements AsyncDisposable {
       input,
       output,
       features,
-      gram: blas.gram(features),
       store: replay === false ? undefined : this.#spool.allocate(tokenCount, features),
       drift: float === undefined ? undefined : new DriftMeter(blas, features, tokenCount, this.#spool),
     };
   }
 
-  /** The block's weights live no longer than this: the Hessians are laid out after it. */
+  /** The block's weights live no longer than this: the Hessians are laid out after it, by what it returns. */
   async #pass(
     block: Block,
     weights: WeightReader,
     observed: readonly Observed[],
     floatWeights: WeightReader | undefined,
-  ): Promise<void> {
+  ): Promise<(seen: Observed) => Float64Array> {
     const { states } = this;
     const floatStates = this.#floatStates;
     if (floatWeights !== undefined && floatStates === undefined) throw new Error('drift needs followFloat');
-    const outputs = new Map(observed.map(({ output, features }) => [output, features]));
-    const names = [...outputs.keys()];
-    const loaded = await this.#runner.load(block, weights, states, names);
-    const float = floatWeights && (await this.#floatRunner.load(block, floatWeights, states, names));
+    const { blas, engine } = this.#options;
+    const names = observed.map(({ output }) => output);
+    const fuses = fusesGrams(engine) && states.longest <= FUSED_TOKENS;
+    const targets = fuses ? observed.map(({ output, features }) => ({ value: output, features })) : [];
+    await using loaded = await this.#runner.load(block, weights, states, names, targets);
+    await using float = floatWeights && (await this.#floatRunner.load(block, floatWeights, states, names));
+    const { grams: fused } = loaded;
+    const grams = new Map(fused ? [] : observed.map(({ output, features }) => [output, blas.gram(features)]));
+    // What is summed where it is made comes back only when something else wants it.
+    const read = observed.filter(({ store, drift }) => !fused || store || drift);
+    const outputs = new Map(read.map(({ output, features }) => [output, features]));
     for (const batch of states.batches) {
       const made = await this.#runner.run(loaded, states, batch, outputs);
       const wanted = float && (await this.#floatRunner.run(float, floatStates!, batch, outputs));
-      for (const { output, gram, store, features, drift } of observed) {
+      for (const { output, store, features, drift } of read) {
         const data = made.get(output)!;
-        await gram.add({ rows: batch.rowEnd - batch.rowStart, columns: features, data });
+        await grams.get(output)?.add({ rows: batch.rowEnd - batch.rowStart, columns: features, data });
         await store?.append(data);
         if (drift && wanted) await drift.add(data, wanted.get(output)!);
       }
       this.#report('measure', block, batch.rowEnd, states.tokenCount);
     }
+    return ({ output }) => fused?.finish(output) ?? grams.get(output)!.finish();
   }
 
   #report(phase: CalibrationPhase, block: Block | undefined, done: number, total: number): void {

@@ -8,6 +8,12 @@ import { choleskyBlocked } from './linalg/cholesky.ts';
 import { invertBlocked } from './linalg/triangular.ts';
 import { type LiteralNode, type LiteralValues, literalGraph } from './literal-graph.ts';
 
+/**
+ * Operations per byte moved from which a product runs on the device: a bus of 12 GB/s then feeds 0.8 TFLOP/s, more than the cores make.
+ * Cubes of 512 reach it; updates by blocks of 128 columns do not.
+ */
+const WORTH_MOVING = 64;
+
 /** Blas on the engine; its programs are the engine's, so there is nothing to dispose. */
 export function createBlas(engine: Engine): Blas {
   return new EngineBlas(engine);
@@ -48,7 +54,8 @@ class EngineBlas implements Blas {
       alpha: scalar(alpha),
       beta: scalar(beta),
     };
-    const program = await gemmProgram(this.#engine, { dtype: 'F32', transposeA, transposeB, alpha, beta });
+    const engine = await this.#engineFor(rows, inner, columns);
+    const program = await gemmProgram(engine, { dtype: 'F32', transposeA, transposeB, alpha, beta });
     await program.run(feeds, { into: { y } });
     return out;
   }
@@ -98,25 +105,25 @@ class EngineBlas implements Blas {
   /** Divergences are compared to the sixth digit and read their logits once: exact logarithms are worth more than a device's speed. */
   readonly #compileExact: Compile = async (model, options) => (await this.#exactEngine()).compile(model, options);
 
-  readonly #tile: TileProduct = async (tile) =>
-    (await this.#exactEngine()) === this.#engine ? this.#tileInOneGraph(tile) : this.#tileInTwoSteps(tile);
+  /** The device, for products that are worth the way there and back. */
+  async #engineFor(rows: number, inner: number, columns: number): Promise<Engine> {
+    if (this.#engine.device === 'cpu') return this.#engine;
+    const bytes = 4 * (rows * inner + inner * columns + 2 * rows * columns);
+    return (2 * rows * inner * columns) / bytes < WORTH_MOVING ? this.#exactEngine() : this.#engine;
+  }
 
-  /** Product, conversion and sum in one graph: the sum runs on all threads and the fp32 tile never leaves the cache. */
-  readonly #tileInOneGraph: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
-    const program = await this.#engine.compile(GRAM_TILE, { key: 'gram tile' });
+  /**
+   * Product, conversion and sum in one graph: the sum runs on all threads and the fp32 tile never leaves the cache. What is in the
+   * host's memory is summed there, whatever the device: `fused-gram.ts` sums what is made on a device.
+   */
+  readonly #tile: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
+    const program = await (await this.#exactEngine()).compile(GRAM_TILE, { key: 'gram tile' });
     const y: NdArray = { dtype: 'F64', shape: [rows, columns], data: sum };
     const strips = {
       a: { dtype: 'F32', shape: [tokens, rows], data: a },
       b: { dtype: 'F32', shape: [tokens, columns], data: b },
     } as const;
     await program.run({ ...strips, sum: y }, { into: { y } });
-  };
-
-  /** On an engine without fp64 only the product runs there. */
-  readonly #tileInTwoSteps: TileProduct = async ({ a, b, sum, tokens, rows, columns }) => {
-    const strip = (data: Float32Array, width: number): Matrix => ({ rows: tokens, columns: width, data });
-    const { data } = await this.gemm(strip(a, rows), strip(b, columns), { transposeA: true });
-    for (let i = 0; i < sum.length; i++) sum[i] += data[i];
   };
 }
 

@@ -43,3 +43,11 @@ export function ensureRuntimeFolder(): void {
   mkdirSync(folder, { recursive: true, mode: 0o700 });
   process.env['XDG_RUNTIME_DIR'] = folder;
 }
+
+/**
+ * Ampere GPUs and later round the factors of fp32 products to 10 bits unless told otherwise, and onnxruntime-node passes no option to
+ * the CUDA provider. Read by CUDA's libraries when they are loaded.
+ */
+export function forbidRoundedProducts(): void {
+  process.env['NVIDIA_TF32_OVERRIDE'] ??= '0';
+}

@@ -4,10 +4,11 @@ import type { InferenceSession, Tensor as OrtTensor } from 'onnxruntime-node';
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import { encodeOnnx } from '../../formats/onnx/writer.ts';
 import { chooseDevice, type DeviceProbe } from './devices.ts';
-import type { CompileOptions, Device, DeviceRequest, Engine, NdArray, Program } from './engine.ts';
+import type { CompileOptions, Device, DeviceRequest, Engine, NdArray, Program, ResidentArray } from './engine.ts';
 import { literalGraph } from './literal-graph.ts';
 import { deviceUnavailable, type OrtContext, translateOrtError } from './ort-errors.ts';
-import { ensureRuntimeFolder, loadOrt, type Ort } from './ort-runtime.ts';
+import { OrtResidentArray, OrtUploader } from './ort-resident.ts';
+import { ensureRuntimeFolder, forbidRoundedProducts, loadOrt, type Ort } from './ort-runtime.ts';
 import { fromOrtTensor, toOrtTensor } from './ort-tensors.ts';
 import { ProgramPool } from './program-pool.ts';
 
@@ -33,6 +34,7 @@ export async function createEngine(options: EngineOptions = {}): Promise<Engine>
   const threads = options.threads ?? availableParallelism();
   const request = options.device ?? 'cpu';
   if (request === 'auto' || request === 'webgpu') ensureRuntimeFolder();
+  if (request === 'auto' || request === 'cuda') forbidRoundedProducts();
   const settings = { threads, strict: options.strictDevice ?? false };
   const { device, notes } = await chooseDevice(request, probeOf(ort, threads), options.allowFallback);
   for (const note of notes) options.onNote?.(note);
@@ -56,6 +58,9 @@ class OrtEngine implements Engine {
   readonly #ort: Ort;
   readonly #settings: Settings;
   readonly #pool = new ProgramPool();
+  readonly #uploader: OrtUploader | undefined;
+  /** Only WebGPU keeps tensors between runs: the others copy every feed from the host. */
+  readonly upload?: (array: NdArray) => Promise<ResidentArray>;
   #companion: OrtEngine | undefined;
 
   constructor(ort: Ort, device: Device, settings: Settings) {
@@ -63,6 +68,11 @@ class OrtEngine implements Engine {
     this.#settings = settings;
     this.device = device;
     this.threads = settings.threads;
+    if (device === 'webgpu') {
+      const uploader = new OrtUploader(ort);
+      this.#uploader = uploader;
+      this.upload = (array) => uploader.upload(array);
+    }
     this.runtime = `onnxruntime-node ${ort.env.versions.node ?? ort.env.versions.common}`;
   }
 
@@ -86,6 +96,7 @@ class OrtEngine implements Engine {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#pool[Symbol.asyncDispose]();
+    await this.#uploader?.[Symbol.asyncDispose]();
     await this.#companion?.[Symbol.asyncDispose]();
   }
 
@@ -144,7 +155,8 @@ class OrtProgram implements Program {
     for (const name of this.inputNames) {
       const array = feeds[name];
       if (array === undefined) throw new Error(`${subject}: input "${name}" is missing in the feeds`);
-      inputs[name] = toOrtTensor(this.#ort, array, `${subject}: input "${name}"`);
+      inputs[name] =
+        array instanceof OrtResidentArray ? array.tensor : toOrtTensor(this.#ort, array, `${subject}: input "${name}"`);
     }
     const { outputs = this.outputNames, into = {} } = options;
     const wanted: Record<string, OrtTensor | null> = {};

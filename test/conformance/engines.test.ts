@@ -14,6 +14,7 @@ import type { Model } from '../../src/model/model.ts';
 import { naiveBlas } from '../support/naive-blas.ts';
 import { randomSource, randomValues } from '../support/random.ts';
 import { f32, i32, i64 } from '../support/run-graph.ts';
+import { webgpuEngine } from '../support/software-vulkan.ts';
 import { tinyModels } from '../support/tiny-models.ts';
 
 /** Largest difference from ort on the CPU, as a fraction of the largest value: fp32 in another order of summation. */
@@ -29,7 +30,14 @@ interface Subject {
 const SUBJECTS: readonly Subject[] = [
   { label: 'ort on cpu', start: () => createEngine({ threads: 1 }) },
   { label: 'tfjs on its plain backend', start: () => createTfjsEngine({ tf, threads: 1 }) },
+  ...(await webgpuSubject()),
 ];
+
+/** Skipped, with the reason printed, where there is no adapter. */
+async function webgpuSubject(): Promise<Subject[]> {
+  const engine = await webgpuEngine();
+  return engine === undefined ? [] : [{ label: 'ort on webgpu', start: async () => engine }];
+}
 
 function values(seed: number, shape: readonly number[], spread = 1): NdArray {
   return f32(

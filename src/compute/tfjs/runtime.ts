@@ -1,5 +1,6 @@
 /** Loads tfjs, an optional package, the first time it is asked for. */
 import { EnvironmentError } from '../../errors.ts';
+import { forbidRoundedProducts } from '../ort-runtime.ts';
 import type { Tf } from './values.ts';
 
 const PACKAGE = '@tensorflow/tfjs-node-gpu';
@@ -29,8 +30,7 @@ export async function loadTfjs(options: { tf?: Tf | undefined; cpuOnly: boolean;
 
 function importInstalled({ cpuOnly, threads }: { cpuOnly: boolean; threads: number }): Promise<Tf> {
   if (cpuOnly) process.env['CUDA_VISIBLE_DEVICES'] = '-1';
-  // Ampere GPUs and later would round the factors of fp32 products to 10 bits.
-  process.env['NVIDIA_TF32_OVERRIDE'] ??= '0';
+  forbidRoundedProducts();
   process.env['TF_NUM_INTRAOP_THREADS'] ??= String(threads);
   process.env['TF_CPP_MIN_LOG_LEVEL'] ??= '2';
   return importTfjs(() => import(PACKAGE) as Promise<Tf>);
