@@ -1,6 +1,6 @@
 /**
  * Quality of every quantizer on real models: perplexity on held-out text, everything stored counted, evaluated in memory and through the
- * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4]`; writes bench/results/quality-<model>.{json,md}.
+ * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4] [--table methods,without,stored]`; writes bench/results/quality-<model>.{json,md}.
  */
 import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -17,6 +17,7 @@ import { evaluationWindows } from '../src/calibration/windows.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import { evaluate, type QuantizeRequest, quantize, quantizeRecipe } from '../src/index.ts';
 import { ArtifactLogits } from '../src/logits-source.ts';
+import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
 import { Scorer } from '../src/scoring.ts';
 import { writeResults } from './results.ts';
 
@@ -48,13 +49,38 @@ const CASES: Readonly<Record<string, Case>> = {
   },
 };
 
-const METHODS: readonly [string, QuantizeRequest][] = [
+const PAPER: readonly [string, QuantizeRequest][] = [
   ['rtn', { method: 'rtn' }],
   ['gptq', { method: 'gptq' }],
   ['gptq, act-order', { method: 'gptq', actOrder: true }],
   ['gptq, act-order, true-sequential', { method: 'gptq', actOrder: true, trueSequential: true }],
   ['slim-llm', { method: 'slim-llm' }],
+].map(([label, request]) => [`${label}, paper`, { ...(request as QuantizeRequest), preset: 'paper' }]);
+
+const BEST: readonly [string, QuantizeRequest][] = [
+  ['rtn, best', { method: 'rtn' }],
+  ['gptq, best', { method: 'gptq' }],
+  ['slim-llm, best', { method: 'slim-llm' }],
 ];
+
+/** What each row of a table asks for; `--table` chooses. */
+const TABLES: Readonly<Record<string, (bits: readonly number[]) => [string, QuantizeRequest][]>> = {
+  methods: (bits) =>
+    bits.flatMap((width) =>
+      [...PAPER, ...BEST].map(([label, request]): [string, QuantizeRequest] => [
+        `${label}, ${width} bits`,
+        { ...request, bits: width },
+      ]),
+    ),
+  without: (bits) =>
+    bits.flatMap((width) =>
+      BEST_STEPS.filter((step) => step !== 'bias').map((step): [string, QuantizeRequest] => [
+        `slim-llm, best, ${width} bits, without ${step}`,
+        { without: [step], bits: width },
+      ]),
+    ),
+  stored: () => [2.1, 2.3, 2.6, 3.2, 4.2].map((bpw) => [`slim-llm, best, --bpw ${bpw}`, { bpw }]),
+};
 
 const threads = availableParallelism();
 
@@ -85,7 +111,10 @@ async function perplexityAtLevel1(artifact: string, scratch: string, text: strin
   return scorer.score.perplexity;
 }
 
-const { values, positionals } = parseArgs({ allowPositionals: true, options: { bits: { type: 'string', default: '2,3,4' } } });
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: { bits: { type: 'string', default: '2,3,4' }, table: { type: 'string', default: 'methods' } },
+});
 for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
   const { model, calibration, text, groupSize, sequenceLength } = CASES[name];
   if (!existsSync(model)) {
@@ -104,13 +133,12 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
       perplexity: float.perplexity,
     },
   ];
-  for (const bits of values.bits.split(',').map(Number)) {
-    for (const [label, options] of METHODS) {
+  for (const table of values.table.split(',')) {
+    for (const [label, options] of TABLES[table](values.bits.split(',').map(Number))) {
       const output = join(scratch, 'out');
       const needsText = options.method !== 'rtn';
       const request = {
         ...options,
-        bits,
         groupSize,
         ...(needsText ? { calibration: [calibration], samples: 128, sequenceLength } : {}),
       };
@@ -123,7 +151,7 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
       const fast = await evaluate(output, { ...machine, text: [text], accuracy: 'fast' });
       const level1 = await perplexityAtLevel1(output, scratch, text, sequenceLength);
       const row = {
-        method: `${label}, ${bits} bits`,
+        method: label,
         'code bits': exact.averageBits,
         'stored bpw': exact.bitsPerWeight,
         MB: exact.bytes / 1e6,
@@ -139,5 +167,9 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
     }
   }
   await rm(scratch, { recursive: true, force: true });
-  await writeResults(`quality-${name}`, `npx tsx bench/quality.ts ${name} --bits ${values.bits}`, rows);
+  await writeResults(
+    `quality-${name}${values.table === 'methods' ? '' : `-${values.table.replace(',', '-')}`}`,
+    `npx tsx bench/quality.ts ${name} --bits ${values.bits} --table ${values.table}`,
+    rows,
+  );
 }
