@@ -1,11 +1,12 @@
 /** The kernels in plain TypeScript, one weight at a time, with float32 rounding after every operation: the twin of the WASM build. */
 import type { Compensated, Grid, Group, Kernels } from '../../src/compute/kernels/kernels.ts';
 import { roundEven, searchedGrid } from './quantize-oracle.ts';
+import { weightedFits } from './weighted-fit.ts';
 
 const f = Math.fround;
 
 export function plainKernels(): Kernels {
-  return { minMaxGrid, twoLevelGrid, searchScales, roundCodes, compensate };
+  return { minMaxGrid, twoLevelGrid, searchScales, roundCodes, compensate, fitWeighted: weightedFits, polish };
 }
 
 function rowOf(group: Group, row: number): Float32Array {
@@ -81,4 +82,25 @@ function compensate(group: Group, upper: Float32Array, bits: Uint8Array, grid: G
     }
   }
   return { codes, errors };
+}
+
+function polish(decoded: Float32Array, gradient: Float32Array, hessian: Float32Array, bits: number, grid: Grid) {
+  const rows = grid.scale.length;
+  const columns = decoded.length / rows;
+  const codes = new Uint8Array(decoded.length);
+  const changes = new Float32Array(decoded.length);
+  for (let row = 0; row < rows; row++) {
+    for (let j = 0; j < columns; j++) {
+      const at = j * rows + row;
+      const target = f(decoded[at] - f(gradient[at] / hessian[j * columns + j]));
+      const { code, value } = quantize(target, bits, grid.scale[row], grid.shift[row]);
+      codes[at] = code;
+      changes[at] = f(value - decoded[at]);
+      decoded[at] = value;
+      for (let k = 0; k < columns; k++) {
+        gradient[k * rows + row] = f(gradient[k * rows + row] + f(changes[at] * hessian[j * columns + k]));
+      }
+    }
+  }
+  return { codes, changes };
 }

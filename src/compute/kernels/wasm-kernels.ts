@@ -1,7 +1,6 @@
 /** The kernels as WASM SIMD. A group is copied in by slices of rows, so the module's memory stays small whatever the layer. */
 import { KERNELS_WASM } from './kernels.generated.ts';
 import type { AsyncKernels, Compensated, Fitted, Grid, Group, Kernels } from './kernels.ts';
-import { fitWeightedPlain, polishPlain } from './weighted-grid.ts';
 
 // The compiler's library knows WebAssembly only together with the browser's DOM.
 declare const WebAssembly: {
@@ -74,6 +73,41 @@ interface KernelExports {
     shift: number,
     codes: number,
     errors: number,
+  ): void;
+  fitWeighted(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    levels: number,
+    weights: number,
+    scale: number,
+    zero: number,
+    loss: number,
+    scratch: number,
+  ): void;
+  fitTwoLevels(
+    group: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    weights: number,
+    scale: number,
+    offset: number,
+    loss: number,
+  ): void;
+  polish(
+    decoded: number,
+    gradient: number,
+    columns: number,
+    stride: number,
+    rows: number,
+    hessian: number,
+    levels: number,
+    scale: number,
+    shift: number,
+    codes: number,
+    changes: number,
   ): void;
 }
 
@@ -199,10 +233,8 @@ class WasmKernels implements Kernels {
     const levels = Float32Array.from(bits, levelsOf);
     for (const slice of slices(rows)) {
       const values = this.#begin(group, slice);
-      const upperAt = this.#reserve(transposed.byteLength);
-      this.#view(upperAt, transposed.length).set(transposed);
-      const levelsAt = this.#reserve(levels.byteLength);
-      this.#view(levelsAt, levels.length).set(levels);
+      const upperAt = this.#copy(transposed);
+      const levelsAt = this.#copy(levels);
       const scale = perColumn ? this.#writeColumns(grid.scale, columns, rows, slice) : this.#write(grid.scale, slice);
       const shift = perColumn ? this.#writeColumns(grid.shift, columns, rows, slice) : this.#write(grid.shift, slice);
       const codesAt = this.#reserve(columns * slice.stride);
@@ -222,19 +254,67 @@ class WasmKernels implements Kernels {
         errorsAt,
       );
       this.#readCodes(codes, group, slice, codesAt);
-      for (let j = 0; j < columns; j++) {
-        errors.set(this.#view(errorsAt + j * slice.stride * 4, slice.count), j * rows + slice.from);
-      }
+      this.#readColumns(errors, group, slice, errorsAt);
     }
     return { codes, errors };
   }
 
   fitWeighted(group: Group, bits: number, weights: Float32Array): Fitted {
-    return fitWeightedPlain(group, bits, weights);
+    const { columns, rows } = group;
+    const grid = emptyGrid(rows);
+    const losses = new Float32Array(rows);
+    for (const slice of slices(rows)) {
+      const values = this.#begin(group, slice);
+      const weightsAt = this.#copy(weights);
+      const scale = this.#reserve(slice.rows * 4);
+      const shift = this.#reserve(slice.rows * 4);
+      const loss = this.#reserve(slice.rows * 4);
+      if (bits === 1) {
+        this.#exports.fitTwoLevels(values, columns, slice.stride, slice.rows, weightsAt, scale, shift, loss);
+      } else {
+        const scratch = this.#reserve(columns * 16);
+        const levels = levelsOf(bits);
+        this.#exports.fitWeighted(values, columns, slice.stride, slice.rows, levels, weightsAt, scale, shift, loss, scratch);
+      }
+      this.#readGrid(grid, slice, scale, shift);
+      losses.set(this.#view(loss, slice.count), slice.from);
+    }
+    return { grid, losses };
   }
 
   polish(decoded: Float32Array, gradient: Float32Array, hessian: Float32Array, bits: number, grid: Grid) {
-    return polishPlain(decoded, gradient, hessian, bits, grid);
+    const rows = grid.scale.length;
+    const columns = decoded.length / rows;
+    const codes = new Uint8Array(decoded.length);
+    const changes = new Float32Array(decoded.length);
+    const group = { columns, rows, values: decoded };
+    for (const slice of slices(rows)) {
+      const decodedAt = this.#begin(group, slice);
+      const gradientAt = this.#writeColumns(gradient, columns, rows, slice);
+      const hessianAt = this.#copy(hessian);
+      const scale = this.#write(grid.scale, slice);
+      const shift = this.#write(grid.shift, slice);
+      const codesAt = this.#reserve(columns * slice.stride);
+      const changesAt = this.#reserve(columns * slice.stride * 4);
+      this.#exports.polish(
+        decodedAt,
+        gradientAt,
+        columns,
+        slice.stride,
+        slice.rows,
+        hessianAt,
+        levelsOf(bits),
+        scale,
+        shift,
+        codesAt,
+        changesAt,
+      );
+      this.#readColumns(decoded, group, slice, decodedAt);
+      this.#readColumns(gradient, group, slice, gradientAt);
+      this.#readColumns(changes, group, slice, changesAt);
+      this.#readCodes(codes, group, slice, codesAt);
+    }
+    return { codes, changes };
   }
 
   /** Forgets the previous slice and copies this one in. */
@@ -261,6 +341,13 @@ class WasmKernels implements Kernels {
     return this.#floats.subarray(at / 4, at / 4 + length);
   }
 
+  /** Copies values that all rows share. */
+  #copy(values: Float32Array): number {
+    const at = this.#reserve(values.byteLength);
+    this.#view(at, values.length).set(values);
+    return at;
+  }
+
   #write(values: Float32Array, slice: Slice): number {
     return this.#writeColumns(values, 1, values.length, slice);
   }
@@ -281,6 +368,12 @@ class WasmKernels implements Kernels {
   #readGrid(grid: Grid, slice: Slice, scale: number, shift: number): void {
     grid.scale.set(this.#view(scale, slice.count), slice.from);
     grid.shift.set(this.#view(shift, slice.count), slice.from);
+  }
+
+  #readColumns(values: Float32Array, group: Group, slice: Slice, at: number): void {
+    for (let j = 0; j < group.columns; j++) {
+      values.set(this.#view(at + j * slice.stride * 4, slice.count), j * group.rows + slice.from);
+    }
   }
 
   #readCodes(codes: Uint8Array, group: Group, slice: Slice, at: number): void {

@@ -5,7 +5,7 @@ const VECTOR: usize = 16;
 /** Four codes, as floats. */
 // @ts-ignore: decorator
 @inline
-function quantize(w: v128, levels: f32, s: v128, shift: v128): v128 {
+export function quantize(w: v128, levels: f32, s: v128, shift: v128): v128 {
   if (levels == 1) {
     const border = f32x4.add(shift, f32x4.mul(s, f32x4.splat(0.5)));
     return v128.and(f32x4.ge(w, border), f32x4.splat(1));
@@ -17,14 +17,14 @@ function quantize(w: v128, levels: f32, s: v128, shift: v128): v128 {
 /** The values four codes decode to. */
 // @ts-ignore: decorator
 @inline
-function decode(q: v128, levels: f32, s: v128, shift: v128): v128 {
+export function decode(q: v128, levels: f32, s: v128, shift: v128): v128 {
   return levels == 1 ? f32x4.add(shift, f32x4.mul(s, q)) : f32x4.mul(s, f32x4.sub(q, shift));
 }
 
 /** Four floats 0..255 to four bytes. */
 // @ts-ignore: decorator
 @inline
-function storeCodes(at: usize, q: v128): void {
+export function storeCodes(at: usize, q: v128): void {
   const words = i32x4.trunc_sat_f32x4_u(q);
   const halves = i16x8.narrow_i32x4_u(words, words);
   v128.store32_lane(at, i8x16.narrow_i16x8_u(halves, halves), 0);

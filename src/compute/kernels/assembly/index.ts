@@ -9,6 +9,8 @@
 export { searchGrid, searchWeightedGrid } from './search';
 export { minMaxGrid, twoLevelGrid } from './grid';
 export { roundCodes, compensate } from './codes';
+export { fitWeighted, fitTwoLevels } from './fit';
+export { polish } from './polish';
 
 /** First free byte of the memory. */
 export function memoryStart(): usize {
