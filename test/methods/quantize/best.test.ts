@@ -53,7 +53,8 @@ function drifted(x: number[][], float: number[][]): CalibrationStats & { drift: 
   x.forEach((row, t) => {
     for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) cross[i * n + j] += ((float[t][i] - row[i]) * row[j]) / x.length;
   });
-  const mean = (rows: number[][]) => Float64Array.from({ length: n }, (_, j) => rows.reduce((sum, row) => sum + row[j] / rows.length, 0));
+  const mean = (rows: number[][]) =>
+    Float64Array.from({ length: n }, (_, j) => rows.reduce((sum, row) => sum + row[j] / rows.length, 0));
   const drift: Drift = {
     cross,
     mean: mean(x),
@@ -147,9 +148,12 @@ describe('the reference layer', () => {
     [3, 'perm', [], 0.0141],
     [3, 'perm-had', ['polish'], 0.0093],
     [3, 'perm-had', [], 0.0087],
-  ] as const)('at %i bits, %s, without %j, is as far off as the specification says', async (bits, transform, without, expected) => {
-    const error = await testError(bits, transform, [...without]);
-    expect(error / expected).toBeGreaterThan(0.9);
-    expect(error / expected).toBeLessThan(1.03);
-  });
+  ] as const)(
+    'at %i bits, %s, without %j, is as far off as the specification says',
+    async (bits, transform, without, expected) => {
+      const error = await testError(bits, transform, [...without]);
+      expect(error / expected).toBeGreaterThan(0.9);
+      expect(error / expected).toBeLessThan(1.03);
+    },
+  );
 });
