@@ -88,6 +88,7 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
       inputs: stage,
       replay: run.measuring.replay && run.given === undefined,
       float: run.measuring.drift ? run.weights : undefined,
+      staged: run.measuring.sequential,
     });
     for (const input of stage) {
       for (const site of sitesOf(input)) {

@@ -43,13 +43,19 @@ export interface SurveyRun {
 export async function surveyModel(run: SurveyRun): Promise<ModelSurvey> {
   const { model, weights, quantizer, context, calibration, probe, widths } = run;
   const inputs: { input: string; survey: InputSurvey }[] = [];
+  const last = model.blocks.at(-1);
   await calibration?.start(weights);
   for (const block of model.blocks) {
     const sitesOf = (input: string) => block.sites.filter((site) => site.input === input && run.selected.has(site.name));
     const wanted = block.inputs.filter((input) => sitesOf(input).length > 0);
     const trials = new Map<string, Trial>();
+    if (wanted.length === 0 && block !== last) await calibration?.advance(block, weights);
     if (wanted.length > 0) {
-      await using measured = await calibration?.measure(block, weights, { inputs: wanted, replay: false });
+      await using measured = await calibration?.measure(block, weights, {
+        inputs: wanted,
+        replay: false,
+        advance: block !== last,
+      });
       for (const input of wanted) {
         run.signal?.throwIfAborted();
         const load = (site: LinearSite) => weights.loadSite(site);
@@ -60,7 +66,6 @@ export async function surveyModel(run: SurveyRun): Promise<ModelSurvey> {
       }
     }
     await probe?.add(block, trials);
-    if (block !== model.blocks.at(-1)) await calibration?.advance(block, weights);
     run.onBlock?.(block.index + 1);
   }
   if (probe) return { inputs, sensitivities: await probe.finish() };

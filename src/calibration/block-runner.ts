@@ -4,12 +4,14 @@ import { FusedGrams, type GramTarget } from '../compute/fused-gram.ts';
 import { FormatError } from '../errors.ts';
 import { pruneModel } from '../graph/prune.ts';
 import type { Block, BlockGraph, Model, WeightReader } from '../model/model.ts';
+import type { BlockCut } from './block-cut.ts';
 import { dropPads, type HiddenStates, type WindowBatch } from './hidden-states.ts';
 
 /** Tokens, pads included, that run at once: enough for a GEMM at full speed, small beside a block's weights. */
 export const DEFAULT_BATCH_TOKENS = 2048;
 
-const HIDDEN_OUT = 'hidden_out';
+/** Graph output: the hidden states that enter the next block. */
+export const HIDDEN_OUT = 'hidden_out';
 
 /** A block ready to run: its compiled graph and its weights as the graph's inputs. Disposing takes the weights off the device. */
 export interface LoadedBlock extends AsyncDisposable {
@@ -17,6 +19,8 @@ export interface LoadedBlock extends AsyncDisposable {
   readonly graph: BlockGraph;
   readonly program: Program;
   readonly weights: Readonly<Record<string, NdArray>>;
+  /** Where its runs begin; absent: at the block's start. */
+  readonly from?: BlockCut | undefined;
   /** What its runs sum up by themselves. */
   readonly grams?: FusedGrams | undefined;
 }
@@ -38,7 +42,7 @@ export class BlockRunner {
   /**
    * Compiles (or finds) what computes `outputs` of the block's graph, for windows like those of `states`, and reads the weights that takes.
    * The program belongs to the engine. Where the device keeps what it is given, the weights are moved there once.
-   * @param targets outputs that every run sums x x^T of
+   * @param targets outputs that every run sums x x^T of @param from where an earlier pass has got to
    */
   async load(
     block: Block,
@@ -46,15 +50,17 @@ export class BlockRunner {
     states: HiddenStates,
     outputs: readonly string[] = [HIDDEN_OUT],
     targets: readonly GramTarget[] = [],
+    from?: BlockCut,
   ): Promise<LoadedBlock> {
     const graph = this.#model.blockGraph(block, states.longest);
-    const pruned = pruneModel(graph.model, outputs);
+    const given = [...(from?.values.keys() ?? [])];
+    const pruned = pruneModel(graph.model, outputs, given);
     const grams = targets.length === 0 ? undefined : new FusedGrams(pruned, targets);
     const model = grams?.model ?? pruned;
     // An arena would keep the largest run's activations while the block is quantized: 0.8 GB for a 7B block of 2048 tokens,
     // against 4 % more time.
     const program = await this.#engine.compile(model, {
-      key: `${graph.key} -> ${[...outputs, ...(grams?.outputs ?? [])].join(' ')}`,
+      key: `${graph.key} ${given.join(' ')} -> ${[...outputs, ...(grams?.outputs ?? [])].join(' ')}`,
       memoryArena: false,
     });
     const feeds: Record<string, NdArray> = {};
@@ -77,7 +83,7 @@ export class BlockRunner {
       await dispose();
       throw error;
     }
-    return { block, graph, program, weights: feeds, grams, [Symbol.asyncDispose]: dispose };
+    return { block, graph, program, weights: feeds, from, grams, [Symbol.asyncDispose]: dispose };
   }
 
   /**
@@ -114,7 +120,11 @@ export class BlockRunner {
         data: this.#memory(name, rows * features),
       };
     }
-    const feeds: Record<string, NdArray> = { ...loaded.weights, ...loaded.grams?.feeds(batch.lengths, batch.sequence) };
+    const feeds: Record<string, NdArray> = {
+      ...loaded.weights,
+      ...(await loaded.from?.feeds(batch)),
+      ...loaded.grams?.feeds(batch.lengths, batch.sequence),
+    };
     // What only norms the hidden states knows nothing of their lengths.
     for (const name of loaded.program.inputNames) {
       if (name === 'hidden') feeds[name] = hidden;
@@ -136,8 +146,9 @@ export class BlockRunner {
     block: Block,
     weights: WeightReader,
     onProgress?: (done: number, total: number) => void,
+    from?: BlockCut,
   ): Promise<void> {
-    await using loaded = await this.load(block, weights, states);
+    await using loaded = await this.load(block, weights, states, [HIDDEN_OUT], [], from);
     const outputs = new Map([[HIDDEN_OUT, states.hiddenSize]]);
     await states.replace(async (batch) => {
       const made = await this.run(loaded, states, batch, outputs);

@@ -4,10 +4,11 @@ import type { Engine } from '../compute/engine.ts';
 import { FUSED_TOKENS, fusesGrams } from '../compute/fused-gram.ts';
 import { RecipeError } from '../errors.ts';
 import type { Block, Model, WeightReader } from '../model/model.ts';
-import { BlockRunner, DEFAULT_BATCH_TOKENS } from './block-runner.ts';
+import { BlockCut } from './block-cut.ts';
+import { BlockRunner, DEFAULT_BATCH_TOKENS, HIDDEN_OUT } from './block-runner.ts';
 import { DriftMeter } from './drift-meter.ts';
 import { embedTokens } from './embed.ts';
-import { HiddenStates, type HiddenWindow } from './hidden-states.ts';
+import { HiddenStates, type HiddenWindow, type WindowBatch } from './hidden-states.ts';
 import { MeasuredBlock, MeasuredInput } from './measured.ts';
 import { Spool, type SpoolOptions, type StateStore } from './state-store.ts';
 
@@ -46,6 +47,13 @@ export interface MeasureOptions {
   readonly replay?: boolean;
   /** The float model's weights: follow its own hidden states along, and measure how far these have drifted from them. */
   readonly float?: WeightReader | undefined;
+  /**
+   * Inputs come one after the other: a later `measure` of the block, or its `advance`, may begin where this one ended. What it takes the
+   * weights of sites before `inputs` to be, they must stay.
+   */
+  readonly staged?: boolean;
+  /** Move the hidden states through the block in the same pass. */
+  readonly advance?: boolean;
 }
 
 /** One site input during a forward pass: the graph output that shows it, and what becomes of it. */
@@ -68,6 +76,8 @@ export class Calibration implements AsyncDisposable {
   readonly #options: CalibrationOptions;
   readonly #spool: Spool;
   readonly #runner: BlockRunner;
+  #cut: BlockCut | undefined;
+  #floatCut: BlockCut | undefined;
   /** A runner reuses its output memory: two models at once need two. */
   readonly #floatRunner: BlockRunner;
 
@@ -101,14 +111,14 @@ export class Calibration implements AsyncDisposable {
 
   /**
    * One forward pass of the block with `weights` over all windows, as far as the inputs asked for need it, and their statistics. The hidden
-   * states stay as they are. Dispose of the result when the block is done.
+   * states stay as they are unless `advance` is asked for. Dispose of the result when the block is done.
    */
   async measure(block: Block, weights: WeightReader, options: MeasureOptions = {}): Promise<MeasuredBlock> {
     const graph = this.#options.model.blockGraph(block);
     const inputs = options.inputs ?? block.inputs;
     const observed = inputs.map((input) => this.#observe(block, input, graph.siteInputs.get(input), options));
     try {
-      const hessian = await this.#pass(block, weights, observed, options.float);
+      const hessian = await this.#pass(block, weights, observed, options);
       const { batches, tokenCount } = this.states;
       return new MeasuredBlock(observed.map((seen) => new MeasuredInput({ ...seen, tokenCount }, hessian(seen), seen, batches)));
     } catch (error) {
@@ -122,14 +132,19 @@ export class Calibration implements AsyncDisposable {
 
   /** Moves the hidden states through the block with `weights` (the quantized ones, decoded). */
   async advance(block: Block, weights: WeightReader): Promise<void> {
-    await this.#runner.advance(this.states, block, weights, (done, total) => this.#report('advance', block, done, total));
+    const report = (done: number, total: number) => this.#report('advance', block, done, total);
+    const from = this.#cut?.precedes(block, []) ? this.#cut : undefined;
+    await this.#runner.advance(this.states, block, weights, report, from);
+    await this.#moveCut(undefined);
   }
 
   /** Moves the float model's own hidden states through the block. */
   async advanceFloat(block: Block, weights: WeightReader): Promise<void> {
     if (this.#floatStates === undefined) throw new Error('the float model does not run along: followFloat was not asked for');
     const report = (done: number, total: number) => this.#report('advance', block, done, total);
-    await this.#runner.advance(this.#floatStates, block, weights, report);
+    const from = this.#floatCut?.precedes(block, []) ? this.#floatCut : undefined;
+    await this.#floatRunner.advance(this.#floatStates, block, weights, report, from);
+    await this.#moveFloatCut(undefined);
   }
 
   /** The hidden states as they are now, a window at a time; after the last block, what the final norm and head take. */
@@ -138,6 +153,8 @@ export class Calibration implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    await this.#moveCut(undefined);
+    await this.#moveFloatCut(undefined);
     await this.states[Symbol.asyncDispose]();
     await this.#floatStates?.[Symbol.asyncDispose]();
     await this.#spool[Symbol.asyncDispose]();
@@ -165,25 +182,41 @@ export class Calibration implements AsyncDisposable {
     block: Block,
     weights: WeightReader,
     observed: readonly Observed[],
-    floatWeights: WeightReader | undefined,
+    { float: floatWeights, staged = false, advance = false }: MeasureOptions,
   ): Promise<(seen: Observed) => Float64Array> {
     const { states } = this;
     const floatStates = this.#floatStates;
     if (floatWeights !== undefined && floatStates === undefined) throw new Error('drift needs followFloat');
     const { blas, engine } = this.#options;
-    const names = observed.map(({ output }) => output);
+    const inputs = observed.map(({ input }) => input);
+    const from = this.#cut?.precedes(block, inputs) ? this.#cut : undefined;
+    const floatFrom = this.#floatCut?.precedes(block, inputs) ? this.#floatCut : undefined;
+    const graph = this.#options.model.blockGraph(block, states.longest);
+    const cutAfter = (before: BlockCut | undefined) => BlockCut.at(block, graph, inputs[0], states, this.#spool, before);
+    const cut = staged && inputs.length === 1 ? cutAfter(from) : undefined;
+    const floatCut = cut && floatWeights ? cutAfter(floatFrom) : undefined;
+    const shown = new Map(observed.map(({ output, features }) => [output, features]));
+    const kept = (made: BlockCut | undefined) => [...(made?.fresh ?? [])].map(([name, { columns }]) => [name, columns] as const);
+    const floatOutputs = new Map([...shown, ...kept(floatCut)]);
+    const passing = new Map([...kept(cut), ...(advance ? [[HIDDEN_OUT, states.hiddenSize] as const] : [])]);
+
     const fuses = fusesGrams(engine) && states.longest <= FUSED_TOKENS;
     const targets = fuses ? observed.map(({ output, features }) => ({ value: output, features })) : [];
-    await using loaded = await this.#runner.load(block, weights, states, names, targets);
-    await using float = floatWeights && (await this.#floatRunner.load(block, floatWeights, states, names));
+    const names = new Set([...shown.keys(), ...passing.keys()]);
+    await using loaded = await this.#runner.load(block, weights, states, [...names], targets, from);
+    const floatNames = [...floatOutputs.keys()];
+    await using float =
+      floatWeights && (await this.#floatRunner.load(block, floatWeights, floatStates!, floatNames, [], floatFrom));
     const { grams: fused } = loaded;
     const grams = new Map(fused ? [] : observed.map(({ output, features }) => [output, blas.gram(features)]));
     // What is summed where it is made comes back only when something else wants it.
     const read = observed.filter(({ store, drift }) => !fused || store || drift);
-    const outputs = new Map(read.map(({ output, features }) => [output, features]));
-    for (const batch of states.batches) {
+    const outputs = new Map([...read.map(({ output, features }) => [output, features] as const), ...passing]);
+    const visit = async (batch: WindowBatch): Promise<ReadonlyMap<string, Float32Array>> => {
       const made = await this.#runner.run(loaded, states, batch, outputs);
-      const wanted = float && (await this.#floatRunner.run(float, floatStates!, batch, outputs));
+      const wanted = float && (await this.#floatRunner.run(float, floatStates!, batch, floatOutputs));
+      for (const [name, store] of cut?.fresh ?? []) await store.append(made.get(name)!);
+      for (const [name, store] of floatCut?.fresh ?? []) await store.append(wanted!.get(name)!);
       for (const { output, store, features, drift } of read) {
         const data = made.get(output)!;
         await grams.get(output)?.add({ rows: batch.rowEnd - batch.rowStart, columns: features, data });
@@ -191,8 +224,23 @@ export class Calibration implements AsyncDisposable {
         if (drift && wanted) await drift.add(data, wanted.get(output)!);
       }
       this.#report('measure', block, batch.rowEnd, states.tokenCount);
-    }
+      return made;
+    };
+    if (advance) await states.replace(async (batch) => (await visit(batch)).get(HIDDEN_OUT)!);
+    else for (const batch of states.batches) await visit(batch);
+    if (cut || advance) await this.#moveCut(cut);
+    if (floatCut) await this.#moveFloatCut(floatCut);
     return ({ output }) => fused?.finish(output) ?? grams.get(output)!.finish();
+  }
+
+  async #moveCut(cut: BlockCut | undefined): Promise<void> {
+    await this.#cut?.makeWay(cut);
+    this.#cut = cut;
+  }
+
+  async #moveFloatCut(cut: BlockCut | undefined): Promise<void> {
+    await this.#floatCut?.makeWay(cut);
+    this.#floatCut = cut;
   }
 
   #report(phase: CalibrationPhase, block: Block | undefined, done: number, total: number): void {

@@ -29,6 +29,11 @@ export class Spool implements AsyncDisposable {
     this.#parent = options.folder ?? tmpdir();
   }
 
+  /** Whether such a store would be in RAM as a whole. */
+  fits(rows: number, columns: number): boolean {
+    return rows * columns * Float32Array.BYTES_PER_ELEMENT <= Math.min(this.#ramLeft, MAX_RAM_BYTES);
+  }
+
   /** A store of `rows` rows of `columns` floats, all zero; what RAM is left takes the first rows, a file the others. */
   allocate(rows: number, columns: number): StateStore {
     const rowBytes = columns * Float32Array.BYTES_PER_ELEMENT;

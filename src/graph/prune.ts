@@ -1,22 +1,27 @@
 /** The part of a graph that some of its outputs need: a runtime computes every node it is given, asked for or not. */
 import type { Graph, Node, OnnxModel } from '../../formats/onnx/model.ts';
 
-/** The same model with the named outputs only, and without nodes, inputs and constants that none of them depends on. */
-export function pruneModel(model: OnnxModel, outputs: readonly string[]): OnnxModel {
-  return { ...model, graph: pruneGraph(model.graph, new Set(outputs)) };
+/**
+ * The same model with the named outputs only, and without nodes, inputs and constants that none of them depends on.
+ * @param given other outputs of the graph, which are fed instead of computed
+ */
+export function pruneModel(model: OnnxModel, outputs: readonly string[], given: readonly string[] = []): OnnxModel {
+  return { ...model, graph: pruneGraph(model.graph, new Set(outputs), new Set(given)) };
 }
 
-function pruneGraph(graph: Graph, outputs: ReadonlySet<string>): Graph {
+function pruneGraph(graph: Graph, outputs: ReadonlySet<string>, given: ReadonlySet<string>): Graph {
   const kept = graph.outputs.filter(({ name }) => outputs.has(name));
   if (kept.length !== outputs.size) {
     const missing = [...outputs].find((name) => !kept.some((output) => output.name === name));
     throw new Error(`graph "${graph.name}" has no output "${missing}"`);
   }
+  const fed = [...outputs].find((name) => given.has(name));
+  if (fed !== undefined) throw new Error(`graph "${graph.name}": "${fed}" is given, it cannot be asked for`);
   const needed = new Set<string>(outputs);
   const nodes: Node[] = [];
   // Nodes are in topological order, so one pass from the back sees every use before the node that makes it.
   for (const node of graph.nodes.toReversed()) {
-    if (!node.outputs.some((output) => output !== '' && needed.has(output))) continue;
+    if (!node.outputs.some((output) => output !== '' && needed.has(output) && !given.has(output))) continue;
     nodes.push(node);
     for (const name of [...node.inputs, ...outerNames(node)]) if (name !== '') needed.add(name);
   }
@@ -24,7 +29,7 @@ function pruneGraph(graph: Graph, outputs: ReadonlySet<string>): Graph {
     ...graph,
     nodes: nodes.reverse(),
     outputs: kept,
-    inputs: graph.inputs.filter(({ name }) => needed.has(name)),
+    inputs: [...graph.inputs, ...graph.outputs.filter(({ name }) => given.has(name))].filter(({ name }) => needed.has(name)),
     initializers: new Map([...graph.initializers].filter(([name]) => needed.has(name))),
   };
 }

@@ -9,6 +9,9 @@ import { blockSites } from './expected-tensors.ts';
 import type { BlockGraph, LinearSite, NormGraph } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
+/** Graph output: the residual stream between attention and MLP. */
+const MIDDLE = 'middle';
+
 /** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
 export function buildBlockGraph(description: DecoderDescription, named: BlockDescription, positions: number): BlockGraph {
   const { shape } = description;
@@ -32,6 +35,8 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
       : undefined;
   const weights = new Map<string, LinearSite | string>();
   const siteInputs = new Map<string, Value>();
+  const residuals = new Map<string, string>();
+  let residual = 'hidden';
   const tensor = (name: string, dims: readonly number[]): Value => {
     weights.set(name, prefix + name);
     return builder.input(name, 'F32', dims);
@@ -59,17 +64,25 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
         ...(tables ? { rotary: tables } : {}),
       }).output;
     },
-    observe: (input, value) => siteInputs.set(input, value),
+    observeMiddle(value) {
+      residual = MIDDLE;
+      builder.output(MIDDLE, value);
+    },
+    observe(input, value) {
+      siteInputs.set(input, value);
+      residuals.set(prefix + input, residual);
+    },
   };
   const normed = renderNorm(builder, parts, block.attentionNorm, hidden);
-  const residual = renderBlock(builder, shape, block, parts, hidden, normed);
-  builder.output('hidden_out', builder.add(residual.hidden, residual.branch));
+  const last = renderBlock(builder, shape, block, parts, hidden, normed);
+  builder.output('hidden_out', builder.add(last.hidden, last.branch));
   for (const [name, value] of siteInputs) builder.output(name, value);
   return {
     model: builder.build(),
     key: graphKey({ headCount, kvHeadCount, headDim, rotary, block }),
     weights,
     siteInputs: new Map([...siteInputs.keys()].map((input) => [prefix + input, input])),
+    residuals,
   };
 }
 

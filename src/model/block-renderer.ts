@@ -11,6 +11,8 @@ export interface BlockParts {
   tensor(name: string, shape: readonly number[]): Value;
   /** Attention of `block`: q, k and v in, (batch, sequence, headCount * headDim) out. */
   attend(block: BlockDescription, q: Value, k: Value, v: Value): Value;
+  /** Told of the residual stream between attention and MLP. */
+  observeMiddle?(value: Value): void;
   /** Told of each site input when it is made. */
   observe?(input: string, value: Value): void;
 }
@@ -32,6 +34,7 @@ export function renderBlock(
 ): Residual {
   const attended = builder.rootScope(block.attentionName, () => renderAttention(builder, shape, block, parts, normed));
   const middle = addAndNorm(builder, parts, { hidden, branch: attended }, block.mlpNorm);
+  parts.observeMiddle?.(middle.hidden);
   const branch = builder.rootScope(block.mlpName, () => renderMlp(builder, block.mlp, parts, middle.normed));
   return { hidden: middle.hidden, branch };
 }

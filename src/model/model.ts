@@ -57,7 +57,8 @@ export interface WeightReader {
 export interface BlockGraph {
   /**
    * Inputs `hidden` F32 (batch, sequence, hiddenSize) and `lengths` I32 (batch): real tokens of each right-padded row; then the
-   * weights. Outputs `hidden_out` (batch, sequence, hiddenSize) and one (batch, sequence, features) per site input.
+   * weights. Outputs `hidden_out` and `middle`, the residual stream between attention and MLP (batch, sequence, hiddenSize), and one
+   * (batch, sequence, features) per site input.
    */
   readonly model: OnnxModel;
   /** Equal keys mean equal graphs: the engine compiles once. */
@@ -66,6 +67,8 @@ export interface BlockGraph {
   readonly weights: ReadonlyMap<string, LinearSite | string>;
   /** `LinearSite.input` -> graph output that shows it. */
   readonly siteInputs: ReadonlyMap<string, string>;
+  /** `LinearSite.input` -> the residual stream beside it, graph input or output: the rest of the block needs these two and `lengths`. */
+  readonly residuals: ReadonlyMap<string, string>;
 }
 
 /** A graph applied to hidden states after the last block: `hidden` (rows, hiddenSize) -> `hidden_out`. */

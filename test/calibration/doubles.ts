@@ -57,6 +57,7 @@ export function toyModel(blockCount = 2, options: { contextLength?: number; posi
       key: 'toy',
       weights: new Map([['w', block.sites[0]]]),
       siteInputs: new Map([[block.inputs[0], 'mix']]),
+      residuals: new Map([[block.inputs[0], 'hidden']]),
     }),
     finalNormGraph: unused,
     decoderGraph: unused,

@@ -219,6 +219,56 @@ it('measures one input at a time behind weights that changed before it', async (
   expect(after.get(block.inputs[1])!.hessian).not.toEqual(before.get(block.inputs[1])!.hessian);
 });
 
+describe.each([
+  ['in RAM', {}],
+  ['on disk, where a wide input is made again', { ramBytes: 0 }],
+])('inputs measured in stages, activations %s', (_, spool) => {
+  it.each([
+    ['llama', () => llama],
+    ['gpt2', () => tinyGpt2()],
+  ])('see what whole passes see, in both models and to the end: %s', async (_name, tiny) => {
+    const run = async (staged: boolean) => {
+      const { model, pass, weights } = open(tiny(), { followFloat: true, ...spool });
+      await using _pass = pass;
+      await pass.start(weights);
+      const seen: unknown[] = [];
+      for (const block of model.blocks) {
+        const changed = new Set<string>();
+        const halved: WeightReader = {
+          ...weights,
+          loadSite: async (site) => (await weights.loadSite(site)).map((value) => (changed.has(site.name) ? value / 2 : value)),
+        };
+        for (const input of block.inputs) {
+          await using measured = await pass.measure(block, halved, { inputs: [input], float: weights, staged });
+          const { hessian, drift } = measured.get(input)!;
+          seen.push(hessian.slice(), drift!.cross.slice(), drift!.floatMean.slice());
+          for (const site of block.sites) if (site.input === input) changed.add(site.name);
+        }
+        await pass.advance(block, halved);
+        await pass.advanceFloat(block, weights);
+      }
+      for await (const { hidden } of pass.hiddenStates()) seen.push(hidden.slice());
+      return seen;
+    };
+    expect(await run(true)).toEqual(await run(false));
+  });
+});
+
+it('moves on in the pass that measures, when asked to', async () => {
+  const run = async (together: boolean) => {
+    const { model, pass, weights } = open(llama);
+    await using _pass = pass;
+    await pass.start(weights);
+    const [block] = model.blocks;
+    await using measured = await pass.measure(block, weights, { advance: together });
+    if (!together) await pass.advance(block, weights);
+    const hidden: Float32Array[] = [];
+    for await (const window of pass.hiddenStates()) hidden.push(window.hidden.slice());
+    return [[...measured.values()].map(({ hessian }) => hessian), hidden];
+  };
+  expect(await run(true)).toEqual(await run(false));
+});
+
 it('names the tensor whose size does not fit the graph', async () => {
   const { model, pass, weights } = open(llama);
   await using _pass = pass;
