@@ -225,13 +225,13 @@ describe.each([
 ])('inputs measured in stages, activations %s', (_, spool) => {
   it.each([
     ['llama', () => llama],
-    ['gpt2', () => tinyGpt2()],
+    ['gpt2', () => tinyGpt2('GPT-2')],
   ])('see what whole passes see, in both models and to the end: %s', async (_name, tiny) => {
     const run = async (staged: boolean) => {
       const { model, pass, weights } = open(tiny(), { followFloat: true, ...spool });
       await using _pass = pass;
       await pass.start(weights);
-      const seen: unknown[] = [];
+      const seen: number[][] = [];
       for (const block of model.blocks) {
         const changed = new Set<string>();
         const halved: WeightReader = {
@@ -241,16 +241,22 @@ describe.each([
         for (const input of block.inputs) {
           await using measured = await pass.measure(block, halved, { inputs: [input], float: weights, staged });
           const { hessian, drift } = measured.get(input)!;
-          seen.push(hessian.slice(), drift!.cross.slice(), drift!.floatMean.slice());
+          seen.push([...hessian], [...drift!.cross], [...drift!.floatMean]);
           for (const site of block.sites) if (site.input === input) changed.add(site.name);
         }
         await pass.advance(block, halved);
         await pass.advanceFloat(block, weights);
       }
-      for await (const { hidden } of pass.hiddenStates()) seen.push(hidden.slice());
+      for await (const { hidden } of pass.hiddenStates()) seen.push([...hidden]);
       return seen;
     };
-    expect(await run(true)).toEqual(await run(false));
+    const [inStages, whole] = [await run(true), await run(false)];
+    expect(inStages.length).toBe(whole.length);
+    const worst = whole.map((values, i) =>
+      values.reduce((most, value, j) => Math.max(most, Math.abs(value - inStages[i][j])), 0),
+    );
+    // onnxruntime fuses an addition with the norm after it only where both are in one graph.
+    expect(Math.max(...worst)).toBeLessThan(1e-6);
   });
 });
 
