@@ -166,6 +166,7 @@ export class Calibration implements AsyncDisposable {
       throw new Error(`${block.name} has no site input "${input}"; it has ${block.inputs.join(', ')}`);
     }
     const features = site.inFeatures;
+    const biased = block.sites.some((candidate) => candidate.input === input && candidate.hasBias);
     const { tokenCount } = this.states;
     const { blas } = this.#options;
     return {
@@ -173,7 +174,7 @@ export class Calibration implements AsyncDisposable {
       output,
       features,
       store: replay === false ? undefined : this.#spool.allocate(tokenCount, features),
-      drift: float === undefined ? undefined : new DriftMeter(blas, features, tokenCount, this.#spool),
+      drift: float === undefined ? undefined : new DriftMeter(blas, features, tokenCount, this.#spool, biased),
     };
   }
 

@@ -12,39 +12,39 @@ export class DriftMeter implements AsyncDisposable {
   /** First held-out row. */
   readonly #heldOutStart: number;
   readonly #cross: Float32Array;
-  readonly #sum: Float64Array;
-  readonly #floatSum: Float64Array;
+  readonly #sums: { readonly actual: Float64Array; readonly float: Float64Array } | undefined;
   readonly #actual: StateStore;
-  readonly #float: StateStore;
+  readonly #difference: StateStore;
   #rows = 0;
 
-  /** @param tokenCount rows that `add` will get in all */
-  constructor(blas: Blas, features: number, tokenCount: number, spool: Spool) {
+  /** @param tokenCount rows that `add` will get in all @param means whether means are wanted */
+  constructor(blas: Blas, features: number, tokenCount: number, spool: Spool, means: boolean) {
     const heldOut = Math.ceil(tokenCount / HELD_OUT);
     this.#blas = blas;
     this.#features = features;
     this.#heldOutStart = tokenCount - heldOut;
     this.#cross = new Float32Array(features * features);
-    this.#sum = new Float64Array(features);
-    this.#floatSum = new Float64Array(features);
+    this.#sums = means ? { actual: new Float64Array(features), float: new Float64Array(features) } : undefined;
     this.#actual = spool.allocate(heldOut, features);
-    this.#float = spool.allocate(heldOut, features);
+    this.#difference = spool.allocate(heldOut, features);
   }
 
   /** The same tokens in both models, (tokens, features); `float` is overwritten. */
   async add(actual: Float32Array, float: Float32Array): Promise<void> {
     const n = this.#features;
     const rows = actual.length / n;
-    addRows(this.#sum, actual);
-    addRows(this.#floatSum, float);
+    if (this.#sums) {
+      addRows(this.#sums.actual, actual);
+      addRows(this.#sums.float, float);
+    }
+    for (let i = 0; i < float.length; i++) float[i] -= actual[i];
     const measured = Math.max(0, Math.min(rows, this.#heldOutStart - this.#rows));
     this.#rows += rows;
     if (measured < rows) {
       await this.#actual.append(actual.subarray(measured * n));
-      await this.#float.append(float.subarray(measured * n));
+      await this.#difference.append(float.subarray(measured * n));
     }
     if (measured === 0) return;
-    for (let i = 0; i < measured * n; i++) float[i] -= actual[i];
     const matrix = (data: Float32Array): Matrix => ({ rows: measured, columns: n, data: data.subarray(0, measured * n) });
     const out = { rows: n, columns: n, data: this.#cross };
     await this.#blas.gemm(matrix(float), matrix(actual), { transposeA: true, beta: 1, out });
@@ -53,18 +53,17 @@ export class DriftMeter implements AsyncDisposable {
   finish(batchRows: number): Drift {
     const count = Math.max(1, this.#heldOutStart);
     for (let i = 0; i < this.#cross.length; i++) this.#cross[i] /= count;
-    const [actual, float] = [this.#actual, this.#float];
+    const [actual, difference] = [this.#actual, this.#difference];
     const columns = this.#features;
     const mean = (sum: Float64Array) => sum.map((value) => value / Math.max(1, this.#rows));
     return {
       cross: this.#cross,
-      mean: mean(this.#sum),
-      floatMean: mean(this.#floatSum),
+      ...(this.#sums && { means: { actual: mean(this.#sums.actual), float: mean(this.#sums.float) } }),
       async *heldOut() {
         for (let start = 0; start < actual.rows; start += batchRows) {
           const end = Math.min(start + batchRows, actual.rows);
           const matrix = (data: Float32Array): Matrix => ({ rows: end - start, columns, data });
-          yield { actual: matrix(await actual.read(start, end)), float: matrix(await float.read(start, end)) };
+          yield { actual: matrix(await actual.read(start, end)), difference: matrix(await difference.read(start, end)) };
         }
       },
     };
@@ -72,7 +71,7 @@ export class DriftMeter implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#actual[Symbol.asyncDispose]();
-    await this.#float[Symbol.asyncDispose]();
+    await this.#difference[Symbol.asyncDispose]();
   }
 }
 

@@ -20,9 +20,8 @@ export interface CalibrationStats {
 export interface Drift {
   /** `(1/T) sum (x' - x) x^T` over the tokens that are not held out, (features, features). */
   readonly cross: Float32Array;
-  /** Mean of x and of x' over all tokens, (features). */
-  readonly mean: Float64Array;
-  readonly floatMean: Float64Array;
-  /** The last eighth of the tokens in both models, (tokens, features) a batch: to tell whether a correction carries over. */
-  heldOut(): AsyncIterable<{ readonly actual: Matrix; readonly float: Matrix }>;
+  /** Mean of x and of x' over all tokens, (features); only for an input of a layer with a bias. */
+  readonly means?: { readonly actual: Float64Array; readonly float: Float64Array };
+  /** The last eighth of the tokens, x and x' - x, (tokens, features) a batch: to tell whether a correction carries over. */
+  heldOut(): AsyncIterable<{ readonly actual: Matrix; readonly difference: Matrix }>;
 }

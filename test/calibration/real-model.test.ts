@@ -241,7 +241,7 @@ describe.each([
         for (const input of block.inputs) {
           await using measured = await pass.measure(block, halved, { inputs: [input], float: weights, staged });
           const { hessian, drift } = measured.get(input)!;
-          seen.push([...hessian], [...drift!.cross], [...drift!.floatMean]);
+          seen.push([...hessian], [...drift!.cross], [...(drift!.means?.float ?? [])]);
           for (const site of block.sites) if (site.input === input) changed.add(site.name);
         }
         await pass.advance(block, halved);

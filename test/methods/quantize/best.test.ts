@@ -57,10 +57,9 @@ function drifted(x: number[][], float: number[][]): CalibrationStats & { drift: 
     Float64Array.from({ length: n }, (_, j) => rows.reduce((sum, row) => sum + row[j] / rows.length, 0));
   const drift: Drift = {
     cross,
-    mean: mean(x),
-    floatMean: mean(float),
+    means: { actual: mean(x), float: mean(float) },
     async *heldOut() {
-      yield { actual: flat(x), float: flat(float) };
+      yield { actual: flat(x), difference: flat(float.map((row, t) => row.map((value, j) => value - x[t][j]))) };
     },
   };
   return { ...statsOf(flat(x)), drift };
@@ -96,7 +95,7 @@ describe('the drift correction', () => {
       async *heldOut() {
         yield {
           actual: { rows: 1, columns: 2, data: Float32Array.of(1, 1) },
-          float: { rows: 1, columns: 2, data: Float32Array.of(1.2, 1.4) },
+          difference: { rows: 1, columns: 2, data: Float32Array.of(0.2, 0.4) },
         };
       },
     };
@@ -104,6 +103,50 @@ describe('the drift correction', () => {
     const columns = Float32Array.from([1, -2]);
     expect(await correctForDrift(naiveBlas(), drift, input, columns, undefined, false)).toEqual({ alpha: 0, heldOutRatio: 1 });
     expect([...columns]).toEqual([1, -2]);
+  });
+});
+
+describe.each([
+  ['none', false],
+  ['perm-had', false],
+  ['perm-had', true],
+] as const)('the part of the drift correction that is taken, transform %s, centred %s', (transform, centred) => {
+  it('is the least squares one over the held-out tokens', async () => {
+    const [n, rows, tokens] = [6, 3, 40];
+    const value = (i: number) => Math.sin(12.9898 * (i + 1)) * 2;
+    const x = Array.from({ length: tokens }, (_, t) => Array.from({ length: n }, (_, j) => value(t * n + j) + 0.3 * j));
+    const float = x.map((row, t) => row.map((v, j) => v + 0.4 * row[(j + 1) % n] + 0.1 * value(900 + t * n + j)));
+    const stats = drifted(x, float);
+    const input = await prepareInput(contextOf(), siteOf(rows, n), { ...stats, tokenCount: 1e9 }, transform, 4, { centred });
+    const weight = Float32Array.from({ length: rows * n }, (_, i) => value(i + 500));
+    const stored = (natural: Float32Array) => {
+      const turned = input.transform ? transformColumns(input.transform, natural, rows, n) : natural;
+      return Float32Array.from({ length: rows * n }, (_, i) => turned[(i % rows) * n + Math.floor(i / rows)]);
+    };
+    const natural = (columns: Float32Array) => {
+      const turned = Float32Array.from({ length: rows * n }, (_, i) => columns[(i % n) * rows + Math.floor(i / n)]);
+      return input.transform ? untransformColumns(input.transform, turned, rows, n) : turned;
+    };
+    const whole = stored(weight);
+    await correctForDrift(naiveBlas(), stats.drift, input, whole, 1, centred);
+    const change = natural(whole).map((v, i) => v - weight[i]);
+    const { actual, float: floatMean } = stats.drift.means!;
+    let [product, square] = [0, 0];
+    for (let t = 0; t < tokens; t++) {
+      for (let i = 0; i < rows; i++) {
+        let [made, wanted] = [0, 0];
+        for (let j = 0; j < n; j++) {
+          const from = centred ? [actual[j], floatMean[j]] : [0, 0];
+          made += change[i * n + j] * (x[t][j] - from[0]);
+          wanted += weight[i * n + j] * (float[t][j] - from[1] - x[t][j] + from[0]);
+        }
+        product += made * wanted;
+        square += made * made;
+      }
+    }
+    const { alpha } = await correctForDrift(naiveBlas(), stats.drift, input, stored(weight), undefined, centred);
+    expect(alpha).toBeCloseTo(Math.min(1, product / square), 4);
+    expect(alpha).toBeGreaterThan(0.5);
   });
 });
 

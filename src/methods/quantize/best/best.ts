@@ -48,7 +48,7 @@ export function preparedInput(
 
 /** Whether statistics are taken around their means: the bias then makes up for what quantization does to the mean output. */
 function centred(context: QuantizeContext, site: LinearSite, stats: CalibrationStats): boolean {
-  return site.hasBias && stats.drift !== undefined && !without(context, 'bias');
+  return site.hasBias && stats.drift?.means !== undefined && !without(context, 'bias');
 }
 
 function without({ options }: QuantizeContext, step: BestStep): boolean {
@@ -128,7 +128,9 @@ export async function applyBest(
   const error = decoded.map((value, i) => value - original[i]);
   const [energy, loss] = await sampledEnergy(blas, input.hessian, [original, error], input.features);
   const decided = { ...builder.finish(), ...(input.transform && { transform: input.transform }) };
-  const bias = centred(context, site, stats) ? await correctedBias(context, site, weight, decided, stats.drift!) : undefined;
+  const bias = centred(context, site, stats)
+    ? await correctedBias(context, site, weight, decided, stats.drift!.means!)
+    : undefined;
   const quantized = { ...decided, ...(bias && { bias }) };
   return { quantized, relativeError: energy > 0 ? loss / energy : 0, details: { alpha, shrinkage: input.shrinkage } };
 }
@@ -139,7 +141,7 @@ async function correctedBias(
   site: LinearSite,
   weight: Float32Array,
   quantized: QuantizedLinear,
-  { mean, floatMean }: Drift,
+  means: NonNullable<Drift['means']>,
 ): Promise<Float32Array> {
   if (!context.loadBias || !context.roundBias) throw new Error(`${site.name} has a bias, but the context cannot load it`);
   const bias = (await context.loadBias(site)).slice();
@@ -147,7 +149,7 @@ async function correctedBias(
   const n = site.inFeatures;
   for (let row = 0; row < site.outFeatures; row++) {
     let change = 0;
-    for (let j = 0; j < n; j++) change += weight[row * n + j] * floatMean[j] - decoded[row * n + j] * mean[j];
+    for (let j = 0; j < n; j++) change += weight[row * n + j] * means.float[j] - decoded[row * n + j] * means.actual[j];
     bias[row] += change;
   }
   return context.roundBias(site, bias);

@@ -4,7 +4,7 @@
  */
 import type { Drift } from '../../../calibration/statistics.ts';
 import type { Blas, Matrix } from '../../../compute/blas.ts';
-import { hadamardScale, type InputTransform, rotateRuns } from '../input-transform.ts';
+import { hadamardScale, type InputTransform, rotateRuns, untransformColumns } from '../input-transform.ts';
 import type { PreparedInput } from './prepared-input.ts';
 
 /** Rows of W that decide how much of the correction is taken. */
@@ -83,14 +83,15 @@ async function correctionOf(
 
 /** R with rows and columns in stored order, (n, n): `T R T^T`, where T is what the transform does to an activation. */
 function storedCross(drift: Drift, transform: InputTransform | undefined, n: number, centred: boolean): Float32Array {
-  const { cross, mean, floatMean } = drift;
+  const { cross } = drift;
+  const means = centred ? drift.means : undefined;
   const result = new Float32Array(n * n);
   const row = new Float64Array(n);
   for (let i = 0; i < n; i++) {
     const source = transform ? transform.order[i] : i;
     for (let j = 0; j < n; j++) {
       const column = transform ? transform.order[j] : j;
-      row[j] = cross[source * n + column] - (centred ? (floatMean[source] - mean[source]) * mean[column] : 0);
+      row[j] = cross[source * n + column] - (means ? (means.float[source] - means.actual[source]) * means.actual[column] : 0);
     }
     if (transform && transform.hadamard > 0) rotateRuns(row, transform.hadamard, hadamardScale(transform.hadamard));
     result.set(row, i * n);
@@ -116,21 +117,30 @@ async function bestAlpha(
   correction: Float32Array,
   centred: boolean,
 ): Promise<DriftCorrection> {
-  const n = input.features;
-  const [weight, change] = [sampleRows(columns, n), sampleRows(correction, n)];
+  // In natural order: a few rows of weights are turned back at less cost than every token is turned.
+  const weight = sampleRows(columns, input);
+  const change = sampleRows(correction, input);
+  const means = centred ? drift.means : undefined;
+  const shift =
+    means &&
+    offset(
+      weight,
+      means.float.map((value, j) => value - means.actual[j]),
+    );
+  const centre = means && offset(change, means.actual);
   let product = 0;
   let square = 0;
   let before = 0;
-  for await (const { actual, float } of drift.heldOut()) {
-    const x = storedTokens(actual, input.transform, centred ? drift.mean : undefined);
-    const difference = storedTokens(float, input.transform, centred ? drift.floatMean : undefined);
-    for (let i = 0; i < x.data.length; i++) difference.data[i] -= x.data[i];
-    const wanted = (await blas.gemm(difference, weight)).data;
-    const made = (await blas.gemm(x, change)).data;
+  for await (const { actual, difference } of drift.heldOut()) {
+    const wanted = (await blas.gemm(difference, weight, { transposeB: true })).data;
+    const made = (await blas.gemm(actual, change, { transposeB: true })).data;
+    const count = weight.rows;
     for (let i = 0; i < wanted.length; i++) {
-      product += made[i] * wanted[i];
-      square += made[i] * made[i];
-      before += wanted[i] * wanted[i];
+      const w = shift ? wanted[i] - shift[i % count] : wanted[i];
+      const m = centre ? made[i] - centre[i % count] : made[i];
+      product += m * w;
+      square += m * m;
+      before += w * w;
     }
   }
   if (!(square > 0) || !(before > 0)) return { alpha: 0, heldOutRatio: 1 };
@@ -139,29 +149,21 @@ async function bestAlpha(
   return ratio > WORTHWHILE ? { alpha: 0, heldOutRatio: 1 } : { alpha, heldOutRatio: ratio };
 }
 
-/** Evenly spaced columns of (features, rows). */
-function sampleRows(columns: Float32Array, features: number): Matrix {
+/** Evenly spaced rows of W, (count, features) in natural order, from W^T (features, rows) in stored order. */
+function sampleRows(columns: Float32Array, { features, transform }: PreparedInput): Matrix {
   const rows = columns.length / features;
   const count = Math.min(rows, SAMPLED_ROWS);
   const data = new Float32Array(features * count);
-  for (let j = 0; j < features; j++) {
-    for (let i = 0; i < count; i++) data[j * count + i] = columns[j * rows + Math.floor((i * rows) / count)];
+  for (let i = 0; i < count; i++) {
+    const from = Math.floor((i * rows) / count);
+    for (let j = 0; j < features; j++) data[i * features + j] = columns[j * rows + from];
   }
-  return { rows: features, columns: count, data };
+  return { rows: count, columns: features, data: transform ? untransformColumns(transform, data, count, features) : data };
 }
 
-/** Activations (tokens, features) as the stored weights take them; a copy. */
-function storedTokens(tokens: Matrix, transform: InputTransform | undefined, mean: Float64Array | undefined): Matrix {
-  const { rows, columns } = tokens;
-  const data = new Float32Array(rows * columns);
-  const row = new Float64Array(columns);
-  for (let t = 0; t < rows; t++) {
-    for (let k = 0; k < columns; k++) {
-      const from = transform ? transform.order[k] : k;
-      row[k] = tokens.data[t * columns + from] - (mean ? mean[from] : 0);
-    }
-    if (transform && transform.hadamard > 0) rotateRuns(row, transform.hadamard, hadamardScale(transform.hadamard));
-    data.set(row, t * columns);
-  }
-  return { rows, columns, data };
+/** `W v`, (rows). */
+function offset({ rows, columns, data }: Matrix, vector: Float64Array): Float64Array {
+  const sums = new Float64Array(rows);
+  for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) sums[i] += data[i * columns + j] * vector[j];
+  return sums;
 }

@@ -52,7 +52,7 @@ export async function prepareInput(
 ): Promise<PreparedInput> {
   const { features: n, hessian } = stats;
   checkDiagonal(site, hessian, n);
-  const mean = options.centred ? stats.drift?.mean : undefined;
+  const mean = options.centred ? stats.drift?.means?.actual : undefined;
   if (mean) subtractMean(hessian, mean);
   let rho = shrinkageOf(hessian, n, stats.tokenCount);
   shrink(hessian, n, rho);
