@@ -12,11 +12,12 @@ import {
 import { whyNotGptq } from './artifacts/gptq.ts';
 import { layOutShape, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
-import type { SitePlan } from './methods/quantize/quantizer.ts';
+import type { Measuring, SitePlan } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
 
 export interface MemoryEstimateOptions {
-  readonly needsCalibration: boolean;
+  /** Absent for a method that reads no text. */
+  readonly measuring: Measuring | undefined;
   readonly selected: ReadonlySet<string>;
   readonly tokens: number;
   /** Bound on buffered activations. */
@@ -29,27 +30,38 @@ const BATCH_TOKENS = 2048;
 /** Peak memory of a quantize run in bytes, from the largest block: an estimate, within about a third of what is measured. */
 export function estimatePeakBytes(model: Model, options: MemoryEstimateOptions): number {
   const { hiddenSize } = model.shape;
+  const { measuring } = options;
+  const models = measuring?.drift ? 2 : 1;
   let peak = 0;
   for (const block of model.blocks) {
     const sites = block.sites.filter((site) => options.selected.has(site.name));
     const weights = sum(block.sites.map(({ inFeatures, outFeatures }) => 4 * inFeatures * outFeatures));
     const largest = Math.max(0, ...sites.map(({ inFeatures, outFeatures }) => inFeatures * outFeatures));
-    // A site at work: W twice in float32, its transpose, codes.
-    const work = 13 * largest;
-    if (!options.needsCalibration) {
+    // A site at work: W twice in float32, its transpose, codes; with a target of its own, that too and what it is corrected by.
+    const work = (measuring?.drift ? 25 : 13) * largest;
+    if (!measuring) {
       peak = Math.max(peak, work);
       continue;
     }
     const features = [...new Map(sites.map((site) => [site.input, site.inFeatures])).values()];
-    const hessians = sum(features.map((n) => 8 * n * n));
     const widest = Math.max(0, ...features);
-    const batch = 4 * BATCH_TOKENS * (sum(features) + 2 * hiddenSize);
-    const factor = 12 * widest * widest;
-    peak = Math.max(peak, Math.max(weights + hessians + batch, hessians + factor + work + batch));
+    const square = widest * widest;
+    const hessians = measuring.sequential ? 8 * square : sum(features.map((n) => 8 * n * n));
+    const drift = measuring.drift ? 8 * square : 0;
+    const batch = 4 * models * BATCH_TOKENS * (sum(features) + 2 * hiddenSize);
+    const factor = 12 * square;
+    peak = Math.max(peak, Math.max(models * weights + hessians + drift / 2 + batch, hessians + drift + factor + work + batch));
   }
-  const rowFloats = hiddenSize + Math.max(...model.blocks.map((block) => sum(inputsOf(block.sites))));
-  const buffered = options.needsCalibration ? Math.min(options.maxMemory, 4 * options.tokens * rowFloats) : 0;
-  return RUNTIME_BYTES + peak + buffered;
+  if (!measuring) return RUNTIME_BYTES + peak;
+  const floats = model.blocks.map(({ sites }) => {
+    const widths = inputsOf(sites);
+    const widest = Math.max(0, ...widths);
+    // The hidden states, where the pass over the block has got to, what is replayed, and an eighth of the tokens held out twice.
+    const cut = measuring.sequential ? models * (hiddenSize + widest) : 0;
+    const replayed = measuring.replay ? (measuring.sequential ? widest : sum(widths)) : 0;
+    return models * hiddenSize + cut + replayed + (measuring.drift ? widest / 4 : 0);
+  });
+  return RUNTIME_BYTES + peak + Math.min(options.maxMemory, 4 * options.tokens * Math.max(...floats));
 }
 
 function inputsOf(sites: readonly LinearSite[]): number[] {

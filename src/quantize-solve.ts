@@ -5,13 +5,14 @@ import { Calibration } from './calibration/calibration.ts';
 import type { Device, Engine } from './compute/engine.ts';
 import { ENGINES } from './compute/engines.ts';
 import { createBlas } from './compute/ort-blas.ts';
-import type { Measuring, QuantizeContext, QuantizeOptions, SitePlan } from './methods/quantize/quantizer.ts';
+import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
 import { contextOf, quantizeBlocks } from './quantize-blocks.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
 import { predictSizes } from './quantize-estimate.ts';
 import type { QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
+import type { QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import { SensitivityProbe } from './sensitivity-probe.ts';
 
@@ -20,6 +21,19 @@ export interface Solved {
   readonly device: Device;
   readonly runtime: string;
   readonly shared?: SharedBudget | undefined;
+}
+
+/** What a method is told of a recipe. */
+function optionsOf(recipe: QuantizeRecipe, bits: number): QuantizeOptions {
+  // The gptq layout has no place for a transform.
+  const transform = recipe.transform === 'auto' && recipe.formats.includes('gptq') ? 'none' : recipe.transform;
+  return { ...recipe, transform, bits };
+}
+
+/** How the run measures for a method that reads text. @param bits mean code bits */
+export function measuringOf(quantizer: Quantizer, recipe: QuantizeRecipe, bits: number): Measuring {
+  const own = quantizer.measuring?.(optionsOf(recipe, bits));
+  return own ?? { sequential: recipe.trueSequential, drift: false, replay: true };
 }
 
 /** Quantizes what is not in `parts` yet. @param onStored called when a part is safely stored */
@@ -32,14 +46,8 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
     onNote: (note) => hooks.note?.(note),
   });
   const blas = createBlas(engine);
-  // The gptq layout has no place for a transform.
-  const transform = recipe.transform === 'auto' && recipe.formats.includes('gptq') ? 'none' : recipe.transform;
-  const options: QuantizeOptions = { ...recipe, transform, bits: job.nominalBits };
-  const measuring: Measuring = quantizer.measuring?.(options) ?? {
-    sequential: recipe.trueSequential,
-    drift: false,
-    replay: true,
-  };
+  const options = optionsOf(recipe, job.nominalBits);
+  const measuring = measuringOf(quantizer, recipe, job.nominalBits);
   const { surveys } = job;
   const progress = new QuantizeProgress(model, hooks, surveys);
   await using calibration = quantizer.needsCalibration

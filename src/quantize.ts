@@ -7,13 +7,13 @@ import { PartStore } from './artifacts/parts.ts';
 import { type WrittenArtifact, writeArtifact } from './artifacts/write-artifact.ts';
 import type { Device } from './compute/engine.ts';
 import { RecipeError } from './errors.ts';
-import type { BitPlan } from './methods/quantize/quantizer.ts';
+import type { BitPlan, Measuring } from './methods/quantize/quantizer.ts';
 import { packageVersion } from './package-root.ts';
 import type { BlockDetails, SiteDetails } from './quantize-blocks.ts';
 import { type ArtifactSizes, estimatePeakBytes, predictSizes, sizesOf } from './quantize-estimate.ts';
 import { describeInputs, type RunInputs } from './quantize-inputs.ts';
 import { prepareJob, type QuantizeJob } from './quantize-job.ts';
-import { solve } from './quantize-solve.ts';
+import { measuringOf, solve } from './quantize-solve.ts';
 import type { ArtifactFormat, QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 
@@ -179,9 +179,19 @@ function detailsOf({ source, selected }: QuantizeJob, parts: PartStore): [string
   });
 }
 
-function outlineOf({ source, recipe, selected, quantizer, windows }: QuantizeJob, plan: BitPlan, notes: readonly string[]) {
+/** Going through a block input by input is one pass; measuring all inputs and then moving on behind the quantized weights are two. */
+function forwardPasses({ sequential, drift }: Measuring, surveys: boolean): string {
+  const count = (surveys ? 1 : 0) + (sequential ? 1 : 2) + (drift ? 1 : 0);
+  return `${count} forward pass${count === 1 ? '' : 'es'}`;
+}
+
+function outlineOf(
+  { source, recipe, selected, quantizer, windows, surveys, nominalBits }: QuantizeJob,
+  plan: BitPlan,
+  notes: readonly string[],
+) {
   const tokens = windows.reduce((sum, window) => sum + window.length, 0);
-  const { needsCalibration } = quantizer;
+  const measuring = quantizer.needsCalibration ? measuringOf(quantizer, recipe, nominalBits) : undefined;
   return {
     architecture: source.model.architecture,
     method: `${recipe.method}, preset ${recipe.preset}`,
@@ -190,10 +200,10 @@ function outlineOf({ source, recipe, selected, quantizer, windows }: QuantizeJob
     sourceBytes: source.weightBytes,
     plan,
     notes,
-    passes: needsCalibration
-      ? `2 forward passes over ${tokens} tokens in ${windows.length} windows`
+    passes: measuring
+      ? `${forwardPasses(measuring, surveys)} over ${tokens} tokens in ${windows.length} windows`
       : 'none: the method reads no text',
-    predictedPeakBytes: estimatePeakBytes(source.model, { needsCalibration, selected, tokens, maxMemory: recipe.maxMemory }),
+    predictedPeakBytes: estimatePeakBytes(source.model, { measuring, selected, tokens, maxMemory: recipe.maxMemory }),
   };
 }
 
