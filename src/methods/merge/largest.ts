@@ -1,6 +1,7 @@
 /** Sparsifiers that keep a band of the ranks of each task vector's magnitudes, over the whole tensor. */
 import type { MergeBlock } from './merger.ts';
-import { bitsOf, MagnitudeSelection } from './selection.ts';
+import { MagnitudeSelection } from './selection.ts';
+import { type Stretch, scanTaskVectors } from './stretch.ts';
 import type { Sparsifier } from './task-vectors.ts';
 
 /** Ranks kept, by magnitude from the largest: `drop` are skipped, then `keep` kept, the rest dropped. */
@@ -9,7 +10,7 @@ export interface RankBand {
   readonly keep: number;
 }
 
-/** What is above a threshold, and how many ties of it are still free, for one expert in the last pass. */
+/** What lies above each threshold, and how many ties of it are still free, for one expert in the last pass. */
 interface Taking {
   readonly dropBits: number;
   readonly keepBits: number;
@@ -19,56 +20,52 @@ interface Taking {
 
 /** @param length elements of the tensor, @param bands per expert; undefined keeps everything, without a scan */
 export function keepRanks(length: number, bands: readonly (RankBand | undefined)[]): Sparsifier {
+  const which = bands.flatMap((band, k) => (band ? [k] : []));
   const selections = bands.map((band) => (band ? new MagnitudeSelection(length) : undefined));
-  const states: (Taking | undefined)[] = [];
+  const takings: (Taking | undefined)[] = [];
 
-  const scanHigh = (block: MergeBlock): void => {
-    for (const [k, selection] of selections.entries()) selection?.countHigh(block.taskVectors[k]);
-  };
+  const scanHigh = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countHigh(stretch.bits, count));
+  const countLow = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countLow(stretch.bits, count));
   const scanLow = (block: MergeBlock): void => {
-    for (const [k, selection] of selections.entries()) {
-      const { drop, keep } = bands[k] ?? { drop: 0, keep: 0 };
-      if (block.start === 0) selection?.choose([drop, drop + keep]);
-      selection?.countLow(block.taskVectors[k]);
-    }
+    if (block.start === 0) for (const k of which) selections[k]!.choose([bands[k]!.drop, bands[k]!.drop + bands[k]!.keep]);
+    countLow(block);
   };
-  const stateOf = (k: number): Taking | undefined => {
-    const selection = selections[k];
-    if (!selection) return undefined;
-    if (!states[k]) {
-      const [drop, kept] = selection.thresholds();
-      states[k] = { dropBits: drop.bits, dropTies: drop.ties, keepBits: kept.bits, keepTies: kept.ties };
-    }
-    return states[k];
+  const begin = (selection: MagnitudeSelection): Taking => {
+    const [drop, kept] = selection.thresholds();
+    return { dropBits: drop.bits, dropTies: drop.ties, keepBits: kept.bits, keepTies: kept.ties };
   };
 
   return {
-    scans: selections.some((selection) => selection) ? [scanHigh, scanLow] : [],
-    sparsify(k, delta, from, count, _at, out) {
-      const state = stateOf(k);
-      if (!state) for (let i = 0; i < count; i++) out[i] = delta[from + i];
-      else takeBand(state, delta, from, count, out);
+    scans: which.length > 0 ? [scanHigh, scanLow] : [],
+    sparsify(k, stretch, count) {
+      const selection = selections[k];
+      if (!selection) return;
+      takings[k] ??= begin(selection);
+      takeBand(takings[k], stretch, count);
     },
+    scale: () => 1,
   };
 }
 
-function takeBand(state: Taking, delta: Float32Array, from: number, count: number, out: Float64Array): void {
-  const { dropBits, keepBits } = state;
-  const bits = bitsOf(delta);
+function takeBand(taking: Taking, stretch: Stretch, count: number): void {
+  const { bits } = stretch;
+  const { dropBits, keepBits } = taking;
   for (let i = 0; i < count; i++) {
-    const magnitude = bits[from + i] & 0x7fffffff;
-    let kept = magnitude > keepBits;
-    if (magnitude === keepBits && state.keepTies > 0) {
-      state.keepTies--;
-      kept = true;
+    const pattern = bits[i];
+    const magnitude = pattern & 0x7fffffff;
+    // All ones where the magnitude is above the threshold, without a branch.
+    let kept = (keepBits - magnitude) >> 31;
+    if (magnitude === keepBits && taking.keepTies > 0) {
+      taking.keepTies--;
+      kept = -1;
     }
     if (magnitude >= dropBits) {
-      if (magnitude > dropBits) kept = false;
-      else if (state.dropTies > 0) {
-        state.dropTies--;
-        kept = false;
+      if (magnitude > dropBits) kept = 0;
+      else if (taking.dropTies > 0) {
+        taking.dropTies--;
+        kept = 0;
       }
     }
-    out[i] = kept ? delta[from + i] : 0;
+    bits[i] = pattern & kept;
   }
 }

@@ -28,11 +28,10 @@ export class MagnitudeSelection {
     this.#high = counters(0x8000, length);
   }
 
-  /** First scan. */
-  countHigh(values: Float32Array): void {
-    const bits = bitsOf(values);
+  /** First scan: the bit patterns of the next `count` elements. */
+  countHigh(bits: Int32Array, count: number): void {
     const counts = this.#high;
-    for (let i = 0; i < bits.length; i++) counts[(bits[i] & MAGNITUDE) >>> 16]++;
+    for (let i = 0; i < count; i++) counts[(bits[i] & MAGNITUDE) >>> 16]++;
   }
 
   /** Between the scans: how many elements are to be selected, for each of several selections. 0 .. length. */
@@ -48,10 +47,9 @@ export class MagnitudeSelection {
   }
 
   /** Second scan. */
-  countLow(values: Float32Array): void {
-    const bits = bitsOf(values);
+  countLow(bits: Int32Array, count: number): void {
     for (const [high, counts] of this.#low)
-      for (let i = 0; i < bits.length; i++) if ((bits[i] & MAGNITUDE) >>> 16 === high) counts[bits[i] & 0xffff]++;
+      for (let i = 0; i < count; i++) if ((bits[i] & MAGNITUDE) >>> 16 === high) counts[bits[i] & 0xffff]++;
   }
 
   /** After the scans: the threshold of each selection, in the order of `choose`. */
@@ -65,11 +63,6 @@ export class MagnitudeSelection {
       return { bits: high * 0x10000 + low, ties };
     });
   }
-}
-
-/** The pattern of every value; masked with `MAGNITUDE` they order like the magnitudes. */
-export function bitsOf(values: Float32Array): Int32Array {
-  return new Int32Array(values.buffer, values.byteOffset, values.length);
 }
 
 /** The number whose pattern a threshold holds. */

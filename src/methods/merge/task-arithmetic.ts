@@ -1,6 +1,6 @@
 /** Task arithmetic (Ilharco et al., arXiv 2212.04089): the base plus the weighted task vectors. */
 import { defineMerger } from './merger.ts';
-import { consensusDivisor, LAMBDA } from './task-vectors.ts';
+import { divisorOf, LAMBDA } from './task-vectors.ts';
 import { baseAndTaskVectors } from './weighted-sum.ts';
 import { sum, WEIGHT } from './weights.ts';
 
@@ -17,7 +17,7 @@ export const taskArithmetic = defineMerger({
     normalize: { type: 'boolean', summary: 'divide by the sum of the weights', default: false },
   },
   prepare(_tensor, { weight, lambda, normalize }) {
-    const divisor = normalize ? consensusDivisor(sum(weight)) : 1;
+    const divisor = normalize ? divisorOf(sum(weight)) : 1;
     const coefficients = weight.map((w) => (lambda * w) / divisor);
     return { scans: [], merge: (block) => baseAndTaskVectors(block.base!, block.experts, coefficients) };
   },

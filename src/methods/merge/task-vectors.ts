@@ -5,6 +5,7 @@
  * sum N and in the divisor Z alike. Result: `theta_0 + lambda N / Z` where normalized, else `theta_0 + lambda N`.
  */
 import type { MergeBlock, TensorMerge } from './merger.ts';
+import { allocateStretch, readTaskVector, type Stretch, stretchLength } from './stretch.ts';
 import { NEGLIGIBLE_WEIGHT, sum } from './weights.ts';
 
 /** Global scale of what is added to the base. */
@@ -18,13 +19,15 @@ export const DENSITY = {
   perExpert: true,
 } as const;
 
-/** Sparse task vectors, made a stretch of elements at a time, in order from the first element of the tensor to the last. */
+/** Makes task vectors sparse, a stretch at a time, in order from the first element of the tensor to the last. */
 export interface Sparsifier {
   readonly scans: readonly ((block: MergeBlock) => void)[];
   /** The method looks at whole rows of this many elements; absent: stretches may end anywhere. */
   readonly rowLength?: number;
-  /** Writes the sparse form of `delta[from .. from + count)` of expert `k` to `out[0 .. count)`; the first is element `at` of the tensor. */
-  sparsify(k: number, delta: Float32Array, from: number, count: number, at: number, out: Float64Array): void;
+  /** Overwrites the stretch of expert `k` with its sparse form; `at` is the flat index of its first element. */
+  sparsify(k: number, stretch: Stretch, count: number, at: number): void;
+  /** What the sparse task vector of expert `k` is to be multiplied by; known after the scans. */
+  scale(k: number): number;
 }
 
 export interface Combination {
@@ -35,91 +38,112 @@ export interface Combination {
   readonly consensus: boolean;
 }
 
-const STRETCH = 2048;
-
-/** How many elements a sparsifier takes at once: all of one row where it needs rows. */
-export function stretchLength(sparsifier: Sparsifier): number {
-  const { rowLength } = sparsifier;
-  return rowLength ? rowLength * Math.max(1, Math.floor(STRETCH / rowLength)) : STRETCH;
-}
-
 /** A divisor that would be almost 0 is left out (merging.md 4). */
-export function consensusDivisor(total: number): number {
+export function divisorOf(total: number): number {
   return Math.abs(total) < NEGLIGIBLE_WEIGHT ? 1 : total;
 }
 
 /** The merge of one tensor by a method of this family. */
 export function mergeTaskVectors(sparsifier: Sparsifier, combination: Combination): TensorMerge {
   const { weight, lambda, normalize, consensus } = combination;
-  const stretch = stretchLength(sparsifier);
-  const sparse = weight.map(() => new Float64Array(0));
-  let total = new Float64Array(0);
-  let divisor = new Float64Array(0);
-  let agreed = new Float64Array(0);
-  const fixedScale = normalize ? lambda / consensusDivisor(sum(weight)) : lambda;
+  const length = stretchLength(sparsifier.rowLength);
+  const stretch = allocateStretch(length);
+  const sums = new Float64Array(consensus ? 4 * length : length);
+  const signs = allocateSigns(length);
+  const positive = weight.every((w) => w === 0 || w >= NEGLIGIBLE_WEIGHT);
+  const mean = !normalize ? 'none' : positive ? 'positive weights' : 'any weights';
+  const fixedScale = normalize ? lambda / divisorOf(sum(weight)) : lambda;
 
   const merge = (block: MergeBlock): Float32Array => {
     const base = block.base!;
     const result = new Float32Array(block.length);
-    const size = Math.min(stretch, block.length);
-    if (total.length < size) {
-      for (let k = 0; k < sparse.length; k++) sparse[k] = new Float64Array(size);
-      [total, divisor, agreed] = [new Float64Array(size), new Float64Array(size), new Float64Array(size)];
-    }
-    for (let from = 0; from < block.length; from += stretch) {
-      const count = Math.min(stretch, block.length - from);
-      total.fill(0, 0, count);
-      for (let k = 0; k < sparse.length; k++) {
-        sparsifier.sparsify(k, block.taskVectors[k], from, count, block.start + from, sparse[k]);
-        addScaled(total, sparse[k], weight[k], count);
+    for (let from = 0; from < block.length; from += length) {
+      const count = Math.min(length, block.length - from);
+      sums.fill(0);
+      for (let k = 0; k < weight.length; k++) {
+        readTaskVector(block, k, from, count, stretch.values);
+        sparsifier.sparsify(k, stretch, count, block.start + from);
+        const factor = weight[k] * sparsifier.scale(k);
+        if (!consensus) addScaled(sums, stretch.values, factor, count);
+        else if (factor !== 0) addBySign(sums, stretch, weight[k], factor, count);
       }
-      if (!consensus) {
-        for (let i = 0; i < count; i++) result[from + i] = base[from + i] + fixedScale * total[i];
-        continue;
-      }
-      divisor.fill(0, 0, count);
-      agreed.fill(0, 0, count);
-      for (let k = 0; k < sparse.length; k++) addAgreeing(agreed, divisor, total, sparse[k], weight[k], count);
-      if (!normalize) for (let i = 0; i < count; i++) result[from + i] = base[from + i] + lambda * agreed[i];
-      else addNormalized(result, base, from, agreed, divisor, lambda, count);
+      if (!consensus) addToBase(result, base, from, sums, fixedScale, count);
+      else addElected(result, base, from, sums, signs, lambda, mean, count);
     }
     return result;
   };
   return { scans: sparsifier.scans, merge };
 }
 
-function addScaled(total: Float64Array, x: Float64Array, scale: number, count: number): void {
-  for (let i = 0; i < count; i++) total[i] += scale * x[i];
+/** Totals, and the same memory as 32-bit words. */
+interface Signs {
+  readonly totals: Float64Array;
+  readonly words: Int32Array;
 }
 
-function addAgreeing(
-  agreed: Float64Array,
-  divisor: Float64Array,
-  total: Float64Array,
-  x: Float64Array,
-  scale: number,
-  count: number,
-): void {
+function allocateSigns(length: number): Signs {
+  const totals = new Float64Array(length);
+  return { totals, words: new Int32Array(totals.buffer) };
+}
+
+function addScaled(sums: Float64Array, x: Float32Array, factor: number, count: number): void {
+  for (let i = 0; i < count; i++) sums[i] += factor * x[i];
+}
+
+/**
+ * Four sums per element: the positive and the negative `factor x`, the weights of the positive and of the negative. One of each pair is
+ * what counts once the sign is known, so one look at every expert is enough. By bits: a branch on random signs is mispredicted half the time.
+ */
+function addBySign(sums: Float64Array, stretch: Stretch, weight: number, factor: number, count: number): void {
+  const { values, bits } = stretch;
+  const flip = factor < 0 ? 1 : 0;
+  // A zero agrees with neither sign. Looked up, because the engine guards an integer product against -0 with a branch.
+  const counted = Float64Array.of(0, weight);
   for (let i = 0; i < count; i++) {
-    const value = scale * x[i];
-    if (total[i] >= 0 ? value > 0 : value < 0) {
-      agreed[i] += value;
-      divisor[i] += scale;
-    }
+    const pattern = bits[i];
+    const at = 4 * i + ((pattern >>> 31) ^ flip);
+    sums[at] += factor * values[i];
+    sums[at + 2] += counted[(0 - (pattern & 0x7fffffff)) >>> 31];
   }
 }
 
-function addNormalized(
+function addToBase(
   result: Float32Array,
   base: Float32Array,
   from: number,
-  agreed: Float64Array,
-  divisor: Float64Array,
-  lambda: number,
+  sums: Float64Array,
+  scale: number,
   count: number,
 ): void {
-  for (let i = 0; i < count; i++) {
-    const z = divisor[i];
-    result[from + i] = base[from + i] + (lambda * agreed[i]) / (z < NEGLIGIBLE_WEIGHT && z > -NEGLIGIBLE_WEIGHT ? 1 : z);
+  for (let i = 0; i < count; i++) result[from + i] = base[from + i] + scale * sums[i];
+}
+
+/** Adds the sum of those that agree, or their mean; `scale` is lambda. */
+function addElected(
+  result: Float32Array,
+  base: Float32Array,
+  from: number,
+  sums: Float64Array,
+  signs: Signs,
+  scale: number,
+  mean: 'none' | 'positive weights' | 'any weights',
+  count: number,
+): void {
+  const { totals, words } = signs;
+  for (let i = 0; i < count; i++) totals[i] = sums[4 * i] + sums[4 * i + 1];
+  // The sign bit is in the second word of a double. A total of 0 has it clear: the sums start as +0.
+  if (mean === 'none') {
+    for (let i = 0; i < count; i++) result[from + i] = base[from + i] + scale * sums[4 * i + (words[2 * i + 1] >>> 31)];
+  } else if (mean === 'positive weights') {
+    // Nobody agrees: 0 / 1e-8 is the 0 that 0 / 1 is, and half of all elements may be such.
+    for (let i = 0; i < count; i++) {
+      const at = 4 * i + (words[2 * i + 1] >>> 31);
+      result[from + i] = base[from + i] + (scale * sums[at]) / Math.max(sums[at + 2], NEGLIGIBLE_WEIGHT);
+    }
+  } else {
+    for (let i = 0; i < count; i++) {
+      const at = 4 * i + (words[2 * i + 1] >>> 31);
+      result[from + i] = base[from + i] + (scale * sums[at]) / divisorOf(sums[at + 2]);
+    }
   }
 }

@@ -1,0 +1,51 @@
+/** Task vectors a stretch at a time: short enough to stay in the first cache while it is made, thinned out and added up. */
+import type { MergeBlock } from './merger.ts';
+
+/** Elements a stretch has, where the method does not ask for whole rows. */
+const LENGTH = 1024;
+
+/** Part of one expert's task vector. A method may overwrite it. */
+export interface Stretch {
+  readonly values: Float32Array;
+  /** The same memory: float32 bit patterns, whose lower 31 bits order like the magnitudes. */
+  readonly bits: Int32Array;
+}
+
+export function allocateStretch(length: number): Stretch {
+  const values = new Float32Array(length);
+  return { values, bits: new Int32Array(values.buffer) };
+}
+
+/** Elements per stretch: whole rows of `rowLength` where that is given. */
+export function stretchLength(rowLength: number | undefined): number {
+  return rowLength ? rowLength * Math.max(1, Math.floor(LENGTH / rowLength)) : LENGTH;
+}
+
+/** Writes `expert_k - base` for the elements `from .. from + count` of a block. */
+export function readTaskVector(block: MergeBlock, k: number, from: number, count: number, out: Float32Array): void {
+  const expert = block.experts[k];
+  const base = block.base!;
+  for (let i = 0; i < count; i++) out[i] = expert[from + i] - base[from + i];
+}
+
+/**
+ * A scan that looks at the task vectors of the experts in `which`, stretch by stretch.
+ * @param look gets expert `k`'s stretch, its length, and the flat index of its first element
+ */
+export function scanTaskVectors(
+  which: readonly number[],
+  rowLength: number | undefined,
+  look: (k: number, stretch: Stretch, count: number, at: number) => void,
+): (block: MergeBlock) => void {
+  const length = stretchLength(rowLength);
+  const stretch = allocateStretch(length);
+  return (block) => {
+    for (const k of which) {
+      for (let from = 0; from < block.length; from += length) {
+        const count = Math.min(length, block.length - from);
+        readTaskVector(block, k, from, count, stretch.values);
+        look(k, stretch, count, block.start + from);
+      }
+    }
+  };
+}
