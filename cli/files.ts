@@ -24,3 +24,18 @@ export async function expandFiles(flag: string, items: readonly string[]): Promi
   }
   return files;
 }
+
+/** Expands globs to files and folders. A pattern that matches nothing is a RecipeError. */
+export async function expandModels(items: readonly string[]): Promise<string[]> {
+  const models: string[] = [];
+  for (const item of items) {
+    if (existsSync(item) || !/[*?[\]{}]/.test(item)) {
+      models.push(item);
+      continue;
+    }
+    const matches = await glob(item.replaceAll('\\', '/'), { dot: false, onlyFiles: false, expandDirectories: false });
+    if (matches.length === 0) throw new RecipeError(`${item}: no model matches`);
+    models.push(...matches.map((match) => match.replace(/\/$/, '')).sort());
+  }
+  return models;
+}

@@ -5,6 +5,7 @@ import { PcompError, RecipeError, UnsupportedError } from '../src/errors.ts';
 import { packageVersion } from '../src/package-root.ts';
 import { evaluateCommand } from './evaluate.ts';
 import { inspectCommand } from './inspect.ts';
+import { mergeCommand } from './merge.ts';
 import { quantizeCommand } from './quantize.ts';
 
 const EXIT = { done: 0, failed: 1, badRequest: 2, interrupted: 130 } as const;
@@ -18,7 +19,7 @@ async function main(args: readonly string[]): Promise<number> {
     .exitOverride()
     .configureOutput({ outputError: (text, write) => write(`pcomp: ${oneLine(text.replace(/^error: /, ''))}\n`) })
     .showSuggestionAfterError();
-  for (const command of [quantizeCommand, evaluateCommand, inspectCommand])
+  for (const command of [quantizeCommand, mergeCommand, evaluateCommand, inspectCommand])
     program.addCommand(command(abort.signal).copyInheritedSettings(program));
 
   // The first Ctrl-C stops at the next safe point; the second at once. Both leave a state that --resume continues.

@@ -4,11 +4,10 @@ import { join } from 'node:path';
 import { FormatError, RecipeError } from '../src/errors.ts';
 import { openFile, unreadable } from './safetensors/file.ts';
 import { INDEX_NAME } from './safetensors/index-file.ts';
-import { openSafetensors } from './safetensors/reader.ts';
+import { openSafetensors, type PlacedSource } from './safetensors/reader.ts';
 import { SINGLE_NAME } from './safetensors/sharded-writer.ts';
 import { openSharded, openShards } from './safetensors/shards.ts';
 import { refuseForeign, SNIFF_BYTES } from './sniff.ts';
-import type { TensorSource } from './tensor.ts';
 
 /** Files that hold weights in formats that are not read: opened only to say what they are. */
 const FOREIGN = /\.(bin|pt|pth|ckpt|gguf|onnx|h5|npz|npy|msgpack)$/;
@@ -20,7 +19,7 @@ const SERIES = /^(.*)-(\d{5})-of-(\d{5})\.safetensors$/;
  * Throws FormatError (broken), UnsupportedError (PyTorch, GGUF, ONNX, ... by their bytes), RecipeError (a folder without
  * weights, or with several checkpoints), EnvironmentError `FILE_UNREADABLE`.
  */
-export async function openCheckpoint(path: string): Promise<TensorSource> {
+export async function openCheckpoint(path: string): Promise<PlacedSource> {
   if (await isFolder(path)) return openFolder(path);
   return path.endsWith('.json') ? openSharded(path) : openSafetensors(path);
 }
@@ -33,7 +32,7 @@ async function isFolder(path: string): Promise<boolean> {
   }
 }
 
-async function openFolder(folder: string): Promise<TensorSource> {
+async function openFolder(folder: string): Promise<PlacedSource> {
   const names = await list(folder);
   if (names.includes(INDEX_NAME)) return openSharded(join(folder, INDEX_NAME));
   if (names.includes(SINGLE_NAME)) return openSafetensors(join(folder, SINGLE_NAME));
@@ -48,7 +47,7 @@ async function openFolder(folder: string): Promise<TensorSource> {
 }
 
 /** Shards without their index: still one checkpoint when every number of one series is there. */
-async function openSeries(folder: string, names: readonly string[]): Promise<TensorSource> {
+async function openSeries(folder: string, names: readonly string[]): Promise<PlacedSource> {
   const series = names.map((name) => SERIES.exec(name));
   const [stem, count] = [series[0]?.[1], series[0]?.[3]];
   if (!series.every((match) => match !== null && match[1] === stem && match[3] === count)) {

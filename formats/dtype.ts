@@ -108,6 +108,34 @@ export function toFloat32(dtype: DType, bytes: Uint8Array, count?: number): Floa
   }
 }
 
+/**
+ * As `toFloat32` for the float types of checkpoints, into memory that is used again and again.
+ * @param bytes at a multiple of the element size in its buffer, @param out one value an element
+ */
+export function widenInto(dtype: FloatDType | 'F64', bytes: Uint8Array, out: Float32Array): void {
+  const { buffer, byteOffset, byteLength } = bytes;
+  if (byteLengthOf(dtype, [out.length]) !== byteLength) {
+    throw new RangeError(`${byteLength} bytes are not ${out.length} elements of ${dtype}`);
+  }
+  const words = new Uint32Array(out.buffer, out.byteOffset, out.length);
+  switch (dtype) {
+    case 'F64':
+      out.set(new Float64Array(buffer, byteOffset, out.length));
+      return;
+    case 'F32':
+      words.set(new Uint32Array(buffer, byteOffset, out.length));
+      return;
+    case 'F16':
+      lookUp(new Uint16Array(buffer, byteOffset, out.length), f16Table(), words);
+      return;
+    case 'BF16':
+      widenBf16(new Uint16Array(buffer, byteOffset, out.length), words);
+      return;
+    default:
+      throw new Error(`no float type ${dtype satisfies never}`);
+  }
+}
+
 /** Stores float32 values, rounding to nearest even; what is too large becomes infinite. A fresh array of little-endian bytes. */
 export function fromFloat32(dtype: FloatDType, values: Float32Array): Uint8Array {
   const words = new Uint32Array(values.buffer, values.byteOffset, values.length);
@@ -143,17 +171,15 @@ export function roundToF16(x: number): number {
   return x < 0 || Object.is(x, -0) ? -rounded : rounded;
 }
 
-function lookUp(codes: Uint16Array | Uint8Array, table: Uint32Array): Float32Array {
+function lookUp(codes: Uint16Array | Uint8Array, table: Uint32Array, words: Uint32Array = new Uint32Array(codes.length)) {
   // Bits, not numbers: a NaN's payload does not survive being a JavaScript number.
-  const words = new Uint32Array(codes.length);
   for (let i = 0; i < codes.length; i++) words[i] = table[codes[i]];
-  return new Float32Array(words.buffer);
+  return new Float32Array(words.buffer, words.byteOffset, words.length);
 }
 
-function widenBf16(codes: Uint16Array): Float32Array {
-  const words = new Uint32Array(codes.length);
+function widenBf16(codes: Uint16Array, words: Uint32Array = new Uint32Array(codes.length)) {
   for (let i = 0; i < codes.length; i++) words[i] = codes[i] << 16;
-  return new Float32Array(words.buffer);
+  return new Float32Array(words.buffer, words.byteOffset, words.length);
 }
 
 /** 64-bit integers to float32. `signed` is the same words, as Int32Array when the high word has a sign. */

@@ -3,6 +3,8 @@ export type { Device, DeviceRequest } from './compute/engine.ts';
 export { EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from './errors.ts';
 export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.ts';
 export { type Inspection, inspect } from './inspect.ts';
+export { type MergeOutcome, merge } from './merge.ts';
+export { type MergeRecipe, type MergeRequest, mergeRecipe } from './merge-recipe.ts';
 export { type QuantizeOutcome, quantize } from './quantize.ts';
 export { type QuantizeRecipe, type QuantizeRequest, quantizeRecipe } from './recipe.ts';
 export type { Progress, RunHooks } from './run.ts';

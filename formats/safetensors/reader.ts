@@ -5,16 +5,29 @@ import type { Tensor, TensorSource } from '../tensor.ts';
 import { openFile, type RandomAccessFile } from './file.ts';
 import { type Header, type HeaderEntry, LENGTH_BYTES, parseHeader, parseHeaderLength, quote } from './header.ts';
 
+/** Where a tensor's bytes are: for readers that go to the file themselves. */
+export interface FilePlace {
+  readonly path: string;
+  /** First byte, counted from the file's start. */
+  readonly position: number;
+}
+
+/** A source whose tensors lie in files as they are. */
+export interface PlacedSource extends TensorSource {
+  /** Throws FormatError `tensor-missing` when there is none of that name. */
+  placeOf(name: string): FilePlace;
+}
+
 /**
  * Opens one `.safetensors` file. Throws FormatError (the file breaks a rule), UnsupportedError (it is another format),
  * EnvironmentError `FILE_UNREADABLE`.
  */
-export async function openSafetensors(path: string): Promise<TensorSource> {
+export async function openSafetensors(path: string): Promise<PlacedSource> {
   return readSafetensors(await openFile(path));
 }
 
 /** As `openSafetensors`, from an open file, which the source then owns; it is closed when the header is refused. */
-export async function readSafetensors(file: RandomAccessFile): Promise<TensorSource> {
+export async function readSafetensors(file: RandomAccessFile): Promise<PlacedSource> {
   const { path, byteLength } = file;
   try {
     const prefix = await file.read(0, Math.min(byteLength, SNIFF_BYTES));
@@ -33,7 +46,7 @@ export function missingTensor(path: string, name: string, count: number): Format
   return new FormatError(path, 'tensor-missing', `there is no tensor ${quote(name)} among its ${count}`);
 }
 
-class SafetensorsSource implements TensorSource {
+class SafetensorsSource implements PlacedSource {
   readonly path: string;
   readonly tensors: ReadonlyMap<string, HeaderEntry>;
   readonly metadata: ReadonlyMap<string, string>;
@@ -71,6 +84,10 @@ class SafetensorsSource implements TensorSource {
     const rowByteLength = rowCount === 0 ? 0 : entry.byteLength / rowCount;
     const data = await this.#read(entry.start + start * rowByteLength, entry.start + end * rowByteLength);
     return { name, dtype: entry.dtype, shape: [end - start, ...rowShape], byteLength: data.byteLength, data };
+  }
+
+  placeOf(name: string): FilePlace {
+    return { path: this.path, position: this.#dataStart + this.#entry(name).start };
   }
 
   #entry(name: string): HeaderEntry {

@@ -77,7 +77,8 @@ export async function createShardedSink(
   }
 }
 
-function shardName(index: number, count: number): string {
+/** The name of file `index` (from 0) of `count`. */
+export function shardName(index: number, count: number): string {
   if (count === 1) return SINGLE_NAME;
   const five = (n: number): string => String(n).padStart(5, '0');
   return `model-${five(index + 1)}-of-${five(count)}.safetensors`;

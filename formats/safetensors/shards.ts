@@ -2,16 +2,16 @@
 import { stat } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { EnvironmentError, FormatError } from '../../src/errors.ts';
-import type { Tensor, TensorInfo, TensorSource } from '../tensor.ts';
+import type { Tensor, TensorInfo } from '../tensor.ts';
 import { unreadable } from './file.ts';
 import { quote } from './header.ts';
 import { readShardIndex, type ShardIndex } from './index-file.ts';
-import { missingTensor, openSafetensors } from './reader.ts';
+import { type FilePlace, missingTensor, openSafetensors, type PlacedSource } from './reader.ts';
 
 /** Several files as one source. */
-export interface ShardedSource extends TensorSource {
+export interface ShardedSource extends PlacedSource {
   /** The files one by one. The whole's `metadata` joins theirs; where they differ, the first file's value counts. */
-  readonly shards: readonly TensorSource[];
+  readonly shards: readonly PlacedSource[];
 }
 
 /**
@@ -38,7 +38,7 @@ export async function openSharded(indexPath: string): Promise<ShardedSource> {
  * @param path what the user named, @param indexByteLength size of the index file, when `path` is one
  */
 export async function openShards(path: string, shardPaths: readonly string[], indexByteLength?: number): Promise<ShardedSource> {
-  const shards: TensorSource[] = [];
+  const shards: PlacedSource[] = [];
   try {
     for (const shardPath of shardPaths) shards.push(await openSafetensors(shardPath));
     return new JoinedSource(path, shards, indexByteLength);
@@ -77,15 +77,15 @@ function checkPlacement(indexPath: string, { placement }: ShardIndex, names: rea
 
 class JoinedSource implements ShardedSource {
   readonly path: string;
-  readonly shards: readonly TensorSource[];
+  readonly shards: readonly PlacedSource[];
   readonly tensors: ReadonlyMap<string, TensorInfo>;
   readonly metadata: ReadonlyMap<string, string>;
   readonly files: readonly { readonly path: string; readonly byteLength: number }[];
-  readonly #shardOf: ReadonlyMap<string, TensorSource>;
+  readonly #shardOf: ReadonlyMap<string, PlacedSource>;
 
-  constructor(path: string, shards: readonly TensorSource[], indexByteLength: number | undefined) {
+  constructor(path: string, shards: readonly PlacedSource[], indexByteLength: number | undefined) {
     const tensors = new Map<string, TensorInfo>();
-    const shardOf = new Map<string, TensorSource>();
+    const shardOf = new Map<string, PlacedSource>();
     for (const shard of shards) {
       for (const [name, info] of shard.tensors) {
         const other = shardOf.get(name);
@@ -113,7 +113,11 @@ class JoinedSource implements ShardedSource {
     return this.#shard(name).readRows(name, start, end);
   }
 
-  #shard(name: string): TensorSource {
+  placeOf(name: string): FilePlace {
+    return this.#shard(name).placeOf(name);
+  }
+
+  #shard(name: string): PlacedSource {
     const shard = this.#shardOf.get(name);
     if (shard === undefined) throw missingTensor(this.path, name, this.tensors.size);
     return shard;

@@ -23,6 +23,8 @@ export interface OutputRequest {
   readonly overwrite: boolean;
   /** Continue an unfinished run. Starts afresh when there is none. */
   readonly resume: boolean;
+  /** The artifact is written in place, piece by piece: what is in its folder is finished work too, and outlives a crash. */
+  readonly inPlace?: boolean;
 }
 
 interface RunState {
@@ -50,6 +52,7 @@ export class OutputFolder implements AsyncDisposable {
   readonly #partial: string;
   readonly #recipeHash: string;
   readonly #replaces: boolean;
+  readonly #inPlace: boolean;
   #resumable: boolean;
   #publishing = false;
   #closed = false;
@@ -62,6 +65,7 @@ export class OutputFolder implements AsyncDisposable {
     this.#partial = partial;
     this.#recipeHash = request.recipeHash;
     this.#replaces = replaces;
+    this.#inPlace = request.inPlace === true;
     this.#resumable = resumed;
   }
 
@@ -84,12 +88,12 @@ export class OutputFolder implements AsyncDisposable {
       await recoverReplaced(resolve(request.path), partial);
       // Judged again under the lock: what was true before may have changed while another run finished.
       const { resumed, replaces } = await judge(request);
-      const keep = resumed ? ['lock', 'state.json', 'parts'] : ['lock'];
+      const keep = resumed ? ['lock', 'state.json', 'parts', ...(request.inPlace ? ['artifact'] : [])] : ['lock'];
       for (const entry of await readdir(partial)) {
         if (!keep.includes(entry)) await rm(join(partial, entry), { recursive: true, force: true });
       }
       const folder = new OutputFolder(request, partial, resumed, replaces);
-      await mkdir(folder.artifactPath);
+      await mkdir(folder.artifactPath, { recursive: true });
       await mkdir(folder.partsPath, { recursive: true });
       return folder;
     } catch (error) {
@@ -132,7 +136,7 @@ export class OutputFolder implements AsyncDisposable {
     }
     // Only then: a run that ends because the disk is full must not need room to end.
     if (this.#publishing) await this.#writeState(false);
-    await rm(this.artifactPath, { recursive: true, force: true });
+    if (!this.#inPlace) await rm(this.artifactPath, { recursive: true, force: true });
     await releaseLock(join(this.#partial, 'lock'));
   }
 

@@ -1,0 +1,140 @@
+/** `pcomp merge EXPERTS --base BASE`: flags -> recipe -> run -> report. */
+import { Command, Option } from 'commander';
+import { formatDuration } from '../src/calibration/progress.ts';
+import { type MergeOutcome, merge } from '../src/merge.ts';
+import {
+  MERGE_DEFAULTS,
+  MERGE_DTYPES,
+  MERGE_PRESETS,
+  type MergeRequest,
+  mergeRecipe,
+  ON_EXTRA,
+  ON_MISSING,
+} from '../src/merge-recipe.ts';
+import { MERGERS } from '../src/methods/merge/index.ts';
+import type { Merger } from '../src/methods/merge/merger.ts';
+import { formatSize, parseSize } from '../src/size.ts';
+import { expandModels } from './files.ts';
+import { CORES, jsonOption, quietOption } from './options.ts';
+import { createConsole } from './ui/console.ts';
+import { renderPairs, renderTable } from './ui/table.ts';
+
+interface Flags {
+  readonly output: string;
+  readonly overwrite?: boolean;
+  readonly resume?: boolean;
+  readonly dryRun?: boolean;
+  readonly json?: boolean;
+  readonly quiet?: boolean;
+  readonly maxMemory?: string;
+  readonly shardSize?: string;
+  readonly [flag: string]: unknown;
+}
+
+const D = MERGE_DEFAULTS;
+
+export function mergeCommand(signal: AbortSignal): Command {
+  return new Command('merge')
+    .description('Merge models that were trained from one base into one.')
+    .argument(
+      '<experts...>',
+      'Hugging Face folders, .safetensors files, PEFT LoRA folders; globs allowed; shards of a series are one model',
+    )
+    .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
+    .option('--base <model>', 'the model that the experts were trained from: folder or .safetensors file')
+    .option('--method <method>', 'how tensors are merged (default: task-arithmetic with --base, linear without)')
+    .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...MERGE_PRESETS]))
+    .option('--weights <weights>', 'weight of each expert: 0.5,0.3 in label order, or label=0.5,other=0.3 (default: 1 each)')
+    .option('--set <settings...>', 'parameters of the method: [glob:][label.]name=value; the last that matches a tensor wins')
+    .addOption(
+      new Option('--dtype <dtype>', "element type of the result (default: each base tensor's own)").choices([...MERGE_DTYPES]),
+    )
+    .option('--max-memory <size>', `bound on buffers (default: ${formatSize(D.maxMemory)})`)
+    .option('--shard-size <size>', `tensors in one file (default: ${formatSize(D.shardSize)})`)
+    .option('--seed <seed>', `seed of random masks (default: ${D.seed})`)
+    .addOption(
+      new Option('--on-missing <rule>', `an expert lacks a tensor of the base (default: ${D.onMissing})`).choices([
+        ...ON_MISSING,
+      ]),
+    )
+    .addOption(
+      new Option('--on-extra <rule>', `an expert has a tensor that the base lacks (default: ${D.onExtra})`).choices([
+        ...ON_EXTRA,
+      ]),
+    )
+    .option('--untie', 'store the output head apart, where the base ties it to the embedding')
+    .option('--allow-nonfinite', 'let NaN and infinities through')
+    .addOption(new Option('--compat <tool>', "that tool's results where pcomp differs on purpose").choices(['mergekit']))
+    .option('--threads <count>', `threads (default: all cores, here ${CORES})`)
+    .option('--no-card', 'write no model card')
+    .option('--overwrite', 'replace an existing output')
+    .option('--resume', 'continue an interrupted run of the same recipe')
+    .option('--dry-run', 'print the plan, bytes to read and memory, and stop')
+    .addOption(jsonOption())
+    .addOption(quietOption())
+    .addHelpText('after', `\nMethods and their parameters:\n${describeMethods()}\n`)
+    .action(async (experts: string[], flags: Flags) => {
+      const recipe = mergeRecipe(readRequest(flags), CORES);
+      const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
+      try {
+        const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
+        const outcome = await merge(await expandModels(experts), flags.output, recipe, mode, console.hooks);
+        console.result(outcome, describe(outcome));
+      } finally {
+        console.close();
+      }
+    });
+}
+
+const NOT_RECIPE = new Set(['output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
+
+function readRequest(flags: Flags): MergeRequest {
+  const request = Object.fromEntries(Object.entries(flags).filter(([key]) => !NOT_RECIPE.has(key)));
+  for (const [key, name] of [
+    ['maxMemory', '--max-memory'],
+    ['shardSize', '--shard-size'],
+  ]) {
+    if (typeof request[key] === 'string') request[key] = parseSize(name, request[key]);
+  }
+  return request;
+}
+
+function describeMethods(): string {
+  return Object.values<Merger>(MERGERS)
+    .map(({ name, formula, parameters }) => {
+      const lines = Object.entries(parameters).map(([parameter, { summary, default: value }]) => {
+        return `      ${parameter.padEnd(12)} ${summary} (${value === undefined ? 'required' : `default ${value}`})`;
+      });
+      return [`  ${name.padEnd(18)} ${formula}`, ...lines].join('\n');
+    })
+    .join('\n');
+}
+
+function describe(outcome: MergeOutcome): string {
+  const { experts, base, tensors, run } = outcome;
+  const pairs: [string, string][] = [
+    ['method', outcome.method],
+    ...(base === undefined ? [] : [['base', base] as [string, string]]),
+    [
+      'tensors',
+      Object.entries(tensors)
+        .map(([disposition, count]) => `${count} ${disposition}`)
+        .join(', '),
+    ],
+    ['weight files', formatSize(outcome.bytes)],
+  ];
+  const table = renderTable(
+    ['expert', 'kind'],
+    experts.map(({ label, kind }) => [label, kind]),
+  );
+  if (run === undefined) {
+    pairs.push(
+      ['to read', `${formatSize(outcome.readBytes)}, every pass counted`],
+      ['peak buffers', `${formatSize(outcome.predictedPeakBytes)} on ${outcome.threads} threads`],
+    );
+    return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
+  }
+  if (run.roundingLoss) pairs.push(['rounding loss', `${run.roundingLoss.loss.toPrecision(2)} of the change at most`]);
+  pairs.push(['time', formatDuration(run.seconds)], ['peak memory', formatSize(run.peakBytes)]);
+  return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${run.output}`;
+}

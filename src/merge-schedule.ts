@@ -1,0 +1,206 @@
+/** From checked inputs to jobs: where every result goes, in what type, in blocks of how many rows, and on how many threads. */
+import { bitsPerElement, elementCount } from '../formats/dtype.ts';
+import { type CheckpointLayout, layOutCheckpoint } from '../formats/safetensors/placed-files.ts';
+import type { DType } from '../formats/tensor.ts';
+import type { TensorOrigin } from './artifacts/merge/tensor-origin.ts';
+import { RecipeError, UnsupportedError } from './errors.ts';
+import type { MergeInputs, OutputTensor } from './merge-inputs.ts';
+import { blockBytes, blockRowsFor, type StoredOrigin, type StoredTensor, type TensorJob } from './merge-jobs.ts';
+import { parametersOf } from './merge-parameters.ts';
+import type { MergeRecipe } from './merge-recipe.ts';
+import type { AccessClass, Merger } from './methods/merge/merger.ts';
+
+/** How a tensor of the result came to be. */
+export type Disposition = 'merged' | 'passive' | 'copied' | 'tied';
+
+export interface MergeSchedule {
+  readonly merger: Merger;
+  readonly layout: CheckpointLayout;
+  readonly jobs: readonly TensorJob[];
+  /** Threads that jobs run on, each with an equal share of the memory. */
+  readonly threads: number;
+  /** Most bytes of buffers at any time. */
+  readonly peakBytes: number;
+  /** Bytes that will be read, every pass counted. */
+  readonly readBytes: number;
+  readonly writtenBytes: number;
+  /** Per tensor of the result, in order: what was done, and by which rule. */
+  readonly dispositions: ReadonlyMap<string, { readonly disposition: Disposition; readonly rule: string; readonly dtype: DType }>;
+}
+
+/** Throws RecipeError and UnsupportedError for what cannot be done, before anything is read or written. */
+export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: Merger): MergeSchedule {
+  checkExperts(inputs, merger);
+  const { outputs } = inputs;
+  const dtypes = new Map(outputs.map((output) => [output.name, dtypeOf(output, recipe)]));
+  const layout = layOutCheckpoint(
+    outputs.map(({ name, shape }) => ({ name, dtype: dtypes.get(name)!, shape })),
+    { maxShardBytes: recipe.shardSize, metadata: new Map([['format', 'pt']]) },
+  );
+  const labels = inputs.experts.map(({ label }) => label);
+  const valuesOf = parametersOf(
+    merger,
+    recipe,
+    labels,
+    outputs.map(({ name }) => name),
+  );
+  const make = (output: OutputTensor, budget: number) =>
+    jobOf({ inputs, merger, layout, labels, dtypes, valuesOf, budget }, output);
+  // One matrix at a time gets all threads: its products run on the engine.
+  const { jobs, threads } = shareMemory(merger.access === 'matrix' ? 1 : recipe.threads, (count) =>
+    outputs.filter(({ made }) => made.by !== 'tie').map((output) => make(output, Math.floor(recipe.maxMemory / count))),
+  );
+  const peaks = jobs.map((job) => bufferBytes(job, merger.access)).sort((a, b) => b - a);
+  return {
+    merger,
+    layout,
+    jobs,
+    threads,
+    peakBytes: peaks.slice(0, threads).reduce((sum, bytes) => sum + bytes, 0),
+    readBytes: jobs.reduce((sum, job) => sum + readBytesOf(job, merger.access), 0),
+    writtenBytes: layout.files.reduce((sum, { byteLength }) => sum + byteLength, 0),
+    dispositions: new Map(
+      outputs.map((output) => [output.name, { ...dispositionOf(output, merger, labels), dtype: dtypes.get(output.name)! }]),
+    ),
+  };
+}
+
+function checkExperts({ experts, base }: MergeInputs, { name, experts: allowed, base: needed, statistics }: Merger): void {
+  const { min, max = Number.POSITIVE_INFINITY } = allowed;
+  if (experts.length < min || experts.length > max) {
+    const range = min === max ? `${min}` : max === Number.POSITIVE_INFINITY ? `at least ${min}` : `${min} to ${max}`;
+    throw new RecipeError(`--method ${name}: takes ${range} experts, and ${experts.length} were given`);
+  }
+  if (needed === 'required' && !base) throw new RecipeError(`--base: ${name} needs the model that the experts were trained from`);
+  if (statistics)
+    throw new UnsupportedError(`--method ${name}: needs measurements on calibration text, which merge does not make yet`);
+}
+
+/** Fewer threads when a tensor would not fit into a thread's share of the memory. */
+function shareMemory(threads: number, make: (threads: number) => TensorJob[]): { jobs: TensorJob[]; threads: number } {
+  for (let count = threads; ; count = Math.ceil(count / 2)) {
+    try {
+      const jobs = make(count);
+      return { jobs, threads: Math.max(1, Math.min(count, jobs.length)) };
+    } catch (error) {
+      if (count === 1 || !(error instanceof UnsupportedError)) throw error;
+    }
+  }
+}
+
+function dtypeOf({ dtype, made }: OutputTensor, { dtype: asked }: MergeRecipe): DType {
+  return asked === undefined || made.by === 'copy' ? dtype : (asked.toUpperCase() as DType);
+}
+
+/** Methods on matrices treat everything else element by element. */
+function accessOf(merger: Merger, { role }: OutputTensor): AccessClass {
+  return merger.access === 'matrix' && role !== 'matrix' ? 'elementwise' : merger.access;
+}
+
+function dispositionOf(
+  { made, role }: OutputTensor,
+  merger: Merger,
+  labels: readonly string[],
+): { disposition: Disposition; rule: string } {
+  switch (made.by) {
+    case 'copy':
+      return { disposition: 'copied', rule: made.input < labels.length ? `of ${labels[made.input]}` : 'of the base' };
+    case 'tie':
+      return { disposition: 'tied', rule: `to ${made.like}` };
+    case 'merge':
+      return merger.access === 'matrix' && role !== 'matrix'
+        ? { disposition: 'passive', rule: 'mean of the task vectors' }
+        : { disposition: 'merged', rule: merger.name };
+    default:
+      return made satisfies never;
+  }
+}
+
+interface JobParts {
+  readonly inputs: MergeInputs;
+  readonly merger: Merger;
+  readonly layout: CheckpointLayout;
+  readonly labels: readonly string[];
+  readonly dtypes: ReadonlyMap<string, DType>;
+  readonly valuesOf: ReturnType<typeof parametersOf>;
+  readonly budget: number;
+}
+
+function jobOf({ inputs, merger, layout, labels, dtypes, valuesOf, budget }: JobParts, output: OutputTensor): TensorJob {
+  const { name, shape, role, made } = output;
+  const twins = inputs.outputs.filter(({ made: other }) => other.by === 'tie' && other.like === name);
+  const places = [name, ...twins.map((twin) => twin.name)].map((place) => layout.places.get(place)!);
+  if (made.by === 'copy') return { kind: 'copy', name, places, tensor: storedTensor(inputs, made.input, made.name) };
+  if (made.by === 'tie') throw new Error(`"${name}" is written with "${made.like}"`);
+  const access = accessOf(merger, output);
+  const turned = output.transposed && access !== 'elementwise';
+  const stacked = access === 'matrix' && shape.length === 3;
+  const [columns, rows] = [shape.at(-1) ?? 1, elementCount(shape.slice(stacked ? 1 : 0, -1))];
+  const seen = turned ? [columns, rows] : stacked ? [rows, columns] : shape;
+  const baseIndex = inputs.all.length - 1;
+  const whole = turned || access === 'matrix';
+  const blockRows = blockRowsFor({ name, rows, columns, experts: labels.length, access, whole, budget });
+  return {
+    kind: 'merge',
+    name,
+    places,
+    tensor: { name, shape: seen, role, experts: labels },
+    values: valuesOf(name),
+    dtype: dtypes.get(name)!,
+    rows,
+    columns,
+    turned,
+    stack: stacked ? shape[0] : 1,
+    ...(made.base?.kind === 'stored' ? { base: storedTensor(inputs, baseIndex, made.base.name) } : {}),
+    usesBase: merger.base !== 'unused' && made.base !== undefined,
+    experts: made.experts.map((origin, input) => storedOrigin(inputs, input, origin)),
+    blockRows,
+  };
+}
+
+function storedTensor({ all }: MergeInputs, input: number, name: string): StoredTensor {
+  const { tensors } = all[input];
+  const { dtype, shape, byteLength } = tensors.tensors.get(name)!;
+  return { input, name, dtype, shape, byteLength, ...tensors.placeOf(name) };
+}
+
+function storedOrigin(inputs: MergeInputs, input: number, origin: TensorOrigin): StoredOrigin {
+  const at = (name: string) => storedTensor(inputs, input, name);
+  switch (origin.kind) {
+    case 'base':
+      return origin;
+    case 'stored':
+      return { kind: 'stored', tensor: at(origin.name) };
+    case 'added':
+      return { kind: 'added', tensor: at(origin.name), scale: origin.scale };
+    case 'low-rank': {
+      const { a, b, e, magnitude, scale, transposed } = origin;
+      const optional = {
+        ...(e === undefined ? {} : { e: at(e) }),
+        ...(magnitude === undefined ? {} : { magnitude: at(magnitude) }),
+      };
+      return { kind: 'low-rank', a: at(a), b: at(b), ...optional, scale, transposed };
+    }
+    default:
+      return origin satisfies never;
+  }
+}
+
+function bufferBytes(job: TensorJob, access: AccessClass): number {
+  if (job.kind === 'copy') return 0;
+  const { columns, blockRows, experts, tensor } = job;
+  const whole = job.turned || (access === 'matrix' && tensor.role === 'matrix');
+  return blockBytes({ rows: blockRows, columns, experts: experts.length, access, whole });
+}
+
+/** Passes over a tensor that does not fit, by access class: what the methods of the class scan at most. */
+const PASSES: Readonly<Record<AccessClass, number>> = { elementwise: 1, row: 1, gram: 2, norms: 2, selection: 3, matrix: 1 };
+
+function readBytesOf(job: TensorJob, access: AccessClass): number {
+  if (job.kind === 'copy') return job.tensor.byteLength;
+  const passes = job.blockRows >= job.rows ? 1 : PASSES[access];
+  const stored = job.experts.flatMap((origin) => (origin.kind === 'stored' ? [origin.tensor] : []));
+  const all = job.base && (job.usesBase || stored.length < job.experts.length) ? [...stored, job.base] : stored;
+  const elements = job.rows * job.columns * job.stack;
+  return passes * all.reduce((sum, { dtype }) => sum + (elements * bitsPerElement(dtype)) / 8, 0);
+}

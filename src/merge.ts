@@ -1,0 +1,253 @@
+/** `merge`: models of one base in, one checkpoint of the base's shape out, a tensor at a time. */
+import { chmod, copyFile, stat, statfs, writeFile } from 'node:fs/promises';
+import { join, resolve } from 'node:path';
+import { createPlacedFiles, hasPlacedFiles } from '../formats/safetensors/placed-files.ts';
+import { copyModelFiles } from './artifacts/copied-files.ts';
+import { explainDiskError } from './artifacts/durable.ts';
+import { writeReport } from './artifacts/manifest.ts';
+import { OutputFolder } from './artifacts/output-folder.ts';
+import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from './errors.ts';
+import { countDispositions, markInputs, writeCard, writeMergeManifest } from './merge-describe.ts';
+import { type MergeInputs, openMergeInputs } from './merge-inputs.ts';
+import type { MergeSetup } from './merge-jobs.ts';
+import { Journal } from './merge-journal.ts';
+import { runJobs } from './merge-pool.ts';
+import type { MergeRecipe } from './merge-recipe.ts';
+import { type MergeSchedule, scheduleMerge } from './merge-schedule.ts';
+import type { TensorResult } from './merge-tensor.ts';
+import { mergerOf } from './methods/merge/index.ts';
+import type { OutputMode } from './quantize.ts';
+import type { RunHooks } from './run.ts';
+
+/** What came of a merge, or would come of it. */
+export interface MergeOutcome {
+  readonly method: string;
+  readonly experts: readonly { readonly label: string; readonly kind: string }[];
+  readonly base?: string;
+  /** Tensors of the result by what was done to them. */
+  readonly tensors: Readonly<Record<string, number>>;
+  /** Bytes of the result's weight files. */
+  readonly bytes: number;
+  /** Bytes to read, every pass counted. */
+  readonly readBytes: number;
+  readonly threads: number;
+  /** Most bytes of buffers at any time. */
+  readonly predictedPeakBytes: number;
+  readonly notes: readonly string[];
+  /** What the run did; absent in a dry run. */
+  readonly run?: {
+    readonly output: string;
+    readonly seconds: number;
+    /** Peak resident memory of the process. */
+    readonly peakBytes: number;
+    /** Tensors that an earlier run had finished. */
+    readonly resumed: number;
+    /** Largest rounding loss of a tensor, relative to how far it moved from the base. */
+    readonly roundingLoss?: { readonly tensor: string; readonly loss: number };
+  };
+}
+
+/** Rounding loss above which the result's type is too coarse for the change. */
+const LOSS_LIMIT = 0.2;
+
+/**
+ * Merges the experts into the folder `outputPath`. Throws RecipeError and UnsupportedError for a request that cannot be met, FormatError
+ * for a broken input, EnvironmentError for what the machine lacks; all checks come before the first weight is merged.
+ */
+export async function merge(
+  expertPaths: readonly string[],
+  outputPath: string,
+  recipe: MergeRecipe,
+  mode: OutputMode,
+  hooks: RunHooks = {},
+): Promise<MergeOutcome> {
+  const started = performance.now();
+  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
+  const notes: string[] = [];
+  const note = (message: string): void => {
+    notes.push(message);
+    hooks.note?.(message);
+  };
+  const request = { path: outputPath, overwrite: mode.overwrite, resume: mode.resume, inPlace: true };
+  // What is in the way is found before any work; whether a partial run is of this recipe is judged when the inputs are known.
+  if (!mode.dryRun) {
+    await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
+  }
+  await using inputs = await openMergeInputs(expertPaths, recipe);
+  if (recipe.chosen === 'default')
+    note(`merging by ${recipe.method}, the default ${recipe.base === undefined ? 'without' : 'with'} a --base`);
+  for (const message of inputs.notes) note(message);
+  const schedule = scheduleMerge(inputs, recipe, mergerOf(recipe.method));
+  const outline = {
+    method: `${recipe.method}, preset ${recipe.preset}`,
+    experts: inputs.experts.map(({ label, place }) => ({ label, kind: place.kind })),
+    ...(inputs.base ? { base: inputs.base.label } : {}),
+    tensors: countDispositions(schedule),
+    bytes: schedule.writtenBytes,
+    readBytes: schedule.readBytes,
+    threads: schedule.threads,
+    predictedPeakBytes: schedule.peakBytes,
+    notes,
+  };
+  if (mode.dryRun) return outline;
+  const { marks, hash } = await markInputs(inputs, recipe);
+  await using output = await OutputFolder.open({ ...request, recipeHash: hash });
+  try {
+    await requireSpace(output, schedule);
+    const { results, resumed } = await produce({ inputs, recipe, schedule, output, hooks: { ...hooks, note } });
+    hooks.signal?.throwIfAborted();
+    const files = await writeOthers(output.artifactPath, inputs, recipe, schedule, note);
+    await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, marks, results, files });
+    const roundingLoss = warnOfLoss(results, note);
+    const outcome: MergeOutcome = {
+      ...outline,
+      run: {
+        output: outputPath,
+        seconds: (performance.now() - started) / 1000,
+        peakBytes: process.resourceUsage().maxRSS * 1024,
+        resumed,
+        ...(roundingLoss ? { roundingLoss } : {}),
+      },
+    };
+    await writeReport(output.artifactPath, { ...outcome, tensors: outline.tensors, roundingLosses: lossesOf(results) });
+    await output.finalize();
+    return outcome;
+  } catch (error) {
+    throw explainDiskError(error, output.path);
+  }
+}
+
+interface Production {
+  readonly inputs: MergeInputs;
+  readonly recipe: MergeRecipe;
+  readonly schedule: MergeSchedule;
+  readonly output: OutputFolder;
+  readonly hooks: RunHooks;
+}
+
+/** Fills the weight files, from where an earlier run left off. */
+async function produce({
+  recipe,
+  schedule,
+  output,
+  hooks,
+}: Production): Promise<{ results: Map<string, TensorResult>; resumed: number }> {
+  const { layout, jobs, threads } = schedule;
+  const folder = output.artifactPath;
+  const intact = output.resumed && (await hasPlacedFiles(folder, layout));
+  if (!intact) await createPlacedFiles(folder, layout);
+  const outputs = layout.files.map(({ name }) => join(folder, name));
+  await using journal = await Journal.open(join(output.partsPath, 'journal.ndjson'), outputs, !intact, () =>
+    output.keepForResume(),
+  );
+  const left = jobs.filter(({ name }) => !journal.results.has(name));
+  const resumed = jobs.length - left.length;
+  if (output.resumed) hooks.note?.(`resuming: ${resumed} of ${jobs.length} tensors are finished`);
+  let done = [...journal.results.values()].reduce((sum, { bytes }) => sum + bytes, 0);
+  const total = jobs.reduce((sum, { places }) => sum + places[0].byteLength, 0);
+  const setup: MergeSetup = {
+    method: recipe.method,
+    seed: recipe.seed,
+    ...(recipe.compat ? { compat: recipe.compat } : {}),
+    allowNonfinite: recipe.allowNonfinite,
+    folder,
+  };
+  const finish = async (result: TensorResult): Promise<void> => {
+    for (const message of result.notes) hooks.note?.(`${result.tensor}: ${message}`);
+    await journal.add(result);
+    done += result.bytes;
+    hooks.progress?.({ phase: `merge ${result.tensor}`, done, total });
+  };
+  try {
+    await runJobs(left, setup, { threads, signal: hooks.signal, done: finish });
+  } catch (error) {
+    // What is wrong with the inputs stays wrong: only other ends are worth resuming from.
+    const hopeless = error instanceof FormatError || error instanceof UnsupportedError || error instanceof RecipeError;
+    if (!hopeless) await journal.sync();
+    throw error;
+  }
+  await journal.sync();
+  return { results: journal.results, resumed };
+}
+
+async function requireSpace(output: OutputFolder, { writtenBytes }: MergeSchedule): Promise<void> {
+  if (output.resumed) return;
+  const { bavail, bsize } = await statfs(output.artifactPath);
+  if (bavail * bsize >= writtenBytes) return;
+  throw new EnvironmentError(
+    'DISK_FULL',
+    `${output.path}: the result takes ${writtenBytes} bytes, but the disk has ${bavail * bsize} left`,
+  );
+}
+
+/** Writes everything that is no weight; returns the names. */
+async function writeOthers(
+  folder: string,
+  inputs: MergeInputs,
+  recipe: MergeRecipe,
+  { layout }: MergeSchedule,
+  note: (message: string) => void,
+): Promise<string[]> {
+  const names: string[] = [];
+  if (layout.index) {
+    await writeFile(join(folder, layout.index.name), layout.index.text);
+    names.push(layout.index.name);
+  }
+  if (inputs.config) {
+    await writeFile(join(folder, 'config.json'), `${JSON.stringify(withDtype(inputs.config, recipe), null, 2)}\n`);
+    names.push(
+      'config.json',
+      ...(await copyModelFiles(inputs.folder, folder)),
+      ...(await copyIfThere(inputs.folder, folder, 'generation_config.json')),
+    );
+  } else {
+    note(`${resolve(inputs.template.place.path)}: there is no config.json beside it, so the result has none`);
+  }
+  if (recipe.card) {
+    await writeCard(folder, inputs, recipe);
+    names.push('README.md');
+  }
+  return names;
+}
+
+async function copyIfThere(from: string, to: string, name: string): Promise<string[]> {
+  try {
+    await stat(join(from, name));
+  } catch {
+    return [];
+  }
+  await copyFile(join(from, name), join(to, name));
+  await chmod(join(to, name), 0o644);
+  return [name];
+}
+
+const TORCH_NAMES = { f32: 'float32', f16: 'float16', bf16: 'bfloat16' } as const;
+
+function withDtype(config: Readonly<Record<string, unknown>>, { dtype }: MergeRecipe): Record<string, unknown> {
+  if (dtype === undefined) return config;
+  const key = config['dtype'] === undefined ? 'torch_dtype' : 'dtype';
+  return { ...config, [key]: TORCH_NAMES[dtype] };
+}
+
+function lossesOf(results: ReadonlyMap<string, TensorResult>): Record<string, number> {
+  const losses = [...results.values()].flatMap(({ tensor, roundingLoss }) =>
+    roundingLoss === undefined ? [] : [[tensor, roundingLoss] as const],
+  );
+  return Object.fromEntries(losses.sort(([a], [b]) => (a < b ? -1 : 1)));
+}
+
+function warnOfLoss(
+  results: ReadonlyMap<string, TensorResult>,
+  note: (message: string) => void,
+): { tensor: string; loss: number } | undefined {
+  const losses = Object.entries(lossesOf(results)).sort(([, a], [, b]) => b - a);
+  if (losses.length === 0) return undefined;
+  const large = losses.filter(([, loss]) => loss > LOSS_LIMIT);
+  const [tensor, loss] = losses[0];
+  if (large.length > 0) {
+    note(
+      `rounding takes more than ${LOSS_LIMIT} of the change of ${large.length} tensors, most (${loss.toPrecision(2)}) of ${tensor}; --dtype f32 keeps it`,
+    );
+  }
+  return { tensor, loss };
+}
