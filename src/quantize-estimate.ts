@@ -12,6 +12,7 @@ import {
 import { whyNotGptq } from './artifacts/gptq.ts';
 import { layOutShape, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
+import { rotatedRun } from './methods/quantize/input-transform.ts';
 import type { Measuring, SitePlan } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
 
@@ -130,7 +131,7 @@ function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFor
     const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const };
     const first = !inputs.has(site.input);
     inputs.add(site.input);
-    const transform = kind && { permuted: true, hadamard: kind === 'perm-had' ? groupSize : 0 };
+    const transform = kind && { permuted: true, hadamard: kind === 'perm-had' ? rotatedRun(groupSize, site.inFeatures) : 0 };
     // The order of an input lies with the first module that reads it.
     return {
       site,

@@ -11,6 +11,11 @@ export interface InputTransform {
   readonly hadamard: number;
 }
 
+/** Length of the runs that `perm-had` rotates: a group, where that is a power of two and the input has one; else 0. */
+export function rotatedRun(groupSize: number, features: number): number {
+  return groupSize > 1 && groupSize <= features && Number.isInteger(Math.log2(groupSize)) ? groupSize : 0;
+}
+
 /** Entries of the Sylvester-Hadamard matrix of order `size` are +-`hadamardScale` for activations: a power of two, so that scaling is exact. */
 export function hadamardScale(size: number): number {
   return 2 ** -Math.floor(Math.log2(size) / 2);

@@ -5,7 +5,7 @@ import { UnsupportedError } from '../../../errors.ts';
 import type { LinearSite } from '../../../model/model.ts';
 import { columnRange } from '../columns.ts';
 import { DampedFactor } from '../damped-factor.ts';
-import { hadamardScale, type InputTransform, rotateRuns } from '../input-transform.ts';
+import { hadamardScale, type InputTransform, rotatedRun, rotateRuns } from '../input-transform.ts';
 import type { QuantizeContext, TransformKind } from '../quantizer.ts';
 import { shrink, shrinkageOf } from './shrinkage.ts';
 
@@ -35,7 +35,7 @@ export function transformOf(
   if (kind === 'none') return undefined;
   const order = columnRange(0, features);
   order.sort((a, b) => hessian[b * features + b] - hessian[a * features + a] || a - b);
-  return { order, hadamard: kind === 'perm-had' && groupSize <= features ? groupSize : 0 };
+  return { order, hadamard: kind === 'perm-had' ? rotatedRun(groupSize, features) : 0 };
 }
 
 /**

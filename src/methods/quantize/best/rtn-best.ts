@@ -20,7 +20,7 @@ async function costsOf(context: QuantizeContext, site: LinearSite, weight: Float
 /** Reads `bits`, `groupSize`, `without`, and its part of the budget. */
 export const rtnBest: Quantizer = {
   name: 'rtn',
-  summary: 'round each weight to the nearest level of the grid that suits its group best; needs no calibration text',
+  summary: 'round to the nearest level of the grid that suits the group best; reads no text',
   needsCalibration: false,
 
   async survey(
