@@ -5,7 +5,7 @@ import type { TensorResult } from './merge-tensor.ts';
 
 /** Bytes and time after which finished tensors are brought to the disk: what a crash may cost. */
 const SYNC_BYTES = 256 * 1024 * 1024;
-const SYNC_MS = 1000;
+const SYNC_MS = 250;
 
 export class Journal implements AsyncDisposable {
   /** Finished tensors, of earlier runs too. */
@@ -31,7 +31,7 @@ export class Journal implements AsyncDisposable {
 
   /**
    * Opens `path`. @param outputs files that tensors are written to, @param fresh forget what is there,
-   * @param kept called whenever something is safely stored
+   * @param kept called before finished tensors are put down
    */
   static async open(path: string, outputs: readonly string[], fresh: boolean, kept: () => Promise<void>): Promise<Journal> {
     const results = fresh ? new Map<string, TensorResult>() : await readJournal(path);
@@ -64,10 +64,11 @@ export class Journal implements AsyncDisposable {
       if (done.length === 0) return;
       this.#waiting = [];
       for (const output of this.#outputs) await output.datasync();
+      // Before the line: whoever finds a tensor in the journal can resume.
+      await this.#kept();
       await this.#handle.write(done.map(lineOf).join(''));
       await this.#handle.datasync();
       this.#lastSync = performance.now();
-      await this.#kept();
     });
     await this.#syncing;
   }

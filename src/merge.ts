@@ -163,7 +163,8 @@ async function produce({
   } catch (error) {
     // What is wrong with the inputs stays wrong: only other ends are worth resuming from.
     const hopeless = error instanceof FormatError || error instanceof UnsupportedError || error instanceof RecipeError;
-    if (!hopeless) await journal.sync();
+    if (hopeless) output.abandon();
+    else await journal.sync();
     throw error;
   }
   await journal.sync();

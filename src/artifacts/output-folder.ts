@@ -110,6 +110,11 @@ export class OutputFolder implements AsyncDisposable {
     this.#resumable = true;
   }
 
+  /** Says that the run cannot end well, however often it is resumed: its work is not kept. */
+  abandon(): void {
+    this.#resumable = false;
+  }
+
   /** Makes the artifact appear under its final name, replacing an old one if that was asked for. */
   async finalize(): Promise<void> {
     await flushTree(this.artifactPath);
