@@ -1,5 +1,6 @@
 /** Runs the jobs of a merge on several threads; results come as they are done. */
 import { Worker } from 'node:worker_threads';
+import type { Blas } from './compute/blas.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { PlainEngine } from './compute/plain.ts';
 import { type EnvironmentCode, EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from './errors.ts';
@@ -25,7 +26,7 @@ export interface PortableError {
 }
 
 /** Runs jobs in this thread. */
-export function localRunner(setup: MergeSetup, blas = createBlas(new PlainEngine())): JobRunner {
+export function localRunner(setup: MergeSetup, blas: Blas = createBlas(new PlainEngine())): JobRunner {
   const worker = new TensorWorker(setup, blas);
   return {
     run: (job) => worker.run(job),
@@ -67,25 +68,20 @@ function startWorker(workerData: MergeSetup): Worker {
   return new Worker(code, { eval: true, workerData, execArgv: [] });
 }
 
+/** Runners of a run's jobs: this thread alone, or `count` others. @param blas for methods that take matrix products, in this thread */
+export function openRunners(setup: MergeSetup, count: number, blas: Blas | undefined): readonly JobRunner[] {
+  if (blas || count === 1) return [localRunner(setup, blas)];
+  return Array.from({ length: count }, () => threadRunner(setup));
+}
+
 /**
- * Runs jobs on `threads` threads, starting them in order; calls `done` for each as it ends. An error or an abort lets the jobs under way
- * end, and starts no more.
+ * Gives jobs to runners, in order; calls `done` for each as it ends. An error or an abort lets the jobs under way end, and starts no more.
  */
 export async function runJobs(
   jobs: readonly TensorJob[],
-  setup: MergeSetup,
-  {
-    threads,
-    signal,
-    done,
-  }: {
-    readonly threads: number;
-    readonly signal: AbortSignal | undefined;
-    readonly done: (result: TensorResult) => Promise<void>;
-  },
+  runners: readonly JobRunner[],
+  { signal, done }: { readonly signal: AbortSignal | undefined; readonly done: (result: TensorResult) => Promise<void> },
 ): Promise<void> {
-  const count = Math.min(threads, jobs.length);
-  const runners = Array.from({ length: count }, () => (count === 1 ? localRunner(setup) : threadRunner(setup)));
   let next = 0;
   let failed = false;
   const work = async (runner: JobRunner): Promise<void> => {

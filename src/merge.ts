@@ -6,12 +6,14 @@ import { copyModelFiles } from './artifacts/copied-files.ts';
 import { explainDiskError } from './artifacts/durable.ts';
 import { writeReport } from './artifacts/manifest.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
+import { createEngine } from './compute/ort.ts';
+import { createBlas } from './compute/ort-blas.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from './errors.ts';
 import { countDispositions, markInputs, writeCard, writeMergeManifest } from './merge-describe.ts';
 import { type MergeInputs, openMergeInputs } from './merge-inputs.ts';
 import type { MergeSetup } from './merge-jobs.ts';
 import { Journal } from './merge-journal.ts';
-import { runJobs } from './merge-pool.ts';
+import { openRunners, runJobs } from './merge-pool.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import { type MergeSchedule, scheduleMerge } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
@@ -159,7 +161,10 @@ async function produce({
     hooks.progress?.({ phase: `merge ${result.tensor}`, done, total });
   };
   try {
-    await runJobs(left, setup, { threads, signal: hooks.signal, done: finish });
+    // Products of matrices want all cores for one tensor; everything else is a tensor a core.
+    await using engine = schedule.merger.access === 'matrix' ? await createEngine({ threads: recipe.threads }) : undefined;
+    const runners = openRunners(setup, Math.min(threads, left.length), engine && createBlas(engine));
+    await runJobs(left, runners, { signal: hooks.signal, done: finish });
   } catch (error) {
     // What is wrong with the inputs stays wrong: only other ends are worth resuming from.
     const hopeless = error instanceof FormatError || error instanceof UnsupportedError || error instanceof RecipeError;

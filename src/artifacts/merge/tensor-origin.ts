@@ -20,18 +20,3 @@ export type TensorOrigin =
       readonly magnitude?: string;
     }
   | { readonly kind: 'added'; readonly name: string; readonly scale: number };
-
-/** Names of the input's own tensors that an origin reads. */
-export function tensorsOf(origin: TensorOrigin): string[] {
-  switch (origin.kind) {
-    case 'stored':
-    case 'added':
-      return [origin.name];
-    case 'base':
-      return [];
-    case 'low-rank':
-      return [origin.a, origin.b, origin.e, origin.magnitude].filter((name) => name !== undefined);
-    default:
-      return origin satisfies never;
-  }
-}
