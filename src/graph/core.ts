@@ -46,6 +46,7 @@ export class GraphCore {
   readonly #initializers = new Map<string, Initializer>();
   readonly #values = new Map<string, Value>();
   readonly #constants = new Map<string, Value>();
+  readonly #numbers = new Map<string, readonly number[]>();
   readonly #names = new Set<string>();
   readonly #scopes: string[] = [];
 
@@ -127,6 +128,7 @@ export class GraphCore {
       const read = async (start = 0, end = bytes.byteLength) => bytes.subarray(start, end);
       value = this.initializer({ name, dtype, shape, byteLength: bytes.byteLength, read });
       this.#constants.set(key, value);
+      this.#numbers.set(name, Array.from(values));
     }
     return value;
   }
@@ -173,6 +175,23 @@ export class GraphCore {
     domain = '',
   ): Value {
     return this.node(op, inputs, { domain, attributes, outputs: [output] })[0];
+  }
+
+  /** Every node made so far, in order; the list goes on with the graph. */
+  get nodes(): readonly Node[] {
+    return this.#nodes;
+  }
+
+  /** A value by its name. */
+  valueNamed(name: string): Value {
+    const value = this.#values.get(name);
+    if (value === undefined) throw new GraphError(`"${name}" is not a value of this graph`);
+    return value;
+  }
+
+  /** What a `constant` holds; undefined for any other value. */
+  numbersOf({ name }: Value): readonly number[] | undefined {
+    return this.#numbers.get(name);
   }
 
   /** The finished model. The builder may go on and build again. */

@@ -28,6 +28,11 @@ export class ArithmeticOps extends LayoutOps {
     return this.#binary('Max', a, b);
   }
 
+  /** Elementwise smaller one. */
+  min(a: Value, b: Value): Value {
+    return this.#binary('Min', a, b);
+  }
+
   /** BOOL: a < b. */
   less(a: Value, b: Value): Value {
     return this.#binary('Less', a, b, 'BOOL');
@@ -54,6 +59,36 @@ export class ArithmeticOps extends LayoutOps {
 
   neg(x: Value): Value {
     return this.#unary('Neg', x);
+  }
+
+  abs(x: Value): Value {
+    return this.#unary('Abs', x);
+  }
+
+  /** -1, 0 or 1. */
+  sign(x: Value): Value {
+    return this.#unary('Sign', x);
+  }
+
+  /** To the nearest whole number, halves to the even one. */
+  round(x: Value): Value {
+    return this.#unary('Round', x);
+  }
+
+  exp(x: Value): Value {
+    return this.#unary('Exp', x);
+  }
+
+  log(x: Value): Value {
+    return this.#unary('Log', x);
+  }
+
+  sqrt(x: Value): Value {
+    return this.#unary('Sqrt', x);
+  }
+
+  erf(x: Value): Value {
+    return this.#unary('Erf', x);
   }
 
   sigmoid(x: Value): Value {
@@ -91,6 +126,10 @@ export class ArithmeticOps extends LayoutOps {
 
   reduceSum(x: Value, axes: readonly number[], keepDims = true): Value {
     return this.#reduce('ReduceSum', x, axes, keepDims);
+  }
+
+  reduceMax(x: Value, axes: readonly number[], keepDims = true): Value {
+    return this.#reduce('ReduceMax', x, axes, keepDims);
   }
 
   reduceMean(x: Value, axes: readonly number[], keepDims = true): Value {
