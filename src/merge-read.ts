@@ -1,7 +1,7 @@
 /** One input's version of a tensor as float32, a run of rows at a time, in memory that is used again and again. */
 import { createHash, type Hash } from 'node:crypto';
 import { readSync } from 'node:fs';
-import { bitsPerElement, elementCount, type FloatDType, widenInto } from '../formats/dtype.ts';
+import { areFinite, bitsPerElement, elementCount, type FloatDType, widenInto } from '../formats/dtype.ts';
 import { type LowRank, lowRank, lowRankRows } from './artifacts/merge/low-rank.ts';
 import { FormatError } from './errors.ts';
 import type { StoredOrigin, StoredTensor } from './merge-jobs.ts';
@@ -75,6 +75,9 @@ export class StoredRows {
     this.#hashes = hashes;
   }
 
+  /** Whether the rows that were read last are all finite. */
+  finite = true;
+
   /** Rows `[start, end)`; valid until the next call. */
   rows(start: number, end: number): Float32Array {
     const { dtype } = this.#tensor;
@@ -88,7 +91,7 @@ export class StoredRows {
     const position = start * this.#columns * width;
     readBytes(this.#open, this.#tensor, position, bytes);
     this.#hashes?.add(this.#tensor, position, bytes);
-    if (dtype !== 'F32') widenInto(dtype as FloatDType | 'F64', bytes, values);
+    this.finite = dtype === 'F32' ? finiteValues(values) : widenInto(dtype as FloatDType | 'F64', bytes, values);
     return values;
   }
 }
@@ -97,6 +100,8 @@ export class StoredRows {
 export interface ExpertRows {
   readonly values: Float32Array;
   readonly taskVector?: Float32Array;
+  /** Whether all values are finite. */
+  readonly finite: boolean;
 }
 
 /** Rows of one expert. @param base rows of the base, needed by all but `stored` */
@@ -122,10 +127,10 @@ export function expertReader(
   switch (origin.kind) {
     case 'stored': {
       const stored = new StoredRows(open, origin.tensor, columns, hashes);
-      return (start, end) => ({ values: stored.rows(start, end) });
+      return (start, end) => ({ values: stored.rows(start, end), finite: stored.finite });
     }
     case 'base':
-      return (_start, _end, base) => ({ values: base!, taskVector: new Float32Array(base!.length) });
+      return (_start, _end, base) => ({ values: base!, taskVector: new Float32Array(base!.length), finite: true });
     case 'added': {
       const added = readWhole(open, origin.tensor, hashes);
       return (start, end, base) =>
@@ -150,10 +155,14 @@ export function expertReader(
   }
 }
 
+function finiteValues(values: Float32Array): boolean {
+  return areFinite(new Int32Array(values.buffer, values.byteOffset, values.length));
+}
+
 function changed(base: Float32Array, taskVector: Float32Array): ExpertRows {
   const values = new Float32Array(base.length);
   for (let i = 0; i < values.length; i++) values[i] = base[i] + taskVector[i];
-  return { values, taskVector };
+  return { values, taskVector, finite: finiteValues(values) };
 }
 
 interface Rescaling {
@@ -182,7 +191,7 @@ function rescaled(base: Float32Array, update: Float32Array, { columns, magnitude
       taskVector[i] = value - base[i];
     }
   }
-  return { values, taskVector };
+  return { values, taskVector, finite: finiteValues(values) };
 }
 
 /** Factors of the outputs of a tensor that is stored (in, out): their lengths are known only after all rows. */

@@ -9,9 +9,9 @@ import type { Blas } from './compute/blas.ts';
 import type { CopyJob, MergeJob, MergeSetup, TensorJob } from './merge-jobs.ts';
 import { expertReader, readBytes, StoredRows, TensorHashes } from './merge-read.ts';
 import { type RoundingLoss, roundRows } from './merge-round.ts';
-import { type BlockPass, mergeBlock, mergeTensor } from './methods/merge/drive.ts';
+import { type BlockPass, mergeBlock, mergeTensor, refuseNonfinite } from './methods/merge/drive.ts';
 import { mergerOf } from './methods/merge/index.ts';
-import type { MergeBlock } from './methods/merge/merger.ts';
+import type { MergeBlock, MergeTensor } from './methods/merge/merger.ts';
 
 /** What came of a job: goes into the journal, the manifest and the report. */
 export interface TensorResult {
@@ -26,6 +26,8 @@ export interface TensorResult {
 }
 
 const COPY_BYTES = 8 * 1024 * 1024;
+/** Blocks are checked as they are read: while their numbers are at hand. */
+const CHECKED = { allowNonfinite: true } as const;
 
 /** Does jobs one after the other, with files kept open between them. */
 export class TensorWorker {
@@ -85,10 +87,10 @@ export class TensorWorker {
     const width = bitsPerElement(dtype) / 8;
     let bytes = 0;
     for (let layer = 0; layer < job.stack; layer++) {
-      const pass = this.#passes(job, layer, hashes);
       const tensor = job.stack === 1 ? job.tensor : { ...job.tensor, name: `${job.tensor.name}[${layer}]` };
+      const pass = this.#passes(job, tensor, layer, hashes);
       let start = 0;
-      for await (const merged of mergeTensor(merger, tensor, pass.blocks, values, context, { allowNonfinite })) {
+      for await (const merged of mergeTensor(merger, tensor, pass.blocks, values, context, CHECKED)) {
         const rows = job.turned ? transpose(merged, job.columns, job.rows) : merged;
         const stored = roundRows({ name, dtype, allowNonfinite }, rows, { start, base: pass.base(), loss });
         sha.update(stored);
@@ -109,7 +111,12 @@ export class TensorWorker {
   }
 
   /** The blocks of a tensor, as often as they are asked for; a tensor that is one block is read once. */
-  #passes(job: MergeJob, layer: number, hashes: TensorHashes): { blocks: BlockPass; base: () => Float32Array | undefined } {
+  #passes(
+    job: MergeJob,
+    tensor: MergeTensor,
+    layer: number,
+    hashes: TensorHashes,
+  ): { blocks: BlockPass; base: () => Float32Array | undefined } {
     const { rows, columns, blockRows, turned, usesBase } = job;
     const first = layer * rows;
     const open = this.#open;
@@ -125,11 +132,14 @@ export class TensorWorker {
       const view = (values: Float32Array) => (turned ? transpose(values, rows, columns) : values);
       // Task vectors that are stored are more exact than the difference of rounded weights.
       const given = usesBase && parts.some(({ taskVector }) => taskVector);
-      return mergeBlock(start * columns, {
+      const block = mergeBlock(start * columns, {
         ...(base && usesBase ? { base: view(base) } : {}),
         experts: parts.map(({ values }) => view(values)),
         ...(given ? { taskVectors: parts.map(({ values, taskVector }) => view(taskVector ?? difference(values, base))) } : {}),
       });
+      const finite = parts.every((part) => part.finite) && (base === undefined || baseRows?.finite === true);
+      if (!finite && !this.#setup.allowNonfinite) refuseNonfinite(tensor, block);
+      return block;
     };
     let whole: MergeBlock | undefined;
     function* blocks(): Iterable<MergeBlock> {

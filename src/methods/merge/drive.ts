@@ -65,7 +65,8 @@ export async function* mergeTensor<D extends Parameters>(
   }
 }
 
-function refuseNonfinite(tensor: MergeTensor, block: MergeBlock): void {
+/** Throws UnsupportedError for the first number of a block that is not finite. */
+export function refuseNonfinite(tensor: MergeTensor, block: MergeBlock): void {
   const inputs = [...block.experts.map((values, k) => ({ label: `expert "${tensor.experts[k]}"`, values }))];
   if (block.base) inputs.push({ label: 'the base', values: block.base });
   for (const { label, values } of inputs) {
