@@ -69,6 +69,30 @@ async function joined(names: string, pieces: AsyncIterable<string>, separator: s
   return parts.join(separator);
 }
 
+/** A prompt with the answer to it, if there is one. */
+export interface Prompt {
+  readonly prompt: string;
+  readonly response?: string;
+}
+
+/** The documents of a file; a JSON line that has a `prompt` is one, and its `response` is kept apart. */
+export async function* readPrompts(file: TextFile): AsyncGenerator<Prompt | string> {
+  if (file.kind !== 'json-lines') {
+    yield* documentsOf(file, MAX_CHARACTERS);
+    return;
+  }
+  let number = 0;
+  for await (const line of textLines(file.path)) {
+    number++;
+    if (line.trim() === '') continue;
+    const { prompt, response } = objectOf(file.path, number, line);
+    if (typeof prompt !== 'string') yield fieldOf(file.path, number, line, file.field ?? DEFAULT_FIELD);
+    else if (response === undefined) yield { prompt };
+    else if (typeof response === 'string') yield { prompt, response };
+    else throw new FormatError(file.path, 'json-line-field-type', `line ${number} has a field "response" that is not a string`);
+  }
+}
+
 async function* documentsOf(file: TextFile, maxCharacters: number): AsyncGenerator<string> {
   switch (file.kind) {
     case 'text': {
@@ -117,6 +141,17 @@ async function* documentsOf(file: TextFile, maxCharacters: number): AsyncGenerat
 
 /** The text of one JSON line. */
 function fieldOf(path: string, number: number, line: string, field: string): string {
+  const value = objectOf(path, number, line);
+  const text = Object.hasOwn(value, field) ? value[field] : undefined;
+  if (typeof text === 'string') return text;
+  if (field !== DEFAULT_FIELD && isChat(text)) return text.map((message) => message.content).join('\n');
+  const fields = Object.keys(value).slice(0, 8).join(', ');
+  const rule = text === undefined ? 'json-line-field-missing' : 'json-line-field-type';
+  const found = text === undefined ? `has no field "${field}"` : `has a field "${field}" that is not a string`;
+  throw new FormatError(path, rule, `line ${number} ${found}; its fields are ${fields || 'none'}. Name one: ${path}:FIELD`);
+}
+
+function objectOf(path: string, number: number, line: string): Readonly<Record<string, unknown>> {
   let value: unknown;
   try {
     value = JSON.parse(line);
@@ -126,13 +161,7 @@ function fieldOf(path: string, number: number, line: string, field: string): str
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new FormatError(path, 'json-line-object', `line ${number} is not a JSON object`);
   }
-  const text = Object.hasOwn(value, field) ? (value as Record<string, unknown>)[field] : undefined;
-  if (typeof text === 'string') return text;
-  if (field !== DEFAULT_FIELD && isChat(text)) return text.map((message) => message.content).join('\n');
-  const fields = Object.keys(value).slice(0, 8).join(', ');
-  const rule = text === undefined ? 'json-line-field-missing' : 'json-line-field-type';
-  const found = text === undefined ? `has no field "${field}"` : `has a field "${field}" that is not a string`;
-  throw new FormatError(path, rule, `line ${number} ${found}; its fields are ${fields || 'none'}. Name one: ${path}:FIELD`);
+  return value as Record<string, unknown>;
 }
 
 function isChat(value: unknown): value is { content: string }[] {

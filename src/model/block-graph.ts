@@ -1,20 +1,43 @@
 /** The calibration graph of one block: weights are inputs, so one compiled program serves every block of the same make. */
 import { createHash } from 'node:crypto';
-import { attention } from '../graph/attention.ts';
+import type { Dim } from '../../formats/onnx/model.ts';
+import { type AttentionLowering, attention } from '../graph/attention.ts';
 import { GraphBuilder, type Value } from '../graph/builder.ts';
+import { gradient } from '../graph/gradient/gradient.ts';
 import { positionsFromLengths } from '../graph/token-positions.ts';
 import { type BlockParts, renderBlock, renderNorm } from './block-renderer.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockSites } from './expected-tensors.ts';
-import type { BlockGraph, LinearSite, NormGraph } from './model.ts';
+import type { BlockGradient, BlockGraph, LinearSite, NormGraph } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
 /** Graph output: the residual stream between attention and MLP. */
 const MIDDLE = 'middle';
 
-/** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
-export function buildBlockGraph(description: DecoderDescription, named: BlockDescription, positions: number): BlockGraph {
+/** A block in a graph under construction. */
+interface RenderedBlock {
+  readonly builder: GraphBuilder;
+  readonly hidden: Value;
+  readonly hiddenOut: Value;
+  /** Graph inputs that take tensors of the checkpoint: what each takes, and its place in the graph. */
+  readonly weights: Map<string, { readonly source: LinearSite | string; readonly value: Value }>;
+  /** By site input, without the block's name. */
+  readonly siteInputs: Map<string, Value>;
+  readonly residuals: Map<string, string>;
+  /** A digest of all that shapes the block. */
+  readonly make: string;
+}
+
+interface Rendering {
+  readonly positions: number;
+  readonly batch: Dim;
+  readonly sequence: Dim;
+  readonly lowering?: AttentionLowering;
+}
+
+function render(description: DecoderDescription, named: BlockDescription, rendering: Rendering): RenderedBlock {
   const { shape } = description;
+  const { positions, batch, sequence, lowering } = rendering;
   // The tables are part of the graph: for a context of a million tokens they would be 512 MB of it, whatever the text's length.
   const rotary = description.rotary && { ...description.rotary, positions: Math.min(positions, description.rotary.positions) };
   const { headCount, kvHeadCount, headDim, hiddenSize } = shape;
@@ -23,8 +46,8 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
   const sites = new Map(blockSites(named).map((site) => [site.name, site]));
 
   const builder = new GraphBuilder('block');
-  const hidden = builder.input('hidden', 'F32', ['batch', 'sequence', hiddenSize]);
-  const lengths = builder.input('lengths', 'I32', ['batch']);
+  const hidden = builder.input('hidden', 'F32', [batch, sequence, hiddenSize]);
+  const lengths = builder.input('lengths', 'I32', [batch]);
   const tokens = positionsFromLengths(builder, lengths, hidden);
   const tables =
     rotary && block.attention.rotates
@@ -33,20 +56,20 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
           sin: builder.initializer(rotaryTable('sin_cache', 'sin', rotary)),
         }
       : undefined;
-  const weights = new Map<string, LinearSite | string>();
+  const weights: RenderedBlock['weights'] = new Map();
   const siteInputs = new Map<string, Value>();
   const residuals = new Map<string, string>();
   let residual = 'hidden';
-  const tensor = (name: string, dims: readonly number[]): Value => {
-    weights.set(name, prefix + name);
-    return builder.input(name, 'F32', dims);
+  const input = (name: string, dims: readonly number[], source: LinearSite | string): Value => {
+    const value = builder.input(name, 'F32', dims);
+    weights.set(name, { source, value });
+    return value;
   };
+  const tensor = (name: string, dims: readonly number[]): Value => input(name, dims, prefix + name);
   const parts: BlockParts = {
     tensor,
     linear(site, x) {
-      const input = `${site.name}.weight`;
-      weights.set(input, sites.get(prefix + site.name)!);
-      const weight = builder.input(input, 'F32', [site.outFeatures, site.inFeatures]);
+      const weight = input(`${site.name}.weight`, [site.outFeatures, site.inFeatures], sites.get(prefix + site.name)!);
       return builder.rootScope(site.name, () => {
         // onnxruntime makes one product of the two, without moving the weight.
         const y = builder.matmul(x, builder.transpose(weight, [1, 0]));
@@ -55,35 +78,76 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
     },
     attend: (_, q, k, v) => {
       const { window, scale } = block.attention;
-      return attention(builder, q, k, v, tokens, {
+      const options = {
         headCount,
         kvHeadCount,
         headDim,
         scale,
         ...(window === undefined ? {} : { window }),
         ...(tables ? { rotary: tables } : {}),
-      }).output;
+      };
+      return attention(builder, q, k, v, tokens, options, lowering).output;
     },
     observeMiddle(value) {
       residual = MIDDLE;
       builder.output(MIDDLE, value);
     },
-    observe(input, value) {
-      siteInputs.set(input, value);
-      residuals.set(prefix + input, residual);
+    observe(name, value) {
+      siteInputs.set(name, value);
+      residuals.set(prefix + name, residual);
     },
   };
   const normed = renderNorm(builder, parts, block.attentionNorm, hidden);
   const last = renderBlock(builder, shape, block, parts, hidden, normed);
-  builder.output('hidden_out', builder.add(last.hidden, last.branch));
+  const hiddenOut = builder.add(last.hidden, last.branch);
+  const make = graphKey({ headCount, kvHeadCount, headDim, rotary, block });
+  return { builder, hidden, hiddenOut, weights, siteInputs, residuals, make };
+}
+
+/** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
+export function buildBlockGraph(description: DecoderDescription, named: BlockDescription, positions: number): BlockGraph {
+  const rendering = { positions, batch: 'batch', sequence: 'sequence' };
+  const { builder, hiddenOut, weights, siteInputs, residuals, make } = render(description, named, rendering);
+  builder.output('hidden_out', hiddenOut);
   for (const [name, value] of siteInputs) builder.output(name, value);
   return {
     model: builder.build(),
-    key: graphKey({ headCount, kvHeadCount, headDim, rotary, block }),
-    weights,
-    siteInputs: new Map([...siteInputs.keys()].map((input) => [prefix + input, input])),
+    key: make,
+    weights: sourcesOf(weights),
+    siteInputs: new Map([...siteInputs.keys()].map((input) => [`${named.name}.${input}`, input])),
     residuals,
   };
+}
+
+/** See BlockGradient in model.ts. Attention is made of plain operators: what onnxruntime fuses has no derivative. */
+export function buildBlockGradient(
+  description: DecoderDescription,
+  named: BlockDescription,
+  { batch, sequence }: { readonly batch: number; readonly sequence: number },
+): BlockGradient {
+  const rendering: Rendering = { positions: sequence, batch, sequence, lowering: 'plain' };
+  const { builder, hidden, hiddenOut, weights, make } = render(description, named, rendering);
+  const cotangent = builder.input('cotangent', 'F32', hiddenOut.shape);
+  const linear = [...weights].filter(([, { source }]) => typeof source !== 'string');
+  const wrt = [hidden, ...linear.map(([, { value }]) => value)];
+  const [ofHidden, ...ofWeights] = gradient(builder, [hiddenOut], [cotangent], wrt);
+  builder.output('hidden_cotangent', ofHidden);
+  const sites = new Map<string, string>();
+  ofWeights.forEach((value, i) => {
+    const [name, { source }] = linear[i];
+    builder.output(`${name} cotangent`, value);
+    sites.set((source as LinearSite).name, `${name} cotangent`);
+  });
+  return {
+    model: builder.build(),
+    key: `${make} gradient ${batch} ${sequence}`,
+    weights: sourcesOf(weights),
+    sites,
+  };
+}
+
+function sourcesOf(weights: RenderedBlock['weights']): Map<string, LinearSite | string> {
+  return new Map([...weights].map(([name, { source }]) => [name, source]));
 }
 
 /** `hidden` (rows, hiddenSize) -> `hidden_out`, the norm before the output head. */
@@ -110,6 +174,6 @@ function withoutPrefix(block: BlockDescription, prefix: string): BlockDescriptio
 }
 
 /** A digest of all that shapes a graph. */
-function graphKey(made: unknown): string {
+export function graphKey(made: unknown): string {
   return createHash('sha256').update(JSON.stringify(made)).digest('hex');
 }

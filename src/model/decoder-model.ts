@@ -1,11 +1,12 @@
 /** A Model made from a description: everything an architecture did not have to say. */
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorSource } from '../../formats/tensor.ts';
-import { buildBlockGraph, buildNormGraph } from './block-graph.ts';
+import { buildBlockGradient, buildBlockGraph, buildNormGraph } from './block-graph.ts';
 import { buildDecoderGraph } from './decoder-graph.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockOtherTensors, blockSites, checkTensors, otherTensors } from './expected-tensors.ts';
-import type { Block, BlockGraph, DecoderLowering, Model, ModelShape, NormGraph } from './model.ts';
+import { buildHeadGradient } from './head-gradient.ts';
+import type { Block, BlockGradient, BlockGraph, DecoderLowering, HeadGradient, Model, ModelShape, NormGraph } from './model.ts';
 
 export class DecoderModel implements Model {
   readonly architecture: string;
@@ -40,6 +41,14 @@ export class DecoderModel implements Model {
 
   blockGraph(block: Block, positions: number = this.shape.contextLength): BlockGraph {
     return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions);
+  }
+
+  blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient {
+    return buildBlockGradient(this.#description, this.#description.blocks[block.index], size);
+  }
+
+  headGradient(rows: number, temperature: number): HeadGradient {
+    return buildHeadGradient(this.#description, rows, temperature);
   }
 
   finalNormGraph(): NormGraph {

@@ -71,6 +71,33 @@ export interface BlockGraph {
   readonly residuals: ReadonlyMap<string, string>;
 }
 
+/** What a block does to cotangents, for batches of one size; the forward pass is made again inside. */
+export interface BlockGradient {
+  /**
+   * Inputs `hidden` and `lengths` as a BlockGraph, `cotangent` of the block's output (batch, sequence, hiddenSize), and the weights. Outputs
+   * `hidden_cotangent` (batch, sequence, hiddenSize), and the gradient of every site's W (outFeatures, inFeatures).
+   */
+  readonly model: OnnxModel;
+  readonly key: string;
+  /** As BlockGraph.weights. */
+  readonly weights: ReadonlyMap<string, LinearSite | string>;
+  /** Site name -> the output that is its gradient. */
+  readonly sites: ReadonlyMap<string, string>;
+}
+
+/** Divergence of the logits from a teacher's, and what it does to the hidden states after the last block. */
+export interface HeadGradient {
+  /**
+   * Inputs `hidden` (rows, hiddenSize), `head` (vocabSize, hiddenSize), `teacher` logits (rows, vocabSize), `weight` of each row (rows, 1)
+   * and the norm's tensors. Outputs `loss`, the weighted sum over rows of `T^2 KL(softmax(teacher / T) || softmax(logits / T))` in nats
+   * (1), and `hidden_cotangent` (rows, hiddenSize).
+   */
+  readonly model: OnnxModel;
+  readonly key: string;
+  /** Graph input -> checkpoint tensor name, of the norm. */
+  readonly weights: ReadonlyMap<string, string>;
+}
+
 /** A graph applied to hidden states after the last block: `hidden` (rows, hiddenSize) -> `hidden_out`. */
 export interface NormGraph {
   readonly model: OnnxModel;
@@ -109,6 +136,10 @@ export interface Model {
   readonly unusedTensors: readonly string[];
   /** @param positions tokens of the longest sequence it will run on; default: the whole context */
   blockGraph(block: Block, positions?: number): BlockGraph;
+  /** The derivative of a block for batches of `batch` rows of `sequence` tokens. */
+  blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient;
+  /** The loss at the output head and its derivative, for pieces of `rows` rows. */
+  headGradient(rows: number, temperature: number): HeadGradient;
   finalNormGraph(): NormGraph;
   /**
    * The whole decoder for runtimes: input_ids, attention_mask, past_key_values.* -> logits, present.* (onnx-runtime spec, section 7).

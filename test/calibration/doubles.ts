@@ -59,6 +59,8 @@ export function toyModel(blockCount = 2, options: { contextLength?: number; posi
       siteInputs: new Map([[block.inputs[0], 'mix']]),
       residuals: new Map([[block.inputs[0], 'hidden']]),
     }),
+    blockGradient: unused,
+    headGradient: unused,
     finalNormGraph: unused,
     decoderGraph: unused,
   };

@@ -1,0 +1,128 @@
+/**
+ * Gradients of a whole model, a block at a time (gradients.md, section 5): forward keeps what enters each block, backward runs the blocks from
+ * the last to the first, each making its forward pass again. Peak memory is one block with its gradients, and the kept states.
+ */
+import type { Engine, NdArray } from '../compute/engine.ts';
+import type { Block, LinearSite, Model, WeightReader } from '../model/model.ts';
+import { BlockRunner } from './block-runner.ts';
+import { embedTokens } from './embed.ts';
+import { dropPads, HiddenStates, padRows } from './hidden-states.ts';
+import type { Spool, StateStore } from './state-store.ts';
+
+export interface ModelGradientOptions {
+  readonly model: Model;
+  readonly engine: Engine;
+  /** The model, as the user named it; used in messages. */
+  readonly path: string;
+  readonly spool: Spool;
+  /** Token windows, each at most the model's context long. */
+  readonly windows: readonly Int32Array[];
+  /** Tokens, pads included, that run at once. */
+  readonly batchTokens: number;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** Called before a block is gone through: may add to the cotangent of its output, (tokens, hiddenSize). */
+export type BeforeBlock = (block: Block, cotangent: StateStore) => Promise<void>;
+
+/** Gets the gradient of every site's W, (outFeatures, inFeatures), summed over all windows. The arrays are used again afterwards. */
+export type OnGradients = (block: Block, gradients: ReadonlyMap<LinearSite, Float32Array>) => Promise<void>;
+
+/** One batch of windows: `forward`, then `backward` with the same weights. */
+export class ModelGradient implements AsyncDisposable {
+  readonly #options: ModelGradientOptions;
+  readonly #runner: BlockRunner;
+  readonly #states: HiddenStates;
+  /** What enters each block. */
+  readonly #entering: StateStore[] = [];
+
+  constructor(options: ModelGradientOptions) {
+    const { model, engine, path, windows, batchTokens, spool } = options;
+    this.#options = options;
+    this.#runner = new BlockRunner(model, engine, path);
+    this.#states = new HiddenStates(windows, model.shape.hiddenSize, batchTokens, spool);
+  }
+
+  /** Tokens of all windows. */
+  get tokenCount(): number {
+    return this.#states.tokenCount;
+  }
+
+  /** Hidden states after the last block, (tokens, hiddenSize), windows one after the other. */
+  async forward(weights: WeightReader): Promise<StateStore> {
+    const { model, path, signal } = this.#options;
+    await embedTokens(model, weights, this.#states, { path });
+    for (const block of model.blocks) {
+      signal?.throwIfAborted();
+      await this.#keep(block);
+      await this.#runner.advance(this.#states, block, weights);
+    }
+    return this.#states.store;
+  }
+
+  /** Hidden states after a block, once `forward` is done. */
+  after(block: Block): StateStore {
+    return this.#entering[block.index + 1] ?? this.#states.store;
+  }
+
+  /** Goes back through the blocks. @param cotangent of the states after the last block; replaced by that of the embeddings */
+  async backward(weights: WeightReader, cotangent: StateStore, on: OnGradients, before?: BeforeBlock): Promise<void> {
+    for (const block of this.#options.model.blocks.toReversed()) {
+      this.#options.signal?.throwIfAborted();
+      await before?.(block, cotangent);
+      await this.#back(block, weights, cotangent, on);
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    for (const store of this.#entering) await store[Symbol.asyncDispose]();
+    await this.#states[Symbol.asyncDispose]();
+  }
+
+  async #keep(block: Block): Promise<void> {
+    const { batches, store, tokenCount, hiddenSize } = this.#states;
+    this.#entering[block.index] ??= this.#options.spool.allocate(tokenCount, hiddenSize);
+    for (const { rowStart, rowEnd } of batches) {
+      await this.#entering[block.index].write(rowStart, await store.read(rowStart, rowEnd));
+    }
+  }
+
+  async #back(block: Block, weights: WeightReader, cotangent: StateStore, on: OnGradients): Promise<void> {
+    const { model, engine } = this.#options;
+    const { hiddenSize, batches } = this.#states;
+    const loaded = new Map<string, NdArray>();
+    const sums = new Map<LinearSite, Float32Array>();
+    for (const batch of batches) {
+      const size = { batch: batch.lengths.length, sequence: batch.sequence };
+      const { model: graph, key, weights: sources, sites } = model.blockGradient(block, size);
+      const program = await engine.compile(graph, { key, memoryArena: false });
+      for (const { name, shape } of graph.graph.inputs) {
+        const source = sources.get(name);
+        if (source === undefined || loaded.has(name)) continue;
+        const data = typeof source === 'string' ? await weights.load(source) : await weights.loadSite(source);
+        loaded.set(name, { dtype: 'F32', shape: (shape ?? []).map(Number), data });
+      }
+      const rows = async (store: StateStore): Promise<NdArray> => {
+        const data = padRows(batch, await store.read(batch.rowStart, batch.rowEnd), hiddenSize);
+        return { dtype: 'F32', shape: [size.batch, size.sequence, hiddenSize], data };
+      };
+      const feeds: Record<string, NdArray> = {};
+      const given: Record<string, NdArray> = {
+        ...Object.fromEntries(loaded),
+        hidden: await rows(this.#entering[block.index]),
+        lengths: { dtype: 'I32', shape: [size.batch], data: batch.lengths },
+        cotangent: await rows(cotangent),
+      };
+      for (const name of program.inputNames) feeds[name] = given[name];
+      const made = await program.run(feeds, { outputs: ['hidden_cotangent', ...sites.values()] });
+      await cotangent.write(batch.rowStart, dropPads(batch, made['hidden_cotangent'].data as Float32Array, hiddenSize));
+      for (const site of block.sites) {
+        const own = made[sites.get(site.name)!].data as Float32Array;
+        const sum = sums.get(site);
+        if (sum === undefined) sums.set(site, own);
+        else for (let i = 0; i < sum.length; i++) sum[i] += own[i];
+      }
+    }
+    await on(block, sums);
+  }
+}
