@@ -3,6 +3,8 @@ import { bitsPerElement, elementCount } from '../formats/dtype.ts';
 import { type CheckpointLayout, layOutCheckpoint } from '../formats/safetensors/placed-files.ts';
 import type { DType } from '../formats/tensor.ts';
 import type { TensorOrigin } from './artifacts/merge/tensor-origin.ts';
+import { createBlas } from './compute/ort-blas.ts';
+import { PlainEngine } from './compute/plain.ts';
 import { RecipeError, UnsupportedError } from './errors.ts';
 import type { MergeInputs, OutputTensor } from './merge-inputs.ts';
 import { blockBytes, blockRowsFor, type StoredOrigin, type StoredTensor, type TensorJob } from './merge-jobs.ts';
@@ -57,7 +59,7 @@ export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: 
     jobs,
     threads,
     peakBytes: peaks.slice(0, threads).reduce((sum, bytes) => sum + bytes, 0),
-    readBytes: jobs.reduce((sum, job) => sum + readBytesOf(job, merger.access), 0),
+    readBytes: jobs.reduce((sum, job) => sum + readBytesOf(job, merger, recipe), 0),
     writtenBytes: layout.files.reduce((sum, { byteLength }) => sum + byteLength, 0),
     dispositions: new Map(
       outputs.map((output) => [output.name, { ...dispositionOf(output, merger, labels), dtype: dtypes.get(output.name)! }]),
@@ -193,14 +195,17 @@ function bufferBytes(job: TensorJob, access: AccessClass): number {
   return blockBytes({ rows: blockRows, columns, experts: experts.length, access, whole });
 }
 
-/** Passes over a tensor that does not fit, by access class: what the methods of the class scan at most. */
-const PASSES: Readonly<Record<AccessClass, number>> = { elementwise: 1, row: 1, gram: 2, norms: 2, selection: 3, matrix: 1 };
-
-function readBytesOf(job: TensorJob, access: AccessClass): number {
+/** Bytes that a job reads. Asks the method for its scans, which also has it check the values. */
+function readBytesOf(job: TensorJob, merger: Merger, recipe: MergeRecipe): number {
   if (job.kind === 'copy') return job.tensor.byteLength;
-  const passes = job.blockRows >= job.rows ? 1 : PASSES[access];
+  const context = { seed: recipe.seed, blas: NO_PRODUCTS, note: () => {}, ...(recipe.compat ? { compat: recipe.compat } : {}) };
+  const { scans } = merger.prepare(job.tensor, job.values, context);
+  const passes = job.blockRows >= job.rows ? 1 : scans.length + 1;
   const stored = job.experts.flatMap((origin) => (origin.kind === 'stored' ? [origin.tensor] : []));
   const all = job.base && (job.usesBase || stored.length < job.experts.length) ? [...stored, job.base] : stored;
   const elements = job.rows * job.columns * job.stack;
   return passes * all.reduce((sum, { dtype }) => sum + (elements * bitsPerElement(dtype)) / 8, 0);
 }
+
+/** Preparing a merge multiplies nothing. */
+const NO_PRODUCTS = createBlas(new PlainEngine());
