@@ -72,7 +72,7 @@ export function mergeCommand(signal: AbortSignal): Command {
     .option('--dry-run', 'print the plan, bytes to read and memory, and stop')
     .addOption(jsonOption())
     .addOption(quietOption())
-    .addHelpText('after', `\nMethods and their parameters:\n${describeMethods()}\n`)
+    .addHelpText('after', `\nMethods, and their parameters for --set:\n${describeMethods()}\n`)
     .action(async (experts: string[], flags: Flags) => {
       const recipe = mergeRecipe(readRequest(flags), CORES);
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
@@ -99,13 +99,13 @@ function readRequest(flags: Flags): MergeRequest {
   return request;
 }
 
+/** A method's formula, and its parameters as `--set` takes them, with their defaults. */
 function describeMethods(): string {
   return Object.values<Merger>(MERGERS)
+    .filter(({ statistics }) => statistics === undefined)
     .map(({ name, formula, parameters }) => {
-      const lines = Object.entries(parameters).map(([parameter, { summary, default: value }]) => {
-        return `      ${parameter.padEnd(12)} ${summary} (${value === undefined ? 'required' : `default ${value}`})`;
-      });
-      return [`  ${name.padEnd(18)} ${formula}`, ...lines].join('\n');
+      const settings = Object.entries(parameters).map(([key, { default: value }]) => `${key}=${value ?? '<required>'}`);
+      return `  ${name.padEnd(18)} ${formula}${settings.length === 0 ? '' : `\n${' '.repeat(21)}${settings.join('  ')}`}`;
     })
     .join('\n');
 }
@@ -124,8 +124,8 @@ function describe(outcome: MergeOutcome): string {
     ['weight files', formatSize(outcome.bytes)],
   ];
   const table = renderTable(
-    ['expert', 'kind'],
-    experts.map(({ label, kind }) => [label, kind]),
+    ['expert', 'kind', 'weight'],
+    experts.map(({ label, kind, weight }) => [label, kind, weight ?? '']),
   );
   if (run === undefined) {
     pairs.push(

@@ -24,7 +24,8 @@ import type { RunHooks } from './run.ts';
 /** What came of a merge, or would come of it. */
 export interface MergeOutcome {
   readonly method: string;
-  readonly experts: readonly { readonly label: string; readonly kind: string }[];
+  /** `weight`: in the first tensor that is merged; `--set` may give others another. Absent where the method has none. */
+  readonly experts: readonly { readonly label: string; readonly kind: string; readonly weight?: number }[];
   readonly base?: string;
   /** Tensors of the result by what was done to them. */
   readonly tensors: Readonly<Record<string, number>>;
@@ -82,7 +83,7 @@ export async function merge(
   const schedule = scheduleMerge(inputs, recipe, mergerOf(recipe.method));
   const outline = {
     method: `${recipe.method}, preset ${recipe.preset}`,
-    experts: inputs.experts.map(({ label, place }) => ({ label, kind: place.kind })),
+    experts: inputs.experts.map(({ label, place }, k) => ({ label, kind: place.kind, ...weightOf(schedule, k) })),
     ...(inputs.base ? { base: inputs.base.label } : {}),
     tensors: countDispositions(schedule),
     bytes: schedule.writtenBytes,
@@ -117,6 +118,13 @@ export async function merge(
   } catch (error) {
     throw explainDiskError(error, output.path);
   }
+}
+
+/** The weight of expert `k` in the first tensor that is merged. */
+function weightOf({ jobs }: MergeSchedule, k: number): { weight?: number } {
+  const first = jobs.find((job) => job.kind === 'merge');
+  const weights = first?.kind === 'merge' ? first.values['weight'] : undefined;
+  return Array.isArray(weights) ? { weight: weights[k] as number } : {};
 }
 
 interface Production {

@@ -160,8 +160,8 @@ describe('experts', () => {
       runCliJson<{ experts: object[] }>(['merge', ...experts, '-o', output, '--quiet'], { cwd });
     const result = await merge('by-glob', 'set/*.safetensors');
     expect(result.experts).toEqual([
-      { label: 'big', kind: 'series' },
-      { label: 'math', kind: 'file' },
+      { label: 'big', kind: 'series', weight: 1 },
+      { label: 'math', kind: 'file', weight: 1 },
     ]);
     const files = readdirSync(at('set')).map((name) => `set/${name}`);
     await merge('by-name', ...files.toReversed());

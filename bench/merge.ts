@@ -1,0 +1,112 @@
+/**
+ * Speed and memory of `pcomp merge` beside a copy of the same bytes: `npx tsx bench/merge.ts [GB of each checkpoint, default 1]`.
+ * Three BF16 checkpoints of 7B block shapes: two experts and their base, or three experts for methods without a base. Each row is one run of
+ * the command line in a process of its own. `copy` reads the inputs and writes a result of their size, with nothing in between, by one
+ * thread; `share` is the copy's time over the run's, start of the process included. Rows go to bench/results/merge.{json,md}.
+ */
+import { execFile } from 'node:child_process';
+import { closeSync, openSync, readSync, writeSync } from 'node:fs';
+import { mkdir, mkdtemp, readFile, rm, stat } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { fromFloat32 } from '../formats/dtype.ts';
+import { createSafetensorsSink } from '../formats/safetensors/writer.ts';
+import { type Row, writeResults } from './results.ts';
+
+const PROGRAM = fileURLToPath(new URL('../cli/pcomp.ts', import.meta.url));
+const NAMES = ['a', 'b', 'base'] as const;
+/** Of one block of a 7B model: q, k, v, o, gate, up, down, and two norms. */
+const SHAPES: readonly (readonly number[])[] = [
+  ...Array.from({ length: 4 }, () => [4096, 4096]),
+  [11008, 4096],
+  [11008, 4096],
+  [4096, 11008],
+  [4096],
+  [4096],
+];
+const PIECE = 16 * 1024 * 1024;
+
+/** Numbers that look like weights; where in this noise a tensor begins tells models and tensors apart. */
+const noise = fromFloat32(
+  'BF16',
+  Float32Array.from({ length: 1 << 23 }, (_, i) => Math.sin(i * 12.9898 + Math.floor(i / 7) * 78.233) * 0.05),
+);
+
+async function writeCheckpoint(path: string, gigabytes: number, seed: number): Promise<void> {
+  const blockBytes = SHAPES.reduce((sum, shape) => sum + 2 * shape.reduce((product, size) => product * size, 1), 0);
+  const blocks = Math.max(1, Math.round((gigabytes * 1e9) / blockBytes));
+  const tensors = Array.from({ length: blocks }, (_, block) =>
+    SHAPES.map((shape, i) => ({ name: `model.layers.${block}.${i}.weight`, dtype: 'BF16' as const, shape })),
+  ).flat();
+  await using sink = await createSafetensorsSink(path, tensors);
+  for (const [i, { name, shape }] of tensors.entries()) {
+    const rowBytes = 2 * (shape[1] ?? 1);
+    const rows = Math.floor(PIECE / 2 / rowBytes);
+    for (let row = 0; row < shape[0]; row += rows) {
+      const length = rowBytes * Math.min(rows, shape[0] - row);
+      const offset = ((seed * 7919 + i * 104_729 + row) * 64) % (noise.byteLength - length);
+      await sink.writeRows(name, row, noise.subarray(offset, offset + length));
+    }
+  }
+  await sink.finalize();
+}
+
+/** Seconds to read the inputs and write as many bytes as one of them has. */
+function copySeconds(inputs: readonly string[], output: string): number {
+  const started = performance.now();
+  const buffer = new Uint8Array(PIECE);
+  const out = openSync(output, 'w');
+  for (const [i, input] of inputs.entries()) {
+    const file = openSync(input, 'r');
+    for (let length = readSync(file, buffer); length > 0; length = readSync(file, buffer)) {
+      if (i === 0) writeSync(out, buffer, 0, length);
+    }
+    closeSync(file);
+  }
+  closeSync(out);
+  return (performance.now() - started) / 1000;
+}
+
+const gigabytes = Number(process.argv[2] ?? 1);
+const folder = await mkdtemp(join(tmpdir(), 'pcomp-bench-merge-'));
+const rows: Row[] = [];
+try {
+  await mkdir(folder, { recursive: true });
+  const path = (name: string) => join(folder, `${name}.safetensors`);
+  for (const [seed, name] of NAMES.entries()) await writeCheckpoint(path(name), gigabytes, seed);
+  const { size } = await stat(path('base'));
+  const merges: [string, string[], string[]][] = [
+    ['linear', NAMES.map(path), []],
+    ['task-arithmetic', [path('a'), path('b')], ['--base', path('base')]],
+    ['ties', [path('a'), path('b')], ['--base', path('base'), '--set', 'density=0.2']],
+    ['dare-ties', [path('a'), path('b')], ['--base', path('base'), '--set', 'density=0.2']],
+  ];
+  for (const [method, experts, flags] of merges) {
+    const copy = copySeconds(NAMES.map(path), path('copy'));
+    await rm(path('copy'));
+    const out = join(folder, 'out');
+    const started = performance.now();
+    const args = ['merge', ...experts, ...flags, '--method', method, '-o', out, '--max-memory', '512MiB', '--quiet'];
+    await promisify(execFile)(process.execPath, ['--import', import.meta.resolve('tsx'), PROGRAM, ...args]);
+    const seconds = (performance.now() - started) / 1000;
+    const { run } = JSON.parse(await readFile(join(out, 'report.json'), 'utf8')) as { run: { peakBytes: number } };
+    await rm(out, { recursive: true });
+    rows.push({
+      method,
+      'checkpoint GB': size / 1e9,
+      'copy s': copy,
+      'merge s': seconds,
+      'merge MB/s': (4 * size) / 1e6 / seconds,
+      share: copy / seconds,
+      'peak RSS MB': Math.round(run.peakBytes / 1e6),
+    });
+    console.log(rows.at(-1));
+  }
+  await writeResults('merge', `npx tsx bench/merge.ts ${gigabytes}`, rows, [
+    'Inputs in the page cache. MB/s counts the bytes of the three inputs and of the result. --max-memory 512MiB.',
+  ]);
+} finally {
+  await rm(folder, { recursive: true, force: true });
+}
