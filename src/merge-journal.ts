@@ -15,7 +15,8 @@ export class Journal implements AsyncDisposable {
   readonly #kept: () => Promise<void>;
   #waiting: TensorResult[] = [];
   #lastSync = performance.now();
-  #syncing: Promise<void> = Promise.resolve();
+  #syncing: Promise<void> | undefined;
+  #failure: unknown;
 
   private constructor(
     results: Map<string, TensorResult>,
@@ -49,31 +50,44 @@ export class Journal implements AsyncDisposable {
     }
   }
 
-  /** Takes a finished tensor; brings it to the disk now or soon. */
-  async add(result: TensorResult): Promise<void> {
+  /** Takes a finished tensor, and has it brought to the disk while others are merged. Throws what went wrong with that before. */
+  add(result: TensorResult): void {
+    if (this.#failure !== undefined) throw this.#failure;
     this.results.set(result.tensor, result);
     this.#waiting.push(result);
     const bytes = this.#waiting.reduce((sum, waiting) => sum + waiting.bytes, 0);
-    if (bytes >= SYNC_BYTES || performance.now() - this.#lastSync >= SYNC_MS) await this.sync();
+    const due = bytes >= SYNC_BYTES || performance.now() - this.#lastSync >= SYNC_MS;
+    if (!due || this.#syncing) return;
+    this.#syncing = this.#sync()
+      .catch((error: unknown) => {
+        this.#failure = error;
+      })
+      .finally(() => {
+        this.#syncing = undefined;
+      });
   }
 
   /** Brings everything to the disk. */
   async sync(): Promise<void> {
-    this.#syncing = this.#syncing.then(async () => {
-      const done = this.#waiting;
-      if (done.length === 0) return;
-      this.#waiting = [];
-      for (const output of this.#outputs) await output.datasync();
-      // Before the line: whoever finds a tensor in the journal can resume.
-      await this.#kept();
-      await this.#handle.write(done.map(lineOf).join(''));
-      await this.#handle.datasync();
-      this.#lastSync = performance.now();
-    });
     await this.#syncing;
+    if (this.#failure !== undefined) throw this.#failure;
+    await this.#sync();
+  }
+
+  async #sync(): Promise<void> {
+    const done = this.#waiting;
+    if (done.length === 0) return;
+    this.#waiting = [];
+    for (const output of this.#outputs) await output.datasync();
+    // Before the line: whoever finds a tensor in the journal can resume.
+    await this.#kept();
+    await this.#handle.write(done.map(lineOf).join(''));
+    await this.#handle.datasync();
+    this.#lastSync = performance.now();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    await this.#syncing;
     for (const file of [this.#handle, ...this.#outputs]) await file.close();
   }
 }

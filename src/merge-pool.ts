@@ -80,7 +80,7 @@ export function openRunners(setup: MergeSetup, count: number, blas: Blas | undef
 export async function runJobs(
   jobs: readonly TensorJob[],
   runners: readonly JobRunner[],
-  { signal, done }: { readonly signal: AbortSignal | undefined; readonly done: (result: TensorResult) => Promise<void> },
+  { signal, done }: { readonly signal: AbortSignal | undefined; readonly done: (result: TensorResult) => void },
 ): Promise<void> {
   let next = 0;
   let failed = false;
@@ -88,7 +88,7 @@ export async function runJobs(
     try {
       while (!failed && next < jobs.length) {
         signal?.throwIfAborted();
-        await done(await runner.run(jobs[next++]));
+        done(await runner.run(jobs[next++]));
       }
     } catch (error) {
       failed = true;

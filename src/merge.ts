@@ -162,9 +162,9 @@ async function produce({
     allowNonfinite: recipe.allowNonfinite,
     folder,
   };
-  const finish = async (result: TensorResult): Promise<void> => {
+  const finish = (result: TensorResult): void => {
     for (const message of result.notes) hooks.note?.(`${result.tensor}: ${message}`);
-    await journal.add(result);
+    journal.add(result);
     done += result.bytes;
     hooks.progress?.({ phase: `merge ${result.tensor}`, done, total });
   };

@@ -54,6 +54,7 @@ export class OutputFolder implements AsyncDisposable {
   readonly #replaces: boolean;
   readonly #inPlace: boolean;
   #resumable: boolean;
+  #abandoned = false;
   #publishing = false;
   #closed = false;
 
@@ -112,7 +113,7 @@ export class OutputFolder implements AsyncDisposable {
 
   /** Says that the run cannot end well, however often it is resumed: its work is not kept. */
   abandon(): void {
-    this.#resumable = false;
+    this.#abandoned = true;
   }
 
   /** Makes the artifact appear under its final name, replacing an old one if that was asked for. */
@@ -135,7 +136,7 @@ export class OutputFolder implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
-    if (!this.#resumable) {
+    if (!this.#resumable || this.#abandoned) {
       await discard(this.#partial);
       return;
     }
