@@ -2,6 +2,7 @@
 import type { TensorPlace } from '../formats/safetensors/placed-files.ts';
 import type { DType } from '../formats/tensor.ts';
 import { UnsupportedError } from './errors.ts';
+import type { TensorCoefficients } from './methods/merge/merge-plan.ts';
 import type { AccessClass, MergeTensor, Parameters, ParameterValues } from './methods/merge/merger.ts';
 
 /** A tensor of an input, where its bytes are. */
@@ -35,7 +36,6 @@ export type StoredOrigin =
 
 /** What every job of a run has in common. */
 export interface MergeSetup {
-  readonly method: string;
   readonly seed: number;
   readonly compat?: 'mergekit';
   readonly allowNonfinite: boolean;
@@ -57,6 +57,11 @@ export interface CopyJob extends Job {
 
 export interface MergeJob extends Job {
   readonly kind: 'merge';
+  /** Absent: that of the run. */
+  readonly method?: string;
+  /** Added to what the method makes. */
+  readonly coefficients?: TensorCoefficients;
+  readonly method: string;
   /** As the method sees it. */
   readonly tensor: MergeTensor;
   readonly values: ParameterValues<Parameters>;

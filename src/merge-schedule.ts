@@ -10,7 +10,10 @@ import type { MergeInputs, OutputTensor } from './merge-inputs.ts';
 import { blockBytes, blockRowsFor, type StoredOrigin, type StoredTensor, type TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
-import type { AccessClass, Merger } from './methods/merge/merger.ts';
+import { mergerOf } from './methods/merge/index.ts';
+import type { MergePlan } from './methods/merge/merge-plan.ts';
+import type { AccessClass, Merger, Parameters, ParameterValues } from './methods/merge/merger.ts';
+import { resolveParameters } from './methods/merge/parameters.ts';
 
 /** How a tensor of the result came to be. */
 export type Disposition = 'merged' | 'passive' | 'copied' | 'tied';
@@ -31,8 +34,9 @@ export interface MergeSchedule {
 }
 
 /** Throws RecipeError and UnsupportedError for what cannot be done, before anything is read or written. */
-export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: Merger): MergeSchedule {
+export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: Merger, plan?: MergePlan): MergeSchedule {
   checkExperts(inputs, merger);
+  if (plan) checkPlan(inputs, plan);
   const { outputs } = inputs;
   const dtypes = new Map(outputs.map((output) => [output.name, dtypeOf(output, recipe)]));
   const layout = layOutCheckpoint(
@@ -40,14 +44,16 @@ export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: 
     { maxShardBytes: recipe.shardSize, metadata: new Map([['format', 'pt']]) },
   );
   const labels = inputs.experts.map(({ label }) => label);
-  const valuesOf = parametersOf(
-    merger,
-    recipe,
-    labels,
-    outputs.map(({ name }) => name),
-  );
+  const valuesOf = plan
+    ? planValues(plan, merger)
+    : parametersOf(
+        merger,
+        recipe,
+        labels,
+        outputs.map(({ name }) => name),
+      );
   const make = (output: OutputTensor, budget: number) =>
-    jobOf({ inputs, merger, layout, labels, dtypes, valuesOf, budget }, output);
+    jobOf({ inputs, merger, plan, layout, labels, dtypes, valuesOf, budget }, output);
   // One matrix at a time gets all threads: its products run on the engine.
   const { jobs, threads } = shareMemory(merger.access === 'matrix' ? 1 : recipe.threads, (count) =>
     outputs.filter(({ made }) => made.by !== 'tie').map((output) => make(output, Math.floor(recipe.maxMemory / count))),
@@ -62,9 +68,43 @@ export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: 
     readBytes: jobs.reduce((sum, job) => sum + readBytesOf(job, merger, recipe), 0),
     writtenBytes: layout.files.reduce((sum, { byteLength }) => sum + byteLength, 0),
     dispositions: new Map(
-      outputs.map((output) => [output.name, { ...dispositionOf(output, merger, labels), dtype: dtypes.get(output.name)! }]),
+      outputs.map((output) => [output.name, { ...dispositionOf(output, merger, labels, plan), dtype: dtypes.get(output.name)! }]),
     ),
   };
+}
+
+/** Everything that is not learned stands still, or moves by the mean task vector. */
+const PASSIVE = mergerOf('task-arithmetic');
+
+/** A plan's start for what is learned, its passive rule for the rest. */
+function planValues(
+  { start, passive, tensors, experts }: MergePlan,
+  merger: Merger,
+): (tensor: string) => ParameterValues<Parameters> {
+  const values = (of: Merger, lambda: number) => resolveParameters(of, { shared: { lambda } }, experts, 'best');
+  const [learned, rest] = [values(merger, start.scale), values(PASSIVE, passive === 'mean' ? 1 / experts.length : 0)];
+  return (tensor) => (Object.hasOwn(tensors, tensor) ? learned : rest);
+}
+
+/** Throws RecipeError for a plan of other experts or other tensors. */
+function checkPlan({ experts, outputs }: MergeInputs, plan: MergePlan): void {
+  const labels = experts.map(({ label }) => label);
+  if (labels.join() !== plan.experts.join()) {
+    throw new RecipeError(`--plan: is of the experts ${plan.experts.join(', ')}, and ${labels.join(', ')} were given`);
+  }
+  const elements = new Map(outputs.map(({ name, shape }) => [name, elementCount(shape)]));
+  for (const [name, { bounds, coefficients }] of Object.entries(plan.tensors)) {
+    if (elements.get(name) !== bounds.at(-1)) {
+      throw new RecipeError(
+        `--plan: has ${bounds.at(-1)} elements for tensor "${name}", the base has ${elements.get(name) ?? 'no such tensor'}`,
+      );
+    }
+    if (coefficients.length !== labels.length || coefficients.some(({ length }) => length !== bounds.length - 1)) {
+      throw new RecipeError(
+        `--plan: tensor "${name}" has not one coefficient for each of ${bounds.length - 1} chunks of ${labels.length} experts`,
+      );
+    }
+  }
 }
 
 function checkExperts({ experts, base }: MergeInputs, { name, experts: allowed, base: needed, statistics }: Merger): void {
@@ -100,9 +140,10 @@ function accessOf(merger: Merger, { role }: OutputTensor): AccessClass {
 }
 
 function dispositionOf(
-  { made, role }: OutputTensor,
+  { name, made, role }: OutputTensor,
   merger: Merger,
   labels: readonly string[],
+  plan: MergePlan | undefined,
 ): { disposition: Disposition; rule: string } {
   switch (made.by) {
     case 'copy':
@@ -110,6 +151,8 @@ function dispositionOf(
     case 'tie':
       return { disposition: 'tied', rule: `to ${made.like}` };
     case 'merge':
+      if (plan && Object.hasOwn(plan.tensors, name)) return { disposition: 'merged', rule: plan.method };
+      if (plan) return { disposition: 'passive', rule: plan.passive === 'mean' ? 'mean of the task vectors' : 'of the base' };
       return merger.access === 'matrix' && role !== 'matrix'
         ? { disposition: 'passive', rule: 'mean of the task vectors' }
         : { disposition: 'merged', rule: merger.name };
@@ -121,6 +164,7 @@ function dispositionOf(
 interface JobParts {
   readonly inputs: MergeInputs;
   readonly merger: Merger;
+  readonly plan: MergePlan | undefined;
   readonly layout: CheckpointLayout;
   readonly labels: readonly string[];
   readonly dtypes: ReadonlyMap<string, DType>;
@@ -128,14 +172,20 @@ interface JobParts {
   readonly budget: number;
 }
 
-function jobOf({ inputs, merger, layout, labels, dtypes, valuesOf, budget }: JobParts, output: OutputTensor): TensorJob {
+function jobOf(
+  { inputs, merger: method, plan, layout, labels, dtypes, valuesOf, budget }: JobParts,
+  output: OutputTensor,
+): TensorJob {
   const { name, shape, role, made } = output;
   const twins = inputs.outputs.filter(({ made: other }) => other.by === 'tie' && other.like === name);
   const places = [name, ...twins.map((twin) => twin.name)].map((place) => layout.places.get(place)!);
   if (made.by === 'copy') return { kind: 'copy', name, places, tensor: storedTensor(inputs, made.input, made.name) };
   if (made.by === 'tie') throw new Error(`"${name}" is written with "${made.like}"`);
+  const coefficients = plan && Object.hasOwn(plan.tensors, name) ? plan.tensors[name] : undefined;
+  const merger = plan && !coefficients ? PASSIVE : method;
   const access = accessOf(merger, output);
-  const turned = output.transposed && access !== 'elementwise';
+  // Chunks are of (out, in) weights, whatever the method on them.
+  const turned = output.transposed && (access !== 'elementwise' || coefficients !== undefined);
   const stacked = access === 'matrix' && shape.length === 3;
   const [columns, rows] = [shape.at(-1) ?? 1, elementCount(shape.slice(stacked ? 1 : 0, -1))];
   const seen = turned ? [columns, rows] : stacked ? [rows, columns] : shape;
@@ -146,7 +196,10 @@ function jobOf({ inputs, merger, layout, labels, dtypes, valuesOf, budget }: Job
     kind: 'merge',
     name,
     places,
+    method: merger.name,
     tensor: { name, shape: seen, role, experts: labels },
+    ...(plan ? { method: merger.name } : {}),
+    ...(coefficients ? { coefficients } : {}),
     values: valuesOf(name),
     dtype: dtypes.get(name)!,
     rows,

@@ -11,6 +11,7 @@ import { expertReader, readBytes, StoredRows, TensorHashes } from './merge-read.
 import { type RoundingLoss, roundRows } from './merge-round.ts';
 import { type BlockPass, mergeBlock, mergeTensor, refuseNonfinite } from './methods/merge/drive.ts';
 import { mergerOf } from './methods/merge/index.ts';
+import { withCoefficients } from './methods/merge/merge-plan.ts';
 import type { MergeBlock, MergeTensor } from './methods/merge/merger.ts';
 
 /** What came of a job: goes into the journal, the manifest and the report. */
@@ -71,9 +72,10 @@ export class TensorWorker {
   }
 
   async #merge(job: MergeJob): Promise<TensorResult> {
-    const { seed, compat, allowNonfinite, method } = this.#setup;
+    const { seed, compat, allowNonfinite } = this.#setup;
     const { name, dtype, places, values } = job;
-    const merger = mergerOf(method);
+    const plain = mergerOf(job.method ?? method);
+    const merger = job.coefficients ? withCoefficients(plain, job.coefficients) : plain;
     const hashes = new TensorHashes();
     const sha = createHash('sha256');
     const loss: RoundingLoss = { error: 0, change: 0 };

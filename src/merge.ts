@@ -156,7 +156,6 @@ async function produce({
   let done = [...journal.results.values()].reduce((sum, { bytes }) => sum + bytes, 0);
   const total = jobs.reduce((sum, { places }) => sum + places[0].byteLength, 0);
   const setup: MergeSetup = {
-    method: recipe.method,
     seed: recipe.seed,
     ...(recipe.compat ? { compat: recipe.compat } : {}),
     allowNonfinite: recipe.allowNonfinite,
