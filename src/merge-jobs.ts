@@ -57,11 +57,9 @@ export interface CopyJob extends Job {
 
 export interface MergeJob extends Job {
   readonly kind: 'merge';
-  /** Absent: that of the run. */
-  readonly method?: string;
+  readonly method: string;
   /** Added to what the method makes. */
   readonly coefficients?: TensorCoefficients;
-  readonly method: string;
   /** As the method sees it. */
   readonly tensor: MergeTensor;
   readonly values: ParameterValues<Parameters>;

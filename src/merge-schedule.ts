@@ -198,7 +198,6 @@ function jobOf(
     places,
     method: merger.name,
     tensor: { name, shape: seen, role, experts: labels },
-    ...(plan ? { method: merger.name } : {}),
     ...(coefficients ? { coefficients } : {}),
     values: valuesOf(name),
     dtype: dtypes.get(name)!,

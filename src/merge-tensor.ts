@@ -74,7 +74,7 @@ export class TensorWorker {
   async #merge(job: MergeJob): Promise<TensorResult> {
     const { seed, compat, allowNonfinite } = this.#setup;
     const { name, dtype, places, values } = job;
-    const plain = mergerOf(job.method ?? method);
+    const plain = mergerOf(job.method);
     const merger = job.coefficients ? withCoefficients(plain, job.coefficients) : plain;
     const hashes = new TensorHashes();
     const sha = createHash('sha256');

@@ -1,0 +1,44 @@
+/** What a learned merge decided: small plain data, saved in pcomp.json, reusable with --plan. */
+import { addScaled } from './expert-merging/coefficients.ts';
+import type { MergeBlock, Merger } from './merger.ts';
+
+/** Coefficients of one tensor. */
+export interface TensorCoefficients {
+  /** Chunk s is elements `[bounds[s], bounds[s + 1])` of the (out, in) tensor. */
+  readonly bounds: readonly number[];
+  /** By expert, a coefficient for each chunk. */
+  readonly coefficients: readonly (readonly number[])[];
+}
+
+export interface MergePlan {
+  readonly method: string;
+  /** Labels, in the order that coefficients follow. */
+  readonly experts: readonly string[];
+  /** Where coefficients start from: `scale` times what that method makes of the task vectors, on the base. */
+  readonly start: { readonly method: string; readonly scale: number };
+  /** What is not learned: as in the base, or moved by the mean task vector. */
+  readonly passive: 'base' | 'mean';
+  /** By tensor name. */
+  readonly tensors: Readonly<Record<string, TensorCoefficients>>;
+}
+
+/** `merger`, and then every expert's task vector by its coefficients. */
+export function withCoefficients(merger: Merger, { bounds, coefficients }: TensorCoefficients): Merger {
+  return {
+    ...merger,
+    prepare(tensor, values, context) {
+      const inner = merger.prepare(tensor, values, context);
+      const merge = async (block: MergeBlock): Promise<Float32Array> => {
+        const merged = await inner.merge(block);
+        const result = merged === block.base || block.experts.includes(merged) ? merged.slice() : merged;
+        // A block is some rows of the tensor; its part of every chunk.
+        const own = bounds.map((bound) => Math.min(Math.max(bound - block.start, 0), block.length));
+        block.taskVectors.forEach((taskVector, k) => {
+          addScaled(result, own, coefficients[k], taskVector);
+        });
+        return result;
+      };
+      return { scans: inner.scans, merge };
+    },
+  };
+}
