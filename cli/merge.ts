@@ -42,7 +42,12 @@ export function mergeCommand(signal: AbortSignal): Command {
     )
     .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
     .option('--base <model>', 'the model that the experts were trained from: folder or .safetensors file')
-    .option('--method <method>', 'how tensors are merged (default: task-arithmetic with --base, linear without)')
+    .option(
+      '--method <method>',
+      'how tensors are merged (default: expert-merging++ with --calibration, else task-arithmetic with --base, linear without)',
+    )
+    .option('--calibration <texts...>', 'texts to learn on: label=FILE for each expert, or a file for all (.txt, .jsonl)')
+    .option('--plan <file>', 'coefficients of an earlier learned merge: a plan file, or its pcomp.json')
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...MERGE_PRESETS]))
     .option('--weights <weights>', 'weight of each expert: 0.5,0.3 in label order, or label=0.5,other=0.3 (default: 1 each)')
     .option('--set <settings...>', 'parameters of the method: [glob:][label.]name=value; the last that matches a tensor wins')

@@ -8,6 +8,7 @@ import type { MergeInputs } from './merge-inputs.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import type { MergeSchedule } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
+import type { MergePlan } from './methods/merge/merge-plan.ts';
 import { packageVersion } from './package-root.ts';
 
 /** The recipe as pcomp.json has it: without this machine in it. */
@@ -70,13 +71,15 @@ export async function writeMergeManifest(
     readonly recipe: MergeRecipe;
     readonly inputs: MergeInputs;
     readonly schedule: MergeSchedule;
+    /** What was learned, or given. */
+    readonly plan: MergePlan | undefined;
     readonly marks: readonly (readonly FileMark[])[];
     readonly results: ReadonlyMap<string, TensorResult>;
     /** Files beside the weights. */
     readonly files: readonly string[];
   },
 ): Promise<void> {
-  const { recipe, inputs, schedule, marks, results, files } = parts;
+  const { recipe, inputs, schedule, plan, marks, results, files } = parts;
   const outputs: Record<string, HashedFile | { bytes: number; headerSha256: string }> = {};
   for (const { name, prefix, byteLength } of schedule.layout.files) {
     outputs[name] = { bytes: byteLength, headerSha256: createHash('sha256').update(prefix).digest('hex') };
@@ -91,7 +94,7 @@ export async function writeMergeManifest(
     format: 1,
     command: 'merge',
     recipe: portableRecipe(recipe, inputs),
-    plan: { method: recipe.method, counts: countDispositions(schedule) },
+    plan: { ...(plan ?? { method: recipe.method }), counts: countDispositions(schedule) },
     seed: recipe.seed,
     device: 'cpu',
     versions: { pcomp: packageVersion() },

@@ -1,8 +1,8 @@
 /** A method's parameters, tensor by tensor: weights and settings as they were written, matched with tensors and experts. */
 import { RecipeError } from './errors.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
-import type { Merger, Parameters, ParameterValues } from './methods/merge/merger.ts';
-import { type RawParameters, resolveParameters } from './methods/merge/parameters.ts';
+import type { Parameters, ParameterValues } from './methods/merge/merger.ts';
+import { type Declared, type RawParameters, resolveParameters } from './methods/merge/parameters.ts';
 import { matchModules } from './module-glob.ts';
 
 /** One `--set` or `--weights`, taken apart. */
@@ -17,7 +17,7 @@ interface Setting {
 
 /** Yields the checked values of a tensor. Throws RecipeError for settings that name no tensor, expert or parameter, or a wrong value. */
 export function parametersOf(
-  merger: Merger,
+  merger: Declared,
   recipe: MergeRecipe,
   labels: readonly string[],
   tensors: readonly string[],

@@ -1,6 +1,7 @@
 /** What to merge and how, as validated plain data. */
 import { RecipeError } from './errors.ts';
 import { mergerOf } from './methods/merge/index.ts';
+import { LEARNED, learnedOf } from './methods/merge/learned.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, oneOf, text } from './recipe-fields.ts';
 
 export const MERGE_PRESETS = ['best', 'paper'] as const;
@@ -9,13 +10,17 @@ export const ON_MISSING = ['error', 'base'] as const;
 export const ON_EXTRA = ['error', 'ignore', 'copy'] as const;
 
 /** The method when none is named: with a base, and without. */
-const DEFAULT_METHODS = { base: 'task-arithmetic', alone: 'linear' } as const;
+const DEFAULT_METHODS = { calibration: 'expert-merging++', base: 'task-arithmetic', alone: 'linear' } as const;
 
 /** A validated request to merge. Everything but threads and memory decides the output's bytes. */
 export interface MergeRecipe {
   /** The model that the experts were trained from. */
   readonly base?: string;
   readonly method: string;
+  /** Texts to learn on: `label=FILE`, or a file for every expert. */
+  readonly calibration: readonly string[];
+  /** A plan to follow instead of learning one: a plan file, or the pcomp.json of a merge. */
+  readonly plan?: string;
   /** Whether `method` is the default. */
   readonly chosen: 'default' | 'named';
   readonly preset: (typeof MERGE_PRESETS)[number];
@@ -47,6 +52,7 @@ export type MergeRequest = { readonly [K in Exclude<keyof MergeRecipe, 'chosen'>
 
 export const MERGE_DEFAULTS = {
   preset: 'best',
+  calibration: [],
   weights: [],
   set: [],
   maxMemory: 2 * 2 ** 30,
@@ -62,7 +68,15 @@ export const MERGE_DEFAULTS = {
 /** The least that buffers can be bounded to. */
 const LEAST_MEMORY = 64 * 2 ** 20;
 
-const KNOWN: ReadonlySet<string> = new Set([...Object.keys(MERGE_DEFAULTS), 'base', 'method', 'dtype', 'compat', 'threads']);
+const KNOWN: ReadonlySet<string> = new Set([
+  ...Object.keys(MERGE_DEFAULTS),
+  'base',
+  'method',
+  'plan',
+  'dtype',
+  'compat',
+  'threads',
+]);
 
 /** Validates a request. Throws RecipeError naming the flag, the rule and the value. `threads` defaults to the machine's cores. */
 export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
@@ -71,10 +85,15 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   const given = dropUndefined(request);
   const all = { ...MERGE_DEFAULTS, threads: cores, ...given } as Record<string, unknown>;
   const base = all['base'] === undefined ? undefined : text('base', all['base']);
-  const named = all['method'] === undefined ? undefined : mergerOf(text('method', all['method'])).name;
+  const calibration = list('calibration', all['calibration']);
+  const plan = all['plan'] === undefined ? undefined : text('plan', all['plan']);
+  const named = all['method'] === undefined ? undefined : methodName(text('method', all['method']));
+  const learns = calibration.length > 0 || plan !== undefined;
   const recipe: MergeRecipe = {
     ...(base === undefined ? {} : { base }),
-    method: named ?? DEFAULT_METHODS[base === undefined ? 'alone' : 'base'],
+    method: named ?? DEFAULT_METHODS[learns ? 'calibration' : base === undefined ? 'alone' : 'base'],
+    calibration,
+    ...(plan === undefined ? {} : { plan }),
     chosen: named === undefined ? 'default' : 'named',
     preset: oneOf('preset', all['preset'], MERGE_PRESETS),
     weights: list('weights', all['weights']),
@@ -94,9 +113,33 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   if (recipe.maxMemory < LEAST_MEMORY) {
     throw new RecipeError(`--max-memory ${recipe.maxMemory}: at least ${LEAST_MEMORY} bytes (64 MiB) are needed`);
   }
-  const merger = mergerOf(recipe.method);
-  if (merger.base === 'required' && base === undefined) {
-    throw new RecipeError(`--base: ${merger.name} needs the model that the experts were trained from`);
-  }
+  checkMethod(recipe);
   return recipe;
+}
+
+function methodName(written: string): string {
+  return (learnedOf(written) ?? mergerOf(written)).name;
+}
+
+/** What a method needs, and what it has no use for. */
+function checkMethod({ method, base, calibration, plan, weights, set, compat }: MergeRecipe): void {
+  const learned = learnedOf(method);
+  if (base === undefined && (learned || mergerOf(method).base === 'required')) {
+    throw new RecipeError(`--base: ${method} needs the model that the experts were trained from`);
+  }
+  if (!learned) {
+    const [flag] = [...(calibration.length > 0 ? ['--calibration'] : []), ...(plan === undefined ? [] : ['--plan'])];
+    if (flag) throw new RecipeError(`${flag}: --method ${method} learns nothing; ${Object.keys(LEARNED).join(' and ')} do`);
+    return;
+  }
+  if (calibration.length === 0 && plan === undefined) {
+    throw new RecipeError(`--calibration: ${method} learns on text of every expert; give label=FILE for each`);
+  }
+  if (calibration.length > 0 && plan !== undefined)
+    throw new RecipeError('--plan: nothing is learned then; leave --calibration out');
+  if (weights.length > 0) throw new RecipeError(`--weights: ${method} learns them`);
+  if (compat !== undefined) throw new RecipeError(`--compat ${compat}: has no ${method}`);
+  const narrow = set.find((setting) => /^[^=]*[:.]/.test(setting));
+  if (narrow !== undefined)
+    throw new RecipeError(`--set ${narrow}: ${method} takes its parameters for all tensors and experts at once`);
 }

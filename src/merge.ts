@@ -9,15 +9,18 @@ import { OutputFolder } from './artifacts/output-folder.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from './errors.ts';
+import type { LearningReport } from './expert-merging.ts';
 import { countDispositions, markInputs, writeCard, writeMergeManifest } from './merge-describe.ts';
 import { type MergeInputs, openMergeInputs } from './merge-inputs.ts';
 import type { MergeSetup } from './merge-jobs.ts';
 import { Journal } from './merge-journal.ts';
+import { learnedValues, planMerge } from './merge-learned.ts';
 import { openRunners, runJobs } from './merge-pool.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import { type MergeSchedule, scheduleMerge } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
 import { mergerOf } from './methods/merge/index.ts';
+import { learnedOf } from './methods/merge/learned.ts';
 import type { OutputMode } from './quantize.ts';
 import type { RunHooks } from './run.ts';
 
@@ -37,6 +40,8 @@ export interface MergeOutcome {
   /** Most bytes of buffers at any time. */
   readonly predictedPeakBytes: number;
   readonly notes: readonly string[];
+  /** How coefficients were learned, and what came of it. */
+  readonly learning?: LearningReport;
   /** What the run did; absent in a dry run. */
   readonly run?: {
     readonly output: string;
@@ -49,6 +54,9 @@ export interface MergeOutcome {
     readonly roundingLoss?: { readonly tensor: string; readonly loss: number };
   };
 }
+
+/** What a plan is applied by is known when it is learned; until then, a method that reads everything once. */
+const PLACEHOLDER = 'task-arithmetic';
 
 /** Rounding loss above which the result's type is too coarse for the change. */
 const LOSS_LIMIT = 0.2;
@@ -80,27 +88,29 @@ export async function merge(
   if (recipe.chosen === 'default')
     note(`merging by ${recipe.method}, the default ${recipe.base === undefined ? 'without' : 'with'} a --base`);
   for (const message of inputs.notes) note(message);
-  const schedule = scheduleMerge(inputs, recipe, mergerOf(recipe.method));
-  const outline = {
-    method: `${recipe.method}, preset ${recipe.preset}`,
-    experts: inputs.experts.map(({ label, place }, k) => ({ label, kind: place.kind, ...weightOf(schedule, k) })),
-    ...(inputs.base ? { base: inputs.base.label } : {}),
-    tensors: countDispositions(schedule),
-    bytes: schedule.writtenBytes,
-    readBytes: schedule.readBytes,
-    threads: schedule.threads,
-    predictedPeakBytes: schedule.peakBytes,
-    notes,
-  };
-  if (mode.dryRun) return outline;
+  const learned = learnedOf(recipe.method);
+  // What is learned is settled by the plan: nothing is left for the method that applies it.
+  const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
+  const expected = scheduleMerge(inputs, applied, mergerOf(learned ? PLACEHOLDER : recipe.method));
+  if (learned) learnedValues(learned, recipe);
+  if (mode.dryRun) {
+    if (learned && recipe.plan === undefined)
+      note('bytes, memory and tensors are those of applying the plan, once it is learned');
+    return outlineOf(inputs, recipe, expected, notes);
+  }
   const { marks, hash } = await markInputs(inputs, recipe);
   await using output = await OutputFolder.open({ ...request, recipeHash: hash });
   try {
-    await requireSpace(output, schedule);
+    await requireSpace(output, expected);
+    const keep = () => output.keepForResume();
+    const planned =
+      learned && (await planMerge(learned, inputs, expected.jobs, recipe, output.partsPath, keep, { ...hooks, note }));
+    const schedule = planned ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), planned.plan) : expected;
+    const outline = outlineOf(inputs, recipe, schedule, notes, planned?.report);
     const { results, resumed } = await produce({ inputs, recipe, schedule, output, hooks: { ...hooks, note } });
     hooks.signal?.throwIfAborted();
     const files = await writeOthers(output.artifactPath, inputs, recipe, schedule, note);
-    await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, marks, results, files });
+    await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, plan: planned?.plan, marks, results, files });
     const roundingLoss = warnOfLoss(results, note);
     const outcome: MergeOutcome = {
       ...outline,
@@ -118,6 +128,31 @@ export async function merge(
   } catch (error) {
     throw explainDiskError(error, output.path);
   }
+}
+
+function outlineOf(
+  inputs: MergeInputs,
+  recipe: MergeRecipe,
+  schedule: MergeSchedule,
+  notes: readonly string[],
+  learning?: LearningReport,
+): Omit<MergeOutcome, 'run'> {
+  return {
+    method: `${recipe.method}, preset ${recipe.preset}`,
+    experts: inputs.experts.map(({ label, place }, k) => ({
+      label,
+      kind: place.kind,
+      ...(learnedOf(recipe.method) ? {} : weightOf(schedule, k)),
+    })),
+    ...(inputs.base ? { base: inputs.base.label } : {}),
+    tensors: countDispositions(schedule),
+    bytes: schedule.writtenBytes,
+    readBytes: schedule.readBytes,
+    threads: schedule.threads,
+    predictedPeakBytes: schedule.peakBytes,
+    notes,
+    ...(learning ? { learning } : {}),
+  };
 }
 
 /** The weight of expert `k` in the first tensor that is merged. */

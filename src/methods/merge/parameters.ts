@@ -10,13 +10,16 @@ export interface RawParameters {
   readonly byExpert?: Readonly<Record<string, Readonly<Record<string, unknown>>>>;
 }
 
+/** What has parameters: a merge method, applied or learned. */
+export type Declared<D extends Parameters = Parameters> = Pick<Merger<D>, 'name' | 'parameters'>;
+
 /**
  * Checked values for one tensor.
  * @param experts labels in expert order
  * @throws RecipeError for an unknown parameter, a missing one, a value of the wrong kind or out of range
  */
 export function resolveParameters<D extends Parameters>(
-  merger: Merger<D>,
+  merger: Declared<D>,
   raw: RawParameters,
   experts: readonly string[],
   preset: 'best' | 'paper',
@@ -47,7 +50,7 @@ export function resolveParameters<D extends Parameters>(
 }
 
 /** The given values by declared name. mergekit's spelling, with the method in front (`nuslerp_flatten`), is the same parameter. */
-function known(merger: Merger, given: Readonly<Record<string, unknown>>): Map<string, unknown> {
+function known(merger: Declared, given: Readonly<Record<string, unknown>>): Map<string, unknown> {
   const prefix = `${snake(merger.name)}_`;
   const result = new Map<string, unknown>();
   for (const [written, raw] of Object.entries(given)) {
@@ -66,7 +69,7 @@ function snake(name: string): string {
   return name.replaceAll('-', '_');
 }
 
-function value(merger: Merger, name: string, parameter: Parameter, raw: unknown): number | boolean | string {
+function value(merger: Declared, name: string, parameter: Parameter, raw: unknown): number | boolean | string {
   if (raw === undefined) throw new RecipeError(`${name}: ${merger.name} needs it (${parameter.summary})`);
   const shown = typeof raw === 'string' ? raw : JSON.stringify(raw);
   const refuse = (rule: string): never => {

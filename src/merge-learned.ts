@@ -1,0 +1,85 @@
+/** From a recipe to a merge plan: learned now, kept by an interrupted run, or read from a file. */
+import { readFile, rename, writeFile } from 'node:fs/promises';
+import { basename, join } from 'node:path';
+import { EnvironmentError, FormatError, RecipeError } from './errors.ts';
+import { type LearningReport, learnMerge } from './expert-merging.ts';
+import type { MergeInputs } from './merge-inputs.ts';
+import type { TensorJob } from './merge-jobs.ts';
+import { parametersOf } from './merge-parameters.ts';
+import type { MergeRecipe } from './merge-recipe.ts';
+import type { LearnedMethod } from './methods/merge/learned.ts';
+import type { MergePlan } from './methods/merge/merge-plan.ts';
+import type { ParameterValues } from './methods/merge/merger.ts';
+import type { RunHooks } from './run.ts';
+
+export interface PlannedMerge {
+  readonly plan: MergePlan;
+  /** Absent for a plan that was given. */
+  readonly report?: LearningReport;
+}
+
+const FILE = 'plan.json';
+
+/** Settings of a learned method. Throws RecipeError for what it does not take. */
+export function learnedValues(method: LearnedMethod, recipe: MergeRecipe): ParameterValues<LearnedMethod['parameters']> {
+  return parametersOf(method, recipe, [], [])('') as ParameterValues<LearnedMethod['parameters']>;
+}
+
+/**
+ * The plan of a learned merge. What is learned is kept in `folder`, for a run that is interrupted after it.
+ * @param jobs of any schedule over the inputs @param keep called before the first file is written
+ */
+export async function planMerge(
+  method: LearnedMethod,
+  inputs: MergeInputs,
+  jobs: readonly TensorJob[],
+  recipe: MergeRecipe,
+  folder: string,
+  keep: () => Promise<void>,
+  hooks: RunHooks,
+): Promise<PlannedMerge> {
+  if (recipe.plan !== undefined) return { plan: await readPlan(recipe.plan) };
+  const path = join(folder, FILE);
+  const kept = await readFile(path, 'utf8').catch(() => undefined);
+  if (kept !== undefined) return JSON.parse(kept) as PlannedMerge;
+  const learned = await learnMerge(method, learnedValues(method, recipe), inputs, jobs, recipe, hooks);
+  await keep();
+  await writeFile(`${path}.new`, JSON.stringify(learned));
+  await rename(`${path}.new`, path);
+  return learned;
+}
+
+/** Reads a plan file, or the plan in a pcomp.json. Throws RecipeError for a file that has none. */
+async function readPlan(path: string): Promise<MergePlan> {
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    throw new EnvironmentError('FILE_UNREADABLE', `--plan ${path}: cannot be read`, { cause: error });
+  }
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (error) {
+    throw new FormatError(path, 'plan-not-json', `not JSON: ${(error as Error).message}`, { cause: error });
+  }
+  const plan = isPlan(value) ? value : (value as { plan?: unknown } | null)?.plan;
+  if (!isPlan(plan)) throw new RecipeError(`--plan ${basename(path)}: holds no plan of a learned merge`);
+  return plan;
+}
+
+function isPlan(value: unknown): value is MergePlan {
+  const plan = value as MergePlan | null | undefined;
+  if (typeof plan !== 'object' || plan === null || !Array.isArray(plan.experts) || typeof plan.start?.method !== 'string')
+    return false;
+  const numbers = (list: unknown) =>
+    Array.isArray(list) && list.every((item) => typeof item === 'number' && Number.isFinite(item));
+  return (
+    (plan.passive === 'base' || plan.passive === 'mean') &&
+    typeof plan.tensors === 'object' &&
+    plan.tensors !== null &&
+    Object.values(plan.tensors).every(
+      ({ bounds, coefficients }) => numbers(bounds) && Array.isArray(coefficients) && coefficients.every(numbers),
+    )
+  );
+}

@@ -1,0 +1,83 @@
+/** Merge methods that learn their coefficients on calibration text (merging.md, section 6): what can be set of them. */
+import { RecipeError } from '../../errors.ts';
+import type { NumberParameter, Parameters } from './merger.ts';
+
+export interface LearnedMethod {
+  readonly name: string;
+  readonly formula: string;
+  readonly reference: string;
+  /** A coefficient per chunk after one per tensor. */
+  readonly chunked: boolean;
+  readonly parameters: typeof PARAMETERS;
+}
+
+const count = (summary: string, value: number): NumberParameter => ({
+  type: 'number',
+  summary,
+  default: value,
+  min: 0,
+  integer: true,
+});
+
+/** Preset `paper` has its own rules where no `paper` value stands here: see docs/methods/expert-merging.md. */
+const PARAMETERS = {
+  samples: { type: 'number', summary: 'samples of each expert', default: 64, paper: 5, min: 1, integer: true },
+  length: { type: 'number', summary: 'tokens of a sample, at most', default: 512, min: 2, integer: true },
+  gamma: {
+    type: 'number',
+    summary: 'pull to the start; -1: by cross-validation from 32 samples on, else 0.8',
+    default: -1,
+    paper: 5,
+    min: -1,
+  },
+  updates: count('updates of the first stage', 40),
+  chunk_updates: count('updates of the second stage', 60),
+  chunks: { type: 'number', summary: 'chunks per tensor on average; 0: by the number of samples', default: 0, paper: 1, min: 0 },
+  sharpness: { type: 'number', summary: 'importance counts to this power in the budget of chunks', default: 1, min: 0 },
+  hidden: { type: 'number', summary: 'weight of the hidden states after the middle block', default: 0.1, paper: 0, min: 0 },
+  temperature: { type: 'number', summary: 'of the distributions compared', default: 1, above: 0 },
+  start: {
+    type: 'choice',
+    summary: 'what coefficients start from; auto: the best of all but none',
+    choices: ['auto', 'none', 'task-arithmetic', 'tsv-m', 'iso-c'],
+    default: 'auto',
+    paper: 'none',
+  },
+  passive: {
+    type: 'choice',
+    summary: 'norms, embeddings and head: of the base, or moved by the mean task vector; auto: the better at the start',
+    choices: ['auto', 'base', 'mean'],
+    default: 'auto',
+    paper: 'base',
+  },
+} as const satisfies Parameters;
+
+const FORMULA = 'start + sum_k alpha_k tau_k, alpha by descent on the divergence from every expert';
+
+/** Every learned method, by its name on the command line. */
+export const LEARNED = {
+  'expert-merging': {
+    name: 'expert-merging',
+    formula: `${FORMULA}; one alpha per tensor`,
+    reference: '2509.25712',
+    chunked: false,
+    parameters: PARAMETERS,
+  },
+  'expert-merging++': {
+    name: 'expert-merging++',
+    formula: `${FORMULA}; then one per chunk, more where it matters`,
+    reference: '2509.25712',
+    chunked: true,
+    parameters: PARAMETERS,
+  },
+} as const satisfies Record<string, LearnedMethod>;
+
+/** The learned method of that name, mergekit's spelling included; undefined for any other. Throws RecipeError for a near miss. */
+export function learnedOf(name: string): LearnedMethod | undefined {
+  const key = name.replaceAll('_', '-');
+  if (Object.hasOwn(LEARNED, key)) return LEARNED[key as keyof typeof LEARNED];
+  if (key.startsWith('expert-merging')) {
+    throw new RecipeError(`--method ${name}: no such method; there are ${Object.keys(LEARNED).join(', ')}`);
+  }
+  return undefined;
+}
