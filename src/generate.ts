@@ -34,7 +34,13 @@ export async function generate(
   return generated;
 }
 
-function nextFeeds(results: Record<string, NdArray>, blockCount: number, token: number, length: number): Record<string, NdArray> {
+/** Feeds of the run after one: its token, the length with that token, and the caches the run before gave. */
+export function nextFeeds(
+  results: Record<string, NdArray>,
+  blockCount: number,
+  token: number,
+  length: number,
+): Record<string, NdArray> {
   const feeds: Record<string, NdArray> = {
     input_ids: { dtype: 'I64', shape: [1, 1], data: BigInt64Array.of(BigInt(token)) },
     attention_mask: { dtype: 'I64', shape: [1, length], data: new BigInt64Array(length).fill(1n) },
