@@ -72,13 +72,12 @@ const TABLES: Readonly<Record<string, (bits: readonly number[]) => [string, Quan
         { ...request, bits: width },
       ]),
     ),
-  without: (bits) =>
-    bits.flatMap((width) =>
-      BEST_STEPS.filter((step) => step !== 'bias').map((step): [string, QuantizeRequest] => [
-        `slim-llm, best, ${width} bits, without ${step}`,
-        { without: [step], bits: width },
-      ]),
-    ),
+  // At the first width asked for: every step left out once.
+  without: ([width]) =>
+    BEST_STEPS.filter((step) => step !== 'bias').map((step): [string, QuantizeRequest] => [
+      `slim-llm, best, ${width} bits, without ${step}`,
+      { without: [step], bits: width },
+    ]),
   stored: () => [2.1, 2.3, 2.6, 3.2, 4.2].map((bpw) => [`slim-llm, best, --bpw ${bpw}`, { bpw }]),
 };
 
