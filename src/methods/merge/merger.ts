@@ -85,6 +85,8 @@ export interface MergeBlock {
 export interface MergeContext {
   readonly seed: number;
   readonly blas: Blas;
+  /** L2 norm of each expert's statistics over all tensors of the model, for methods that balance the experts by it. */
+  readonly statisticNorms?: readonly number[];
   /** Restores mergekit's results where pcomp differs on purpose (merging.md 4.4). */
   readonly compat?: 'mergekit';
   /** Something a reader of the report should know. */

@@ -21,10 +21,8 @@ export function stretchLength(rowLength: number | undefined): number {
   return rowLength ? rowLength * Math.max(1, Math.floor(LENGTH / rowLength)) : LENGTH;
 }
 
-/** Writes `expert_k - base` for the elements `from .. from + count` of a block. */
-export function readTaskVector(block: MergeBlock, k: number, from: number, count: number, out: Float32Array): void {
-  const expert = block.experts[k];
-  const base = block.base!;
+/** Writes `expert - base` for the elements `from .. from + count`. */
+export function readTaskVector(expert: Float32Array, base: Float32Array, from: number, count: number, out: Float32Array): void {
   for (let i = 0; i < count; i++) out[i] = expert[from + i] - base[from + i];
 }
 
@@ -43,7 +41,7 @@ export function scanTaskVectors(
     for (const k of which) {
       for (let from = 0; from < block.length; from += length) {
         const count = Math.min(length, block.length - from);
-        readTaskVector(block, k, from, count, stretch.values);
+        readTaskVector(block.experts[k], block.base!, from, count, stretch.values);
         look(k, stretch, count, block.start + from);
       }
     }

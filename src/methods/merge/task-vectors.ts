@@ -61,7 +61,7 @@ export function mergeTaskVectors(sparsifier: Sparsifier, combination: Combinatio
       const count = Math.min(length, block.length - from);
       sums.fill(0);
       for (let k = 0; k < weight.length; k++) {
-        readTaskVector(block, k, from, count, stretch.values);
+        readTaskVector(block.experts[k], base, from, count, stretch.values);
         sparsifier.sparsify(k, stretch, count, block.start + from);
         const factor = weight[k] * sparsifier.scale(k);
         if (!consensus) addScaled(sums, stretch.values, factor, count);

@@ -1,0 +1,52 @@
+/** Thin singular value decomposition, and the orthogonal factor of a matrix, in float64, by the eigenvectors of the smaller Gram matrix. */
+import { eigh } from './eigh.ts';
+import { gramOfRows, multiply, transposed } from './products.ts';
+
+export interface Svd {
+  /** Singular values kept, r of them, descending. */
+  readonly values: Float64Array;
+  /** Row j is the left vector of `values[j]`; (r, m). */
+  readonly left: Float64Array;
+  /** Row j is the right vector; (r, n). */
+  readonly right: Float64Array;
+}
+
+/**
+ * Singular values at or below this part of the largest are dropped with their vectors, which would be arbitrary (merging.md, section 5). Squared
+ * by the Gram matrix they stand at 1e-12, three digits above what float64 cannot tell from zero.
+ */
+export const RANK_GUARD = 1e-6;
+
+/** `A = sum_j values[j] left_j right_j^T` up to the rank guard; `a` is (m, n). A matrix of zeros has no values. */
+export function svd(a: Float64Array, m: number, n: number): Svd {
+  if (m > n) {
+    const { values, left, right } = svd(transposed(a, m, n), n, m);
+    return { values, left: right, right: left };
+  }
+  const { values: squares, vectors } = eigh(gramOfRows(a, m, n), m);
+  const rank = rankOf(squares);
+  const values = squares.slice(0, rank).map(Math.sqrt);
+  const left = vectors.slice(0, rank * m);
+  const right = multiply(left, a, rank, m, n);
+  for (let j = 0; j < rank; j++) for (let k = 0; k < n; k++) right[j * n + k] /= values[j];
+  return { values, left, right };
+}
+
+/** `sum_j left_j right_j^T` over the singular values above the rank guard, (m, n): the orthogonal matrix nearest to A. */
+export function polar(a: Float64Array, m: number, n: number): Float64Array {
+  if (m > n) return transposed(polar(transposed(a, m, n), n, m), n, m);
+  const { values, vectors } = eigh(gramOfRows(a, m, n), m);
+  const rank = rankOf(values);
+  // (A A^T)^(-1/2) A on the directions that are kept.
+  const scaled = vectors.slice(0, rank * m);
+  for (let j = 0; j < rank; j++) for (let i = 0; i < m; i++) scaled[j * m + i] /= Math.sqrt(values[j]);
+  const root = multiply(transposed(vectors.slice(0, rank * m), rank, m), scaled, m, rank, m);
+  return multiply(root, a, m, m, n);
+}
+
+function rankOf(squares: Float64Array): number {
+  const least = squares[0] * RANK_GUARD ** 2;
+  let rank = 0;
+  while (rank < squares.length && squares[rank] > least) rank++;
+  return rank;
+}
