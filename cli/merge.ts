@@ -128,9 +128,10 @@ function describe(outcome: MergeOutcome): string {
     ],
     ['weight files', formatSize(outcome.bytes)],
   ];
+  const weighted = experts.some(({ weight }) => weight !== undefined);
   const table = renderTable(
-    ['expert', 'kind', 'weight'],
-    experts.map(({ label, kind, weight }) => [label, kind, weight ?? '']),
+    ['expert', 'kind', ...(weighted ? ['weight'] : [])],
+    experts.map(({ label, kind, weight }) => [label, kind, ...(weighted ? [weight ?? ''] : [])]),
   );
   if (run === undefined) {
     pairs.push(

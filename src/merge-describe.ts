@@ -1,67 +1,32 @@
-/** What a merge says of itself: its inputs by content, pcomp.json, report.json and the model card. */
+/** What a merge says of itself in pcomp.json: the recipe, its inputs by content, and every tensor of the result. */
 import { createHash } from 'node:crypto';
-import { open, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { type HashedFile, hashFile, writeJson } from './artifacts/manifest.ts';
 import { compareBytes, type MergeInput } from './artifacts/merge/merge-input.ts';
 import type { MergeInputs } from './merge-inputs.ts';
+import type { FileMark, InputMarks } from './merge-marks.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import type { MergeSchedule } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
 import { packageVersion } from './package-root.ts';
 
-/** The recipe as pcomp.json has it: without this machine in it. */
+/** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
 export function portableRecipe(recipe: MergeRecipe, { base, experts }: MergeInputs): Record<string, unknown> {
-  const { threads: _, maxMemory: __, chosen: ___, base: ____, ...portable } = recipe;
-  return { ...(base ? { base: base.label } : {}), experts: experts.map(({ label }) => label), ...portable };
+  const { threads: _, maxMemory: __, chosen: ___, base: ____, calibration, plan, ...portable } = recipe;
+  return {
+    ...(base ? { base: base.label } : {}),
+    experts: experts.map(({ label }) => label),
+    ...portable,
+    ...(calibration.length === 0 ? {} : { calibration: calibration.map(withoutFolders) }),
+    ...(plan === undefined ? {} : { plan: basename(plan) }),
+  };
 }
 
-/** What is known of a file without reading all of it. */
-interface FileMark {
-  readonly name: string;
-  readonly bytes: number;
-  /** Of the length and header of a safetensors file. */
-  readonly headerSha256: string;
-  /** Of its first and last 64 KiB. */
-  readonly edgesSha256: string;
-}
-
-const EDGE_BYTES = 64 * 1024;
-
-async function markOf(path: string, byteLength: number): Promise<FileMark> {
-  const handle = await open(path, 'r');
-  try {
-    const read = async (start: number, end: number) => {
-      const bytes = Buffer.alloc(Math.max(0, end - start));
-      await handle.read(bytes, 0, bytes.byteLength, start);
-      return bytes;
-    };
-    const sha = (...parts: Uint8Array[]) => parts.reduce((hash, part) => hash.update(part), createHash('sha256')).digest('hex');
-    const first = await read(0, Math.min(EDGE_BYTES, byteLength));
-    const last = await read(Math.max(0, byteLength - EDGE_BYTES), byteLength);
-    const isIndex = path.endsWith('.json');
-    const headerEnd = isIndex ? byteLength : 8 + Number(first.readBigUInt64LE(0));
-    return {
-      name: basename(path),
-      bytes: byteLength,
-      headerSha256: sha(await read(0, headerEnd)),
-      edgesSha256: sha(first, last),
-    };
-  } finally {
-    await handle.close();
-  }
-}
-
-/** Every file of every input, and the hash that a resumed run must share. */
-export async function markInputs(inputs: MergeInputs, recipe: MergeRecipe): Promise<{ marks: FileMark[][]; hash: string }> {
-  const marks: FileMark[][] = [];
-  for (const { tensors } of inputs.all) {
-    marks.push(await Promise.all(tensors.files.map(({ path, byteLength }) => markOf(path, byteLength))));
-  }
-  const adapters = inputs.all.map(({ adapter }) => adapter ?? null);
-  const all = [portableRecipe(recipe, inputs), marks, adapters, inputs.config, inputs.outputs, packageVersion()];
-  return { marks, hash: createHash('sha256').update(JSON.stringify(all)).digest('hex') };
+/** `math=texts/math.jsonl` -> `math=math.jsonl`. */
+function withoutFolders(text: string): string {
+  const at = text.indexOf('=') + 1;
+  return text.slice(0, at) + basename(text.slice(at));
 }
 
 /** Writes pcomp.json into the finished folder: equal for equal requests, whatever the machine. */
@@ -73,7 +38,7 @@ export async function writeMergeManifest(
     readonly schedule: MergeSchedule;
     /** What was learned, or given. */
     readonly plan: MergePlan | undefined;
-    readonly marks: readonly (readonly FileMark[])[];
+    readonly marks: InputMarks;
     readonly results: ReadonlyMap<string, TensorResult>;
     /** Files beside the weights. */
     readonly files: readonly string[];
@@ -98,7 +63,8 @@ export async function writeMergeManifest(
     seed: recipe.seed,
     device: 'cpu',
     versions: { pcomp: packageVersion() },
-    inputs: inputs.all.map((input, i) => describeInput(input, i, marks[i], results)),
+    inputs: inputs.all.map((input, i) => describeInput(input, i, marks.weights[i], results)),
+    ...(Object.keys(marks.texts).length === 0 ? {} : { texts: marks.texts }),
     outputs,
     tensors: Object.fromEntries(tensors),
   });
@@ -130,45 +96,8 @@ function describeInput(
   return {
     label,
     kind: place.kind,
-    files: marks.map(({ name, bytes, headerSha256 }) => ({ name, bytes, headerSha256 })),
+    files: marks,
     tensors: read.size,
     contentSha256: content.digest('hex'),
   };
-}
-
-/** Writes README.md: a model card that says what was merged, how, and how to do it again. */
-export async function writeCard(folder: string, { base, experts, config }: MergeInputs, recipe: MergeRecipe): Promise<void> {
-  const command = [
-    'pcomp merge',
-    ...experts.map(({ place }) => basename(place.path)),
-    ...(base ? [`--base ${basename(base.place.path)}`] : []),
-    `--method ${recipe.method}`,
-    ...(recipe.preset === 'best' ? [] : [`--preset ${recipe.preset}`]),
-    ...(recipe.weights.length === 0 ? [] : [`--weights ${recipe.weights.join(',')}`]),
-    ...recipe.set.map((setting) => `--set '${setting}'`),
-    ...(recipe.dtype === undefined ? [] : [`--dtype ${recipe.dtype}`]),
-    ...(recipe.seed === 0 ? [] : [`--seed ${recipe.seed}`]),
-    '-o merged',
-  ].join(' ');
-  const models = [...(base ? [base] : []), ...experts].map(({ label }) => `- ${label}`);
-  const architecture = Array.isArray(config?.['architectures']) ? ` (${String(config['architectures'][0])})` : '';
-  const text = [
-    '---',
-    ...(base || experts.length > 0 ? ['base_model:', ...models] : []),
-    'base_model_relation: merge',
-    'library_name: transformers',
-    'tags:',
-    '- merge',
-    '- pcomp',
-    '---',
-    `# Merge of ${experts.map(({ label }) => label).join(', ')}`,
-    '',
-    `${experts.length} models${architecture} merged by \`${recipe.method}\`${base ? `, with ${base.label} as the base` : ''}. Made with pcomp ${packageVersion()}:`,
-    '',
-    `    ${command}`,
-    '',
-    '`pcomp.json` has the hash of every tensor that went in and came out.',
-    '',
-  ].join('\n');
-  await writeFile(join(folder, 'README.md'), text);
 }

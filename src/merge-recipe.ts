@@ -10,7 +10,7 @@ export const ON_MISSING = ['error', 'base'] as const;
 export const ON_EXTRA = ['error', 'ignore', 'copy'] as const;
 
 /** The method when none is named: with a base, and without. */
-const DEFAULT_METHODS = { calibration: 'expert-merging++', base: 'task-arithmetic', alone: 'linear' } as const;
+const DEFAULT_METHODS = { calibration: 'expert-merging++', base: 'tsv-m', alone: 'linear' } as const;
 
 /** A validated request to merge. Everything but threads and memory decides the output's bytes. */
 export interface MergeRecipe {

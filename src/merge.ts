@@ -1,8 +1,7 @@
 /** `merge`: models of one base in, one checkpoint of the base's shape out, a tensor at a time. */
-import { chmod, copyFile, stat, statfs, writeFile } from 'node:fs/promises';
-import { join, resolve } from 'node:path';
+import { statfs } from 'node:fs/promises';
+import { join } from 'node:path';
 import { createPlacedFiles, hasPlacedFiles } from '../formats/safetensors/placed-files.ts';
-import { copyModelFiles } from './artifacts/copied-files.ts';
 import { explainDiskError } from './artifacts/durable.ts';
 import { writeReport } from './artifacts/manifest.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
@@ -10,11 +9,13 @@ import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from './errors.ts';
 import type { LearningReport } from './expert-merging.ts';
-import { countDispositions, markInputs, writeCard, writeMergeManifest } from './merge-describe.ts';
+import { countDispositions, writeMergeManifest } from './merge-describe.ts';
+import { writeModelFiles } from './merge-files.ts';
 import { type MergeInputs, openMergeInputs } from './merge-inputs.ts';
 import type { MergeSetup } from './merge-jobs.ts';
 import { Journal } from './merge-journal.ts';
 import { learnedValues, planMerge } from './merge-learned.ts';
+import { markInputs } from './merge-marks.ts';
 import { openRunners, runJobs } from './merge-pool.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import { type MergeSchedule, scheduleMerge } from './merge-schedule.ts';
@@ -85,8 +86,8 @@ export async function merge(
     await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
   }
   await using inputs = await openMergeInputs(expertPaths, recipe);
-  if (recipe.chosen === 'default')
-    note(`merging by ${recipe.method}, the default ${recipe.base === undefined ? 'without' : 'with'} a --base`);
+  if (recipe.chosen === 'default' && recipe.plan === undefined)
+    note(`merging by ${recipe.method}, the default ${defaultReason(recipe)}`);
   for (const message of inputs.notes) note(message);
   const learned = learnedOf(recipe.method);
   // What is learned is settled by the plan: nothing is left for the method that applies it.
@@ -98,8 +99,8 @@ export async function merge(
       note('bytes, memory and tensors are those of applying the plan, once it is learned');
     return outlineOf(inputs, recipe, expected, notes);
   }
-  const { marks, hash } = await markInputs(inputs, recipe);
-  await using output = await OutputFolder.open({ ...request, recipeHash: hash });
+  const marks = await markInputs(inputs, recipe);
+  await using output = await OutputFolder.open({ ...request, recipeHash: marks.hash });
   try {
     await requireSpace(output, expected);
     const keep = () => output.keepForResume();
@@ -109,7 +110,7 @@ export async function merge(
     const outline = outlineOf(inputs, recipe, schedule, notes, planned?.report);
     const { results, resumed } = await produce({ inputs, recipe, schedule, output, hooks: { ...hooks, note } });
     hooks.signal?.throwIfAborted();
-    const files = await writeOthers(output.artifactPath, inputs, recipe, schedule, note);
+    const files = await writeModelFiles(output.artifactPath, inputs, recipe, schedule, note);
     await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, plan: planned?.plan, marks, results, files });
     const roundingLoss = warnOfLoss(results, note);
     const outcome: MergeOutcome = {
@@ -128,6 +129,12 @@ export async function merge(
   } catch (error) {
     throw explainDiskError(error, output.path);
   }
+}
+
+function defaultReason({ calibration, base }: MergeRecipe): string {
+  if (calibration.length > 0) return 'with --calibration';
+  if (base === undefined) return 'without a --base';
+  return 'with a --base; text for every expert (--calibration) would let pcomp learn how much of each to take';
 }
 
 function outlineOf(
@@ -226,55 +233,6 @@ async function requireSpace(output: OutputFolder, { writtenBytes }: MergeSchedul
     'DISK_FULL',
     `${output.path}: the result takes ${writtenBytes} bytes, but the disk has ${bavail * bsize} left`,
   );
-}
-
-/** Writes everything that is no weight; returns the names. */
-async function writeOthers(
-  folder: string,
-  inputs: MergeInputs,
-  recipe: MergeRecipe,
-  { layout }: MergeSchedule,
-  note: (message: string) => void,
-): Promise<string[]> {
-  const names: string[] = [];
-  if (layout.index) {
-    await writeFile(join(folder, layout.index.name), layout.index.text);
-    names.push(layout.index.name);
-  }
-  if (inputs.config) {
-    await writeFile(join(folder, 'config.json'), `${JSON.stringify(withDtype(inputs.config, recipe), null, 2)}\n`);
-    names.push(
-      'config.json',
-      ...(await copyModelFiles(inputs.folder, folder)),
-      ...(await copyIfThere(inputs.folder, folder, 'generation_config.json')),
-    );
-  } else {
-    note(`${resolve(inputs.template.place.path)}: there is no config.json beside it, so the result has none`);
-  }
-  if (recipe.card) {
-    await writeCard(folder, inputs, recipe);
-    names.push('README.md');
-  }
-  return names;
-}
-
-async function copyIfThere(from: string, to: string, name: string): Promise<string[]> {
-  try {
-    await stat(join(from, name));
-  } catch {
-    return [];
-  }
-  await copyFile(join(from, name), join(to, name));
-  await chmod(join(to, name), 0o644);
-  return [name];
-}
-
-const TORCH_NAMES = { f32: 'float32', f16: 'float16', bf16: 'bfloat16' } as const;
-
-function withDtype(config: Readonly<Record<string, unknown>>, { dtype }: MergeRecipe): Record<string, unknown> {
-  if (dtype === undefined) return config;
-  const key = config['dtype'] === undefined ? 'torch_dtype' : 'dtype';
-  return { ...config, [key]: TORCH_NAMES[dtype] };
 }
 
 function lossesOf(results: ReadonlyMap<string, TensorResult>): Record<string, number> {

@@ -9,6 +9,8 @@ import { randomSource } from '../support/random.ts';
 import { type RunningCli, runCli, startCli } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 
+/** Making models takes a while on a busy machine. */
+const SETUP_MS = 120_000;
 const scratch = scratchFolder();
 const cwd = scratch.path;
 const at = (...parts: string[]) => join(cwd, ...parts);
@@ -30,7 +32,7 @@ beforeAll(async () => {
   const first = await run('whole');
   expect(first.code, first.stderr).toBe(0);
   whole = artifactTree(at('whole'));
-});
+}, SETUP_MS);
 
 function finished(output: string): number {
   const journal = at(`${output}.partial`, 'parts', 'journal.ndjson');

@@ -8,6 +8,8 @@ import { nudged, randomTensor, readWeights, saveFile } from '../support/merge-mo
 import { runCliJson } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 
+/** Making models takes a while on a busy machine. */
+const SETUP_MS = 120_000;
 const scratch = scratchFolder();
 const cwd = scratch.path;
 const BUDGET = 64 * 2 ** 20;
@@ -25,7 +27,7 @@ beforeAll(async () => {
     await saveFile(join(cwd, `${prefix}-a.safetensors`), nudged(base, 2));
     await saveFile(join(cwd, `${prefix}-b.safetensors`), nudged(base, 3));
   }
-});
+}, SETUP_MS);
 
 const inputs = (prefix: string) => [`${prefix}-a.safetensors`, `${prefix}-b.safetensors`, '--base', `${prefix}-base.safetensors`];
 

@@ -1,0 +1,57 @@
+/** What stands beside the weights of a merged model: configuration, tokenizer, index, card. */
+import { chmod, copyFile, stat, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { copyModelFiles } from './artifacts/copied-files.ts';
+import { writeCard } from './merge-card.ts';
+import type { MergeInputs } from './merge-inputs.ts';
+import type { MergeRecipe } from './merge-recipe.ts';
+import type { MergeSchedule } from './merge-schedule.ts';
+
+/** Writes everything that is no weight; returns the names. */
+export async function writeModelFiles(
+  folder: string,
+  inputs: MergeInputs,
+  recipe: MergeRecipe,
+  { layout }: MergeSchedule,
+  note: (message: string) => void,
+): Promise<string[]> {
+  const names: string[] = [];
+  if (layout.index) {
+    await writeFile(join(folder, layout.index.name), layout.index.text);
+    names.push(layout.index.name);
+  }
+  if (inputs.config) {
+    await writeFile(join(folder, 'config.json'), `${JSON.stringify(withDtype(inputs.config, recipe), null, 2)}\n`);
+    names.push(
+      'config.json',
+      ...(await copyModelFiles(inputs.folder, folder)),
+      ...(await copyIfThere(inputs.folder, folder, 'generation_config.json')),
+    );
+  } else {
+    note(`${inputs.template.place.path}: there is no config.json beside it, so the result has none`);
+  }
+  if (recipe.card) {
+    await writeCard(folder, inputs, recipe);
+    names.push('README.md');
+  }
+  return names;
+}
+
+async function copyIfThere(from: string, to: string, name: string): Promise<string[]> {
+  try {
+    await stat(join(from, name));
+  } catch {
+    return [];
+  }
+  await copyFile(join(from, name), join(to, name));
+  await chmod(join(to, name), 0o644);
+  return [name];
+}
+
+const TORCH_NAMES = { f32: 'float32', f16: 'float16', bf16: 'bfloat16' } as const;
+
+function withDtype(config: Readonly<Record<string, unknown>>, { dtype }: MergeRecipe): Record<string, unknown> {
+  if (dtype === undefined) return config;
+  const key = config['dtype'] === undefined ? 'torch_dtype' : 'dtype';
+  return { ...config, [key]: TORCH_NAMES[dtype] };
+}
