@@ -44,7 +44,7 @@ export function mergeCommand(signal: AbortSignal): Command {
     .option('--base <model>', 'the model that the experts were trained from: folder or .safetensors file')
     .option(
       '--method <method>',
-      'how tensors are merged (default: expert-merging++ with --calibration, else task-arithmetic with --base, linear without)',
+      'how tensors are merged (default: expert-merging++ with --calibration, else tsv-m with --base, linear without)',
     )
     .option('--calibration <texts...>', 'texts to learn on: label=FILE for each expert, or a file for all (.txt, .jsonl)')
     .option('--plan <file>', 'coefficients of an earlier learned merge: a plan file, or its pcomp.json')

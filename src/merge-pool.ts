@@ -1,6 +1,5 @@
 /** Runs the jobs of a merge on several threads; results come as they are done. */
 import { Worker } from 'node:worker_threads';
-import type { Blas } from './compute/blas.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { PlainEngine } from './compute/plain.ts';
 import { type EnvironmentCode, EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from './errors.ts';
@@ -26,8 +25,8 @@ export interface PortableError {
 }
 
 /** Runs jobs in this thread. */
-export function localRunner(setup: MergeSetup, blas: Blas = createBlas(new PlainEngine())): JobRunner {
-  const worker = new TensorWorker(setup, blas);
+export function localRunner(setup: MergeSetup): JobRunner {
+  const worker = new TensorWorker(setup, createBlas(new PlainEngine()));
   return {
     run: (job) => worker.run(job),
     async [Symbol.asyncDispose]() {
@@ -68,9 +67,9 @@ function startWorker(workerData: MergeSetup): Worker {
   return new Worker(code, { eval: true, workerData, execArgv: [] });
 }
 
-/** Runners of a run's jobs: this thread alone, or `count` others. @param blas for methods that take matrix products, in this thread */
-export function openRunners(setup: MergeSetup, count: number, blas: Blas | undefined): readonly JobRunner[] {
-  if (blas || count === 1) return [localRunner(setup, blas)];
+/** Runners of a run's jobs: this thread alone, or `count` others. */
+export function openRunners(setup: MergeSetup, count: number): readonly JobRunner[] {
+  if (count === 1) return [localRunner(setup)];
   return Array.from({ length: count }, () => threadRunner(setup));
 }
 

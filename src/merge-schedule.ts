@@ -54,8 +54,7 @@ export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: 
       );
   const make = (output: OutputTensor, budget: number) =>
     jobOf({ inputs, merger, plan, layout, labels, dtypes, valuesOf, budget }, output);
-  // One matrix at a time gets all threads: its products run on the engine.
-  const { jobs, threads } = shareMemory(merger.access === 'matrix' ? 1 : recipe.threads, (count) =>
+  const { jobs, threads } = shareMemory(recipe.threads, (count) =>
     outputs.filter(({ made }) => made.by !== 'tie').map((output) => make(output, Math.floor(recipe.maxMemory / count))),
   );
   const peaks = jobs.map((job) => bufferBytes(job, merger.access)).sort((a, b) => b - a);

@@ -5,8 +5,6 @@ import { createPlacedFiles, hasPlacedFiles } from '../formats/safetensors/placed
 import { explainDiskError } from './artifacts/durable.ts';
 import { writeReport } from './artifacts/manifest.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
-import { createEngine } from './compute/ort.ts';
-import { createBlas } from './compute/ort-blas.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from './errors.ts';
 import type { LearningReport } from './expert-merging.ts';
 import { countDispositions, writeMergeManifest } from './merge-describe.ts';
@@ -210,9 +208,7 @@ async function produce({
     hooks.progress?.({ phase: `merge ${result.tensor}`, done, total });
   };
   try {
-    // Products of matrices want all cores for one tensor; everything else is a tensor a core.
-    await using engine = schedule.merger.access === 'matrix' ? await createEngine({ threads: recipe.threads }) : undefined;
-    const runners = openRunners(setup, Math.min(threads, left.length), engine && createBlas(engine));
+    const runners = openRunners(setup, Math.min(threads, left.length));
     await runJobs(left, runners, { signal: hooks.signal, done: finish });
   } catch (error) {
     // What is wrong with the inputs stays wrong: only other ends are worth resuming from.

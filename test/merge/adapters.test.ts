@@ -216,6 +216,9 @@ describe('an adapter is refused', () => {
 it.each([
   ['task-arithmetic', []],
   ['ties', ['density=0.4']],
+  ['tsv-m', []],
+  ['iso-c', []],
+  ['wudi', []],
 ])('by %s, an adapter counts as the model that it was merged into', async (method, set) => {
   const folder = scratch.folder();
   const weights = weightsOf(llama);
