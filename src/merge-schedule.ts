@@ -258,5 +258,21 @@ function readBytesOf(job: TensorJob, merger: Merger, recipe: MergeRecipe): numbe
   return passes * all.reduce((sum, { dtype }) => sum + (elements * bitsPerElement(dtype)) / 8, 0);
 }
 
+/**
+ * Seconds of one core for the singular vectors that methods on matrices take, roughly: measured 5 ns times R^3, and as much again for a
+ * matrix four times as long as wide; of each expert, and of two matrices of all.
+ */
+export function matrixSeconds(jobs: readonly TensorJob[], merger: Merger): number {
+  if (merger.access !== 'matrix') return 0;
+  let total = 0;
+  for (const job of jobs) {
+    if (job.kind === 'copy' || job.tensor.role !== 'matrix') continue;
+    const smaller = Math.min(job.rows, job.columns);
+    const each = 5e-9 * smaller ** 3 + 1.3e-9 * smaller ** 2 * Math.max(job.rows, job.columns);
+    total += job.stack * (job.experts.length + 2) * each;
+  }
+  return total;
+}
+
 /** Preparing a merge multiplies nothing. */
 const NO_PRODUCTS = createBlas(new PlainEngine());

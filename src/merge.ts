@@ -16,7 +16,7 @@ import { learnedValues, planMerge } from './merge-learned.ts';
 import { markInputs } from './merge-marks.ts';
 import { openRunners, runJobs } from './merge-pool.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
-import { type MergeSchedule, scheduleMerge } from './merge-schedule.ts';
+import { type MergeSchedule, matrixSeconds, scheduleMerge } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import { learnedOf } from './methods/merge/learned.ts';
@@ -92,6 +92,12 @@ export async function merge(
   const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
   const expected = scheduleMerge(inputs, applied, mergerOf(learned ? PLACEHOLDER : recipe.method));
   if (learned) learnedValues(learned, recipe);
+  const hours = matrixSeconds(expected.jobs, expected.merger) / expected.threads / 3600;
+  if (hours > 0.5) {
+    note(
+      `${recipe.method} takes the singular vectors of every matrix, here about ${Math.ceil(hours)} hours on ${expected.threads} threads; --method task-arithmetic or ties takes minutes`,
+    );
+  }
   if (mode.dryRun) {
     if (learned && recipe.plan === undefined)
       note('bytes, memory and tensors are those of applying the plan, once it is learned');
