@@ -1,6 +1,7 @@
 /** `pcomp merge EXPERTS --base BASE`: flags -> recipe -> run -> report. */
 import { Command, Option } from 'commander';
 import { formatDuration } from '../src/calibration/progress.ts';
+import type { LearningReport } from '../src/expert-merging.ts';
 import { type MergeOutcome, merge } from '../src/merge.ts';
 import {
   MERGE_DEFAULTS,
@@ -12,7 +13,8 @@ import {
   ON_MISSING,
 } from '../src/merge-recipe.ts';
 import { MERGERS } from '../src/methods/merge/index.ts';
-import type { Merger } from '../src/methods/merge/merger.ts';
+import { LEARNED } from '../src/methods/merge/learned.ts';
+import type { Merger, Parameter } from '../src/methods/merge/merger.ts';
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandModels } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
@@ -106,13 +108,18 @@ function readRequest(flags: Flags): MergeRequest {
 
 /** A method's formula, and its parameters as `--set` takes them, with their defaults. */
 function describeMethods(): string {
-  return Object.values<Merger>(MERGERS)
+  const applied = Object.values<Merger>(MERGERS)
     .filter(({ statistics }) => statistics === undefined)
     .map(({ name, formula, parameters }) => {
       const settings = Object.entries(parameters).map(([key, { default: value }]) => `${key}=${value ?? '<required>'}`);
       return `  ${name.padEnd(18)} ${formula}${settings.length === 0 ? '' : `\n${' '.repeat(21)}${settings.join('  ')}`}`;
     })
     .join('\n');
+  const learned = Object.values(LEARNED).map(({ name, formula }) => `  ${name.padEnd(18)} ${formula}`);
+  const settings = Object.entries<Parameter>(LEARNED['expert-merging++'].parameters).map(
+    ([key, { summary, default: value }]) => `    ${`${key}=${value}`.padEnd(20)} ${summary}`,
+  );
+  return [applied, '\nLearned on --calibration:', ...learned, ...settings].join('\n');
 }
 
 function describe(outcome: MergeOutcome): string {
@@ -140,7 +147,33 @@ function describe(outcome: MergeOutcome): string {
     );
     return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
   }
+  if (outcome.learning) pairs.push(...describeLearning(outcome.learning));
   if (run.roundingLoss) pairs.push(['rounding loss', `${run.roundingLoss.loss.toPrecision(2)} of the change at most`]);
   pairs.push(['time', formatDuration(run.seconds)], ['peak memory', formatSize(run.peakBytes)]);
-  return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${run.output}`;
+  const learned = outcome.learning ? `\n\n${renderDistances(outcome.learning)}` : '';
+  return `${renderPairs(pairs)}\n\n${table}${learned}\n\nWritten to ${run.output}`;
+}
+
+function describeLearning({ start, gamma, stages }: LearningReport): [string, string][] {
+  const [best] = [...start].sort((a, b) => a.kl - b.kl);
+  const last = stages.at(-1)!;
+  return [
+    ...(best ? [['start', `${best.scale} x ${best.method}, of ${start.length} tried`] as [string, string]] : []),
+    ['learned', `${last.coefficients} ${last.name}, gamma ${gamma}`],
+  ];
+}
+
+/** How far the base, the start and the result are from every expert. */
+function renderDistances({ experts, judgedOn }: LearningReport): string {
+  const rows = experts.map(({ label, samples, base, start, merged, recovered }) => [
+    label,
+    samples,
+    base.kl.toPrecision(3),
+    start.kl.toPrecision(3),
+    merged.kl.toPrecision(3),
+    `${(100 * recovered).toFixed(0)} %`,
+    `${(100 * merged.agreement).toFixed(0)} %`,
+  ]);
+  const table = renderTable(['expert', 'samples', 'KL base', 'start', 'merged', 'recovered', 'same top token'], rows);
+  return `Divergence from every expert in nats per token, on ${judgedOn}:\n${table}`;
 }

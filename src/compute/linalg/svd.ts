@@ -32,16 +32,25 @@ export function svd(a: Float64Array, m: number, n: number): Svd {
   return { values, left, right };
 }
 
-/** `sum_j left_j right_j^T` over the singular values above the rank guard, (m, n): the orthogonal matrix nearest to A. */
-export function polar(a: Float64Array, m: number, n: number): Float64Array {
-  if (m > n) return transposed(polar(transposed(a, m, n), n, m), n, m);
+/** The orthogonal factor of a matrix, and its singular values above the rank guard, descending. */
+export interface Polar {
+  /** `sum_j left_j right_j^T` over the values, (m, n): the nearest matrix whose singular values are all 1 (or dropped). */
+  readonly factor: Float64Array;
+  readonly values: Float64Array;
+}
+
+export function polar(a: Float64Array, m: number, n: number): Polar {
+  if (m > n) {
+    const { factor, values } = polar(transposed(a, m, n), n, m);
+    return { factor: transposed(factor, n, m), values };
+  }
   const { values, vectors } = eigh(gramOfRows(a, m, n), m);
   const rank = rankOf(values);
   // (A A^T)^(-1/2) A on the directions that are kept.
   const scaled = vectors.slice(0, rank * m);
   for (let j = 0; j < rank; j++) for (let i = 0; i < m; i++) scaled[j * m + i] /= Math.sqrt(values[j]);
   const root = multiply(transposed(vectors.slice(0, rank * m), rank, m), scaled, m, rank, m);
-  return multiply(root, a, m, m, n);
+  return { factor: multiply(root, a, m, m, n), values: values.slice(0, rank).map(Math.sqrt) };
 }
 
 function rankOf(squares: Float64Array): number {

@@ -1,5 +1,5 @@
 /** Isotropic merging (Marczak et al., arXiv 2502.04959): all directions of the summed task vectors count alike. */
-import { polar, svd } from '../../compute/linalg/svd.ts';
+import { polar } from '../../compute/linalg/svd.ts';
 import { MATRIX_PARAMETERS, meanOf, mergeMatrix, sumOf } from './matrix-merge.ts';
 import { defineMerger } from './merger.ts';
 
@@ -13,9 +13,9 @@ export const isoC = defineMerger({
   parameters: MATRIX_PARAMETERS,
   prepare: (tensor, { lambda }) =>
     mergeMatrix(tensor, lambda, (taskVectors, rows, columns) => {
-      const sum = sumOf(taskVectors);
+      const { factor, values } = polar(sumOf(taskVectors), rows, columns);
       // The mean is over what is kept, so that the nuclear norm stays what it was for LoRA experts too.
-      const mean = meanOf(svd(sum, rows, columns).values);
-      return polar(sum, rows, columns).map((value) => value * mean);
+      const mean = meanOf(values);
+      return factor.map((value) => value * mean);
     }),
 });

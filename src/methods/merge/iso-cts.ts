@@ -50,7 +50,7 @@ export const isoCts = defineMerger({
           all.set(part[name].subarray(0, part.count * width), at);
           at += part.count * width;
         }
-        return polar(all, count, width);
+        return polar(all, count, width).factor;
       };
       const mean = meanOf(values);
       const merged = multiply(transposed(join('left', rows), count, rows), join('right', columns), rows, count, columns);

@@ -34,7 +34,7 @@ export const tsvM = defineMerger({
           all.set(part[name], at);
           at += part[name].length;
         }
-        return polar(all, count, width);
+        return polar(all, count, width).factor;
       };
       const left = join('left', rows);
       const right = join('right', columns);
