@@ -1,8 +1,9 @@
 /**
- * Speed and memory of `pcomp merge` beside a copy of the same bytes: `npx tsx bench/merge.ts [GB of each checkpoint, default 1]`.
+ * Speed and memory of `pcomp merge` beside a copy of the same bytes: `npm run build && npx tsx bench/merge.ts [GB of each checkpoint, default 1]`.
  * Three BF16 checkpoints of 7B block shapes: two experts and their base, or three experts for methods without a base. Each row is one run of
  * the command line in a process of its own. `copy` reads the inputs and writes a result of their size, with nothing in between, by one
- * thread; `share` is the copy's time over the run's, start of the process included. Rows go to bench/results/merge.{json,md}.
+ * thread; `share` is the copy's time over the run's, start of the process included. On a machine with other work only the CPU seconds, of all
+ * threads together, mean something. Rows go to bench/results/merge.{json,md}.
  */
 import { execFile } from 'node:child_process';
 import { closeSync, openSync, readSync, writeSync } from 'node:fs';
@@ -15,7 +16,7 @@ import { fromFloat32 } from '../formats/dtype.ts';
 import { createSafetensorsSink } from '../formats/safetensors/writer.ts';
 import { type Row, writeResults } from './results.ts';
 
-const PROGRAM = fileURLToPath(new URL('../cli/pcomp.ts', import.meta.url));
+const PROGRAM = fileURLToPath(new URL('../dist/cli/pcomp.js', import.meta.url));
 const NAMES = ['a', 'b', 'base'] as const;
 /** Of one block of a 7B model: q, k, v, o, gate, up, down, and two norms. */
 const SHAPES: readonly (readonly number[])[] = [
@@ -53,9 +54,10 @@ async function writeCheckpoint(path: string, gigabytes: number, seed: number): P
   await sink.finalize();
 }
 
-/** Seconds to read the inputs and write as many bytes as one of them has. */
-function copySeconds(inputs: readonly string[], output: string): number {
+/** Seconds, on the clock and of the processor, to read the inputs and write as many bytes as one of them has. */
+function copySeconds(inputs: readonly string[], output: string): { seconds: number; cpuSeconds: number } {
   const started = performance.now();
+  const before = process.cpuUsage();
   const buffer = new Uint8Array(PIECE);
   const out = openSync(output, 'w');
   for (const [i, input] of inputs.entries()) {
@@ -66,7 +68,8 @@ function copySeconds(inputs: readonly string[], output: string): number {
     closeSync(file);
   }
   closeSync(out);
-  return (performance.now() - started) / 1000;
+  const { user, system } = process.cpuUsage(before);
+  return { seconds: (performance.now() - started) / 1000, cpuSeconds: (user + system) / 1e6 };
 }
 
 const gigabytes = Number(process.argv[2] ?? 1);
@@ -89,23 +92,28 @@ try {
     const out = join(folder, 'out');
     const started = performance.now();
     const args = ['merge', ...experts, ...flags, '--method', method, '-o', out, '--max-memory', '512MiB', '--quiet'];
-    await promisify(execFile)(process.execPath, ['--import', import.meta.resolve('tsx'), PROGRAM, ...args]);
+    await promisify(execFile)(process.execPath, [PROGRAM, ...args]);
     const seconds = (performance.now() - started) / 1000;
-    const { run } = JSON.parse(await readFile(join(out, 'report.json'), 'utf8')) as { run: { peakBytes: number } };
+    const { run } = JSON.parse(await readFile(join(out, 'report.json'), 'utf8')) as {
+      run: { peakBytes: number; cpuSeconds: number };
+    };
     await rm(out, { recursive: true });
     rows.push({
       method,
       'checkpoint GB': size / 1e9,
-      'copy s': copy,
+      'copy s': copy.seconds,
       'merge s': seconds,
-      'merge MB/s': (4 * size) / 1e6 / seconds,
-      share: copy / seconds,
+      share: copy.seconds / seconds,
+      'copy CPU s': copy.cpuSeconds,
+      'merge CPU s': run.cpuSeconds,
+      'MB per CPU s': (4 * size) / 1e6 / run.cpuSeconds,
       'peak RSS MB': Math.round(run.peakBytes / 1e6),
     });
     console.log(rows.at(-1));
   }
-  await writeResults('merge', `npx tsx bench/merge.ts ${gigabytes}`, rows, [
-    'Inputs in the page cache. MB/s counts the bytes of the three inputs and of the result. --max-memory 512MiB.',
+  await writeResults('merge', `npm run build && npx tsx bench/merge.ts ${gigabytes}`, rows, [
+    'Inputs in the page cache. MB counts the bytes of the three inputs and of the result. --max-memory 512MiB.',
+    ...process.argv.slice(3),
   ]);
 } finally {
   await rm(folder, { recursive: true, force: true });

@@ -45,6 +45,8 @@ export interface MergeOutcome {
   readonly run?: {
     readonly output: string;
     readonly seconds: number;
+    /** Of all threads, in the program and in the system. */
+    readonly cpuSeconds: number;
     /** Peak resident memory of the process. */
     readonly peakBytes: number;
     /** Tensors that an earlier run had finished. */
@@ -122,6 +124,7 @@ export async function merge(
       run: {
         output: outputPath,
         seconds: (performance.now() - started) / 1000,
+        cpuSeconds: cpuSeconds(),
         peakBytes: process.resourceUsage().maxRSS * 1024,
         resumed,
         ...(roundingLoss ? { roundingLoss } : {}),
@@ -133,6 +136,11 @@ export async function merge(
   } catch (error) {
     throw explainDiskError(error, output.path);
   }
+}
+
+function cpuSeconds(): number {
+  const { user, system } = process.cpuUsage();
+  return (user + system) / 1e6;
 }
 
 function defaultReason({ calibration, base }: MergeRecipe): string {
