@@ -1,7 +1,9 @@
 /** `pcomp merge EXPERTS --base BASE`: flags -> recipe -> run -> report. */
 import { Command, Option } from 'commander';
 import { formatDuration } from '../src/calibration/progress.ts';
+import { RecipeError } from '../src/errors.ts';
 import type { LearningReport } from '../src/expert-merging.ts';
+import { type ExtractOutcome, type ExtractRequest, extract } from '../src/extract-lora.ts';
 import { type MergeOutcome, merge } from '../src/merge.ts';
 import {
   MERGE_DEFAULTS,
@@ -69,6 +71,14 @@ export function mergeCommand(signal: AbortSignal): Command {
         ...ON_EXTRA,
       ]),
     )
+    .option(
+      '--extract-lora <rank>',
+      "merge nothing: write one expert's change of the base as a PEFT adapter of at most this rank",
+    )
+    .option(
+      '--energy <part>',
+      'with --extract-lora: as many directions as hold this part of the squared change (default: 1, all)',
+    )
     .option('--untie', 'store the output head apart, where the base ties it to the embedding')
     .option('--allow-nonfinite', 'let NaN and infinities through')
     .addOption(new Option('--compat <tool>', "that tool's results where pcomp differs on purpose").choices(['mergekit']))
@@ -84,7 +94,22 @@ export function mergeCommand(signal: AbortSignal): Command {
       const recipe = mergeRecipe(readRequest(flags), CORES);
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
+        if (flags['energy'] !== undefined && flags['extractLora'] === undefined) {
+          throw new RecipeError('--energy: goes with --extract-lora');
+        }
         const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
+        if (flags['extractLora'] !== undefined) {
+          const outcome = await extract(
+            await expandModels(experts),
+            flags.output,
+            extraction(flags),
+            recipe,
+            mode,
+            console.hooks,
+          );
+          console.result(outcome, describeExtraction(outcome, flags.output));
+          return;
+        }
         const outcome = await merge(await expandModels(experts), flags.output, recipe, mode, console.hooks);
         console.result(outcome, describe(outcome));
       } finally {
@@ -93,7 +118,7 @@ export function mergeCommand(signal: AbortSignal): Command {
     });
 }
 
-const NOT_RECIPE = new Set(['output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
+const NOT_RECIPE = new Set(['extractLora', 'energy', 'output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
 
 function readRequest(flags: Flags): MergeRequest {
   const request = Object.fromEntries(Object.entries(flags).filter(([key]) => !NOT_RECIPE.has(key)));
@@ -107,6 +132,46 @@ function readRequest(flags: Flags): MergeRequest {
 }
 
 /** A method's formula, and its parameters as `--set` takes them, with their defaults. */
+function extraction(flags: Flags): ExtractRequest {
+  const number = (
+    name: 'extractLora' | 'energy',
+    flag: string,
+    fallback: number,
+    rule: (value: number) => boolean,
+    wanted: string,
+  ) => {
+    const value = flags[name] === undefined ? fallback : Number(flags[name]);
+    if (!rule(value)) throw new RecipeError(`${flag} ${String(flags[name])}: must be ${wanted}`);
+    return value;
+  };
+  for (const other of ['method', 'weights', 'set', 'calibration', 'plan', 'dtype', 'compat']) {
+    if (flags[other] !== undefined) throw new RecipeError(`--${other}: has no use with --extract-lora, which merges nothing`);
+  }
+  return {
+    rank: number(
+      'extractLora',
+      '--extract-lora',
+      0,
+      (value) => Number.isInteger(value) && value >= 1,
+      'a whole number of at least 1',
+    ),
+    energy: number('energy', '--energy', 1, (value) => value > 0 && value <= 1, 'above 0 and at most 1'),
+  };
+}
+
+function describeExtraction({ expert, base, modules, saved, parameters }: ExtractOutcome, output: string): string {
+  const all = Object.values(modules);
+  const ranks = all.map(({ rank }) => rank);
+  const worst = Object.entries(modules).sort(([, a], [, b]) => b.residual - a.residual)[0];
+  const pairs: [string, string][] = [
+    ['adapter', `${expert} less ${base}: ${all.length} layers, rank ${Math.min(...ranks)} to ${Math.max(...ranks)}`],
+    ['parameters', `${parameters}`],
+    ['lost', worst ? `${(100 * worst[1].residual).toFixed(1)} % of the change at most, in ${worst[0]}` : 'nothing'],
+    ...(saved.length === 0 ? [] : [['stored whole', saved.join(', ')] as [string, string]]),
+  ];
+  return `${renderPairs(pairs)}\n\nWritten to ${output}`;
+}
+
 function describeMethods(): string {
   const applied = Object.values<Merger>(MERGERS)
     .filter(({ statistics }) => statistics === undefined)
