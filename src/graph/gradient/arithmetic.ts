@@ -1,7 +1,7 @@
 /** Derivatives of elementwise operators and reductions (gradients.md, section 2). */
 import type { GraphBuilder, Value } from '../builder.ts';
 import { GraphError } from '../shape.ts';
-import { only, scalarLike, staticShape, unbroadcast, type Vjp, type VjpCall } from './vjp.ts';
+import { asRows, only, scalarLike, staticShape, unbroadcast, type Vjp, type VjpCall } from './vjp.ts';
 
 /** An operator of one input: cotangent from the output's cotangent, the input and the output. */
 function unary(derive: (builder: GraphBuilder, g: Value, x: Value, y: Value) => Value): Vjp {
@@ -74,11 +74,7 @@ const matmul: Vjp = ({ builder, inputs, cotangents, wanted }) => {
   if (!wanted[1]) return [left, undefined];
   if (b.shape.length !== 2) return [left, unbroadcast(builder, builder.matmul(turned(a), g), b)];
   // One product over all rows, and turned: where b is a weight turned, the two turns cancel.
-  const flat = (x: Value) => {
-    const shape = staticShape(x);
-    return builder.reshape(x, [shape.slice(0, -1).reduce((product, dim) => product * dim, 1), shape[shape.length - 1]]);
-  };
-  return [left, builder.transpose(builder.gemm(flat(g), flat(a), null, { transposeA: true }), [1, 0])];
+  return [left, builder.transpose(builder.gemm(asRows(builder, g), asRows(builder, a), null, { transposeA: true }), [1, 0])];
 };
 
 export const ARITHMETIC: Readonly<Record<string, Vjp>> = {
