@@ -83,5 +83,5 @@ function writeSoftmax(x: Float32Array, from: number, out: Float64Array): void {
 function divergenceOf(p: Float64Array, q: Float64Array): number {
   let total = 0;
   for (let i = 0; i < p.length; i++) total += p[i] * Math.log(p[i] / q[i]);
-  return total;
+  return Math.max(0, total); // rounding can take a divergence of nothing below 0
 }
