@@ -262,14 +262,14 @@ function readBytesOf(job: TensorJob, merger: Merger, recipe: MergeRecipe): numbe
  * Seconds of one core for the singular vectors that methods on matrices take, roughly: measured 5 ns times R^3, and as much again for a
  * matrix four times as long as wide; of each expert, and of two matrices of all.
  */
-export function matrixSeconds(jobs: readonly TensorJob[], merger: Merger): number {
-  if (merger.access !== 'matrix') return 0;
+export function matrixSeconds({ outputs, experts }: Pick<MergeInputs, 'outputs' | 'experts'>): number {
   let total = 0;
-  for (const job of jobs) {
-    if (job.kind === 'copy' || job.tensor.role !== 'matrix') continue;
-    const smaller = Math.min(job.rows, job.columns);
-    const each = 5e-9 * smaller ** 3 + 1.3e-9 * smaller ** 2 * Math.max(job.rows, job.columns);
-    total += job.stack * (job.experts.length + 2) * each;
+  for (const { made, role, shape } of outputs) {
+    if (made.by !== 'merge' || role !== 'matrix') continue;
+    const [rows, columns] = shape.slice(-2);
+    const smaller = Math.min(rows, columns);
+    const each = 5e-9 * smaller ** 3 + 1.3e-9 * smaller ** 2 * Math.max(rows, columns);
+    total += elementCount(shape.slice(0, -2)) * (experts.length + 2) * each;
   }
   return total;
 }

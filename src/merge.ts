@@ -56,6 +56,11 @@ export interface MergeOutcome {
   };
 }
 
+/** Core hours that a default may take. */
+const LONG_HOURS = 1;
+/** The default where the usual one would take longer: the mean of the experts, which needs no scale. */
+const QUICK = 'linear';
+
 /** What a plan is applied by is known when it is learned; until then, a method that reads everything once. */
 const PLACEHOLDER = 'task-arithmetic';
 
@@ -69,7 +74,7 @@ const LOSS_LIMIT = 0.2;
 export async function merge(
   expertPaths: readonly string[],
   outputPath: string,
-  recipe: MergeRecipe,
+  asked: MergeRecipe,
   mode: OutputMode,
   hooks: RunHooks = {},
 ): Promise<MergeOutcome> {
@@ -85,7 +90,8 @@ export async function merge(
   if (!mode.dryRun) {
     await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
   }
-  await using inputs = await openMergeInputs(expertPaths, recipe);
+  await using inputs = await openMergeInputs(expertPaths, asked);
+  const recipe = affordable(inputs, asked, note);
   if (recipe.chosen === 'default' && recipe.plan === undefined)
     note(`merging by ${recipe.method}, the default ${defaultReason(recipe)}`);
   for (const message of inputs.notes) note(message);
@@ -94,12 +100,6 @@ export async function merge(
   const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
   const expected = scheduleMerge(inputs, applied, mergerOf(learned ? PLACEHOLDER : recipe.method));
   if (learned) learnedValues(learned, recipe);
-  const hours = matrixSeconds(expected.jobs, expected.merger) / expected.threads / 3600;
-  if (hours > 0.5) {
-    note(
-      `${recipe.method} takes the singular vectors of every matrix, here about ${Math.ceil(hours)} hours on ${expected.threads} threads; --method task-arithmetic or ties takes minutes`,
-    );
-  }
   if (mode.dryRun) {
     if (learned && recipe.plan === undefined)
       note('bytes, memory and tensors are those of applying the plan, once it is learned');
@@ -147,6 +147,23 @@ function defaultReason({ calibration, base }: MergeRecipe): string {
   if (calibration.length > 0) return 'with --calibration';
   if (base === undefined) return 'without a --base';
   return 'with a --base; text for every expert (--calibration) would let pcomp learn how much of each to take';
+}
+
+/**
+ * Singular vectors of a large model's matrices take hours to days on a CPU: nobody gets that by default, and who asks for it is told. The rule
+ * looks at the model alone, so that a recipe means the same on every machine.
+ */
+function affordable(inputs: MergeInputs, recipe: MergeRecipe, note: (message: string) => void): MergeRecipe {
+  if (learnedOf(recipe.method) || mergerOf(recipe.method).access !== 'matrix') return recipe;
+  const hours = matrixSeconds(inputs) / 3600;
+  if (hours <= LONG_HOURS) return recipe;
+  const cost = `${recipe.method} takes the singular vectors of every matrix, here about ${Math.ceil(hours)} core hours`;
+  if (recipe.chosen === 'default') {
+    note(`${cost}: merging by ${QUICK} instead; --method ${recipe.method} insists`);
+    return { ...recipe, method: QUICK };
+  }
+  note(`${cost}; --method ${QUICK}, ties or task-arithmetic takes minutes`);
+  return recipe;
 }
 
 function outlineOf(
