@@ -1,4 +1,5 @@
 /** The tensors of merging.md 4.1, and a short way to take them through a method. */
+import { expect } from 'vitest';
 import { type BlockInputs, mergeBlock, mergeTensor } from '../../../src/methods/merge/drive.ts';
 import { mergerOf } from '../../../src/methods/merge/index.ts';
 import type { MergeBlock, MergeContext, MergeTensor } from '../../../src/methods/merge/merger.ts';
@@ -28,6 +29,8 @@ export interface MergeCase {
   readonly parameters?: RawParameters['shared'];
   readonly preset?: 'best' | 'paper';
   readonly name?: string;
+  /** a, b, c unless said. */
+  readonly labels?: readonly string[];
   readonly context?: Partial<MergeContext>;
   /** Rows per block; all unless said. A list is used up block by block, then its last entry again. */
   readonly rows?: number | readonly number[];
@@ -41,7 +44,7 @@ export async function merged(method: string, given: MergeCase): Promise<{ values
     name: given.name ?? 'w',
     shape: given.shape ?? [2, 3],
     role: 'matrix',
-    experts: given.experts.map((_, k) => String.fromCharCode(97 + k)),
+    experts: given.labels ?? given.experts.map((_, k) => String.fromCharCode(97 + k)),
   };
   const context: MergeContext = { seed: 5, blas: naiveBlas(), note: (_tensor, message) => notes.push(message), ...given.context };
   const values = resolveParameters(merger, { shared: given.parameters ?? {} }, tensor.experts, given.preset ?? 'best');
@@ -53,6 +56,11 @@ export async function merged(method: string, given: MergeCase): Promise<{ values
   const result: number[] = [];
   const blocks = () => cutRows(tensor.shape, inputs, given.rows);
   for await (const block of mergeTensor(merger, tensor, blocks, values, context)) result.push(...block);
+  const stored = [...inputs.experts, inputs.base];
+  const untouched = [...given.experts, given.base ?? []].every((values, i) =>
+    values.every((value, at) => Object.is(Math.fround(value), stored[i]?.[at])),
+  );
+  expect(untouched, 'the inputs are as they were').toBe(true);
   return { values: result, notes };
 }
 
