@@ -25,7 +25,7 @@ const differences = ALL.map((expert) => expert.map((value, i) => value - BASE[i]
 const apart = [moved([0.5, 0, 0, 0, 0.25, 0]), moved([0, 0, -0.5, 0, 0.75, 0])];
 const overlapping = [moved([0.5, 0.25, 0, 0, 0, 1]), moved([0, 0.75, 0, 0, 0, 0])];
 const fisher = (
-  parameters: MergeCase['parameters'],
+  parameters: NonNullable<MergeCase['parameters']>,
   statistics = [
     [0.4, 0, 0.1],
     [0.1, 0.2, 0],
