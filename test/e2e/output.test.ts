@@ -51,7 +51,7 @@ describe('--json prints one object on stdout, and the rest on stderr:', () => {
     expect(result).not.toHaveProperty('run');
     expect(result).toMatchObject({
       averageBits: 2,
-      passes: '2 forward passes over 256 tokens in 4 windows',
+      passes: '3 forward passes over 256 tokens in 4 windows',
       predictedPeakBytes: expect.any(Number),
       plan: { modules: { 'model.layers.1.mlp.down_proj': { groupSize: 32, bits: [2, 2, 2, 2, 2, 2] } } },
       notes: [expect.stringMatching(/sizes are those of one width/)],
@@ -104,7 +104,7 @@ it('a dry run says the plan, the sizes, the passes and the memory, and writes no
   const before = artifactTree(cwd);
   const { code, stdout } = await runCli(['quantize', 'model', ...SETTINGS, '-o', 'out', '--dry-run'], { cwd });
   expect(code).toBe(0);
-  expect(stdout).toMatch(/plan +2 bits in 36 groups\npeak memory +about \d+ MB\npasses +2 forward passes over 256 tokens/);
+  expect(stdout).toMatch(/plan +2 bits in 36 groups\npeak memory +about \d+ MB\npasses +3 forward passes over 256 tokens/);
   expect(stdout).toMatch(/Dry run: nothing was written\.\n$/);
   expect(artifactTree(cwd)).toEqual(before);
 });
