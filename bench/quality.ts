@@ -1,6 +1,7 @@
 /**
  * Quality of every quantizer on real models: perplexity on held-out text, everything stored counted, evaluated in memory and through the
- * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4] [--table methods,without,stored]`; writes bench/results/quality-<model>.{json,md}.
+ * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4] [--table methods,without,stored]`; writes
+ * bench/results/quality-<model>[-<tables>].{json,md}.
  */
 import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
