@@ -113,6 +113,6 @@ for (const [label, request] of LEARNED) {
   add(label, `${runs.length} seeds, +- ${spread.toFixed(1)} %`, nlls, mean(runs.map(({ seconds }) => seconds)));
 }
 await rm(scratch, { recursive: true, force: true });
-await writeResults('expert-merging', 'npx tsx bench/expert-merging.ts', rows, [
+await writeResults('expert-merging', ['npx tsx bench/expert-merging.ts', ...process.argv.slice(2)].join(' '), rows, [
   'Recovered: the way from the linear average to the experts, in nats per token on the domain of each, mean of both. Training-free methods have the scale that is best on the text they are judged on.',
 ]);
