@@ -14,6 +14,7 @@ import {
   ON_EXTRA,
   ON_MISSING,
 } from '../src/merge-recipe.ts';
+import { readMergekitConfig } from '../src/mergekit-config.ts';
 import { MERGERS } from '../src/methods/merge/index.ts';
 import { LEARNED } from '../src/methods/merge/learned.ts';
 import type { Merger, Parameter } from '../src/methods/merge/merger.ts';
@@ -25,6 +26,7 @@ import { renderPairs, renderTable } from './ui/table.ts';
 
 interface Flags {
   readonly output: string;
+  readonly config?: string;
   readonly overwrite?: boolean;
   readonly resume?: boolean;
   readonly dryRun?: boolean;
@@ -41,10 +43,11 @@ export function mergeCommand(signal: AbortSignal): Command {
   return new Command('merge')
     .description('Merge models that were trained from one base into one.')
     .argument(
-      '<experts...>',
+      '[experts...]',
       'Hugging Face folders, .safetensors files, PEFT LoRA folders; globs allowed; shards of a series are one model',
     )
     .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
+    .option('--config <file>', 'mergekit YAML: models or slices, method and parameters; leave the experts out then')
     .option('--base <model>', 'the model that the experts were trained from: folder or .safetensors file')
     .option(
       '--method <method>',
@@ -91,7 +94,10 @@ export function mergeCommand(signal: AbortSignal): Command {
     .addOption(quietOption())
     .addHelpText('after', `\nMethods, and their parameters for --set:\n${describeMethods()}\n`)
     .action(async (experts: string[], flags: Flags) => {
-      const recipe = mergeRecipe(readRequest(flags), CORES);
+      const recipe = mergeRecipe(await readRequest(flags), CORES);
+      if (experts.length === 0 && recipe.mergekit === undefined) {
+        throw new RecipeError('no expert: name at least one model to merge, or a mergekit file with --config');
+      }
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
         if (flags['energy'] !== undefined && flags['extractLora'] === undefined) {
@@ -118,9 +124,9 @@ export function mergeCommand(signal: AbortSignal): Command {
     });
 }
 
-const NOT_RECIPE = new Set(['extractLora', 'energy', 'output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
+const NOT_RECIPE = new Set(['config', 'extractLora', 'energy', 'output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
 
-function readRequest(flags: Flags): MergeRequest {
+async function readRequest(flags: Flags): Promise<MergeRequest> {
   const request = Object.fromEntries(Object.entries(flags).filter(([key]) => !NOT_RECIPE.has(key)));
   for (const [key, name] of [
     ['maxMemory', '--max-memory'],
@@ -128,6 +134,7 @@ function readRequest(flags: Flags): MergeRequest {
   ]) {
     if (typeof request[key] === 'string') request[key] = parseSize(name, request[key]);
   }
+  if (flags.config !== undefined) request['mergekit'] = await readMergekitConfig(flags.config);
   return request;
 }
 
@@ -144,7 +151,7 @@ function extraction(flags: Flags): ExtractRequest {
     if (!rule(value)) throw new RecipeError(`${flag} ${String(flags[name])}: must be ${wanted}`);
     return value;
   };
-  for (const other of ['method', 'weights', 'set', 'calibration', 'plan', 'dtype', 'compat']) {
+  for (const other of ['config', 'method', 'weights', 'set', 'calibration', 'plan', 'dtype', 'compat']) {
     if (flags[other] !== undefined) throw new RecipeError(`--${other}: has no use with --extract-lora, which merges nothing`);
   }
   return {

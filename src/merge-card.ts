@@ -25,7 +25,7 @@ export async function writeCard(folder: string, inputs: MergeInputs, recipe: Mer
     '---',
     `# Merge of ${experts.map(({ label }) => label).join(', ')}`,
     '',
-    `${experts.length} models${architecture} merged by \`${recipe.method}\`${onBase}. Made with pcomp ${packageVersion()}:`,
+    `${experts.length === 1 ? '1 model' : `${experts.length} models`}${architecture} merged by \`${recipe.method}\`${onBase}. Made with pcomp ${packageVersion()}:`,
     '',
     `    ${commandOf(inputs, recipe)}`,
     '',
@@ -38,10 +38,12 @@ export async function writeCard(folder: string, inputs: MergeInputs, recipe: Mer
 /** The command line that makes the result again: every option that is not the default. */
 function commandOf(inputs: MergeInputs, recipe: MergeRecipe): string {
   const defaults: Readonly<Record<string, unknown>> = MERGE_DEFAULTS;
-  const { base: _, experts: __, card: ___, method, ...options } = portableRecipe(recipe, inputs);
-  const flags = Object.entries(options)
+  const { base: _, experts: __, card: ___, mergekit, method, dtype, ...options } = portableRecipe(recipe, inputs);
+  const flags = Object.entries(mergekit || dtype === undefined ? options : { dtype, ...options })
     .filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(defaults[key]))
     .map(([key, value]) => (value === true ? flag(key) : `${flag(key)} ${[value].flat().map(quoted).join(' ')}`));
+  // The file says the rest: models, method, type.
+  if (mergekit) return ['pcomp merge --config mergekit_config.yml', ...flags, '-o merged'].join(' ');
   const { base, experts } = inputs;
   const onBase = base ? [`--base ${quoted(basename(base.place.path))}`] : [];
   const names = experts.flatMap(({ place }) => (place.files ?? [place.path]).map((path) => quoted(basename(path))));

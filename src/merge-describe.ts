@@ -8,18 +8,20 @@ import type { FileMark, InputMarks } from './merge-marks.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import type { MergeSchedule } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
+import { portableMergekit } from './mergekit-inputs.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
 import { packageVersion } from './package-root.ts';
 
 /** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
 export function portableRecipe(recipe: MergeRecipe, { base, experts }: MergeInputs): Record<string, unknown> {
-  const { threads: _, maxMemory: __, chosen: ___, base: ____, calibration, plan, ...portable } = recipe;
+  const { threads: _, maxMemory: __, chosen: ___, base: ____, calibration, plan, mergekit, ...portable } = recipe;
   return {
     ...(base ? { base: base.label } : {}),
     experts: experts.map(({ label }) => label),
     ...portable,
     ...(calibration.length === 0 ? {} : { calibration: calibration.map(withoutFolders) }),
     ...(plan === undefined ? {} : { plan: basename(plan) }),
+    ...(mergekit === undefined ? {} : { mergekit: portableMergekit(mergekit) }),
   };
 }
 

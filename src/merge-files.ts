@@ -30,6 +30,10 @@ export async function writeModelFiles(
   } else {
     note(`${inputs.template.place.path}: there is no config.json beside it, so the result has none`);
   }
+  if (recipe.mergekit) {
+    await writeFile(join(folder, 'mergekit_config.yml'), recipe.mergekit.text);
+    names.push('mergekit_config.yml');
+  }
   if (recipe.card) {
     await writeCard(folder, inputs, recipe);
     names.push('README.md');

@@ -22,6 +22,7 @@ import type { TensorOrigin } from './artifacts/merge/tensor-origin.ts';
 import { alignHeads, headOf, type TiedHead } from './artifacts/merge/tied-head.ts';
 import { RecipeError, UnsupportedError } from './errors.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import { openMergekitInputs } from './mergekit-inputs.ts';
 import type { TensorRole } from './methods/merge/merger.ts';
 
 /** A tensor of the result, as the base names and shapes it. */
@@ -42,7 +43,7 @@ export interface OutputTensor {
 
 export interface MergeInputs extends AsyncDisposable {
   readonly base: MergeInput | undefined;
-  /** Sorted by label. */
+  /** Sorted by label; with a mergekit configuration, in its order. */
   readonly experts: readonly MergeInput[];
   /** The experts, then the base: how `input` numbers count. */
   readonly all: readonly MergeInput[];
@@ -66,6 +67,12 @@ export async function openMergeInputs(expertPaths: readonly string[], recipe: Me
     await Promise.all(opened.map(({ tensors }) => tensors.close()));
   };
   try {
+    if (recipe.mergekit) {
+      if (expertPaths.length > 0) throw new RecipeError(`${expertPaths[0]}: --config names the models; leave them out here`);
+      const { experts, base, tokenizer } = await openMergekitInputs(recipe.mergekit, opened);
+      const inputs = await describe(experts, base, recipe);
+      return { ...inputs, ...(tokenizer ? { folder: folderOf(tokenizer) } : {}), [Symbol.asyncDispose]: close };
+    }
     const experts = await openExperts(expertPaths, opened);
     const base = recipe.base === undefined ? undefined : await openBase(recipe.base);
     if (base) opened.push(base);
@@ -97,7 +104,7 @@ async function openBase(path: string): Promise<MergeInput> {
 }
 
 async function describe(
-  experts: MergeInput[],
+  experts: readonly MergeInput[],
   base: MergeInput | undefined,
   recipe: MergeRecipe,
 ): Promise<Omit<MergeInputs, typeof Symbol.asyncDispose>> {
@@ -105,7 +112,7 @@ async function describe(
   if (!base && adapter)
     throw new RecipeError(`${adapter.place.path}: is an adapter; give the model that it was trained on as --base`);
   const template = base ?? experts[0];
-  const folder = template.place.kind === 'folder' ? template.place.path : dirname(template.place.path);
+  const folder = folderOf(template);
   const config = template.config ?? (await configBeside(folder));
   const names = networkNames(template.tensors, config);
   const notes: string[] = [];
@@ -123,6 +130,10 @@ async function describe(
   for (const output of outputs) await checkTypes(output, all, aligned);
   const untied = head?.storage === 'untied' && config ? { ...config, tie_word_embeddings: false } : config;
   return { base, experts, all, template, folder, config: untied, outputs, notes };
+}
+
+function folderOf({ place }: MergeInput): string {
+  return place.kind === 'folder' ? place.path : dirname(place.path);
 }
 
 async function configBeside(folder: string): Promise<Readonly<Record<string, unknown>> | undefined> {

@@ -1,5 +1,6 @@
 /** What to merge and how, as validated plain data. */
 import { RecipeError } from './errors.ts';
+import type { MergekitConfig } from './mergekit-config.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import { LEARNED, learnedOf } from './methods/merge/learned.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, oneOf, text } from './recipe-fields.ts';
@@ -21,6 +22,8 @@ export interface MergeRecipe {
   readonly calibration: readonly string[];
   /** A plan to follow instead of learning one: a plan file, or the pcomp.json of a merge. */
   readonly plan?: string;
+  /** A mergekit configuration: names the models, the method and its parameters. */
+  readonly mergekit?: MergekitConfig;
   /** Whether `method` is the default. */
   readonly chosen: 'default' | 'named';
   readonly preset: (typeof MERGE_PRESETS)[number];
@@ -73,6 +76,7 @@ const KNOWN: ReadonlySet<string> = new Set([
   'base',
   'method',
   'plan',
+  'mergekit',
   'dtype',
   'compat',
   'threads',
@@ -82,7 +86,7 @@ const KNOWN: ReadonlySet<string> = new Set([
 export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   const unknown = Object.keys(request).filter((key) => !KNOWN.has(key));
   if (unknown.length > 0) throw new RecipeError(`${unknown.map(flag).join(', ')}: pcomp merge has no such option`);
-  const given = dropUndefined(request);
+  const given = fromMergekit(dropUndefined(request));
   const all = { ...MERGE_DEFAULTS, threads: cores, ...given } as Record<string, unknown>;
   const base = all['base'] === undefined ? undefined : text('base', all['base']);
   const calibration = list('calibration', all['calibration']);
@@ -94,6 +98,7 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
     method: named ?? DEFAULT_METHODS[learns ? 'calibration' : base === undefined ? 'alone' : 'base'],
     calibration,
     ...(plan === undefined ? {} : { plan }),
+    ...(given.mergekit === undefined ? {} : { mergekit: given.mergekit as MergekitConfig }),
     chosen: named === undefined ? 'default' : 'named',
     preset: oneOf('preset', all['preset'], MERGE_PRESETS),
     weights: list('weights', all['weights']),
@@ -115,6 +120,16 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   }
   checkMethod(recipe);
   return recipe;
+}
+
+/** The configuration says what these flags say, so they do not go together. */
+function fromMergekit(request: MergeRequest): MergeRequest {
+  if (request.mergekit === undefined) return request;
+  const { method, base, dtype } = request.mergekit as MergekitConfig;
+  for (const key of ['method', 'base', 'dtype', 'weights', 'set', 'calibration', 'plan'] as const) {
+    if (request[key] !== undefined) throw new RecipeError(`${flag(key)}: has no place beside --config; write it into the file`);
+  }
+  return dropUndefined({ ...request, method, base, dtype });
 }
 
 function methodName(written: string): string {

@@ -10,6 +10,7 @@ import type { MergeInputs, OutputTensor } from './merge-inputs.ts';
 import { blockBytes, blockRowsFor, type StoredOrigin, type StoredTensor, type TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import { mergekitParameters } from './mergekit-parameters.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
 import type { AccessClass, Merger, Parameters, ParameterValues } from './methods/merge/merger.ts';
@@ -46,12 +47,14 @@ export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: 
   const labels = inputs.experts.map(({ label }) => label);
   const valuesOf = plan
     ? planValues(plan, merger)
-    : parametersOf(
-        merger,
-        recipe,
-        labels,
-        outputs.map(({ name }) => name),
-      );
+    : recipe.mergekit
+      ? mergekitParameters(merger, recipe, recipe.mergekit, inputs)
+      : parametersOf(
+          merger,
+          recipe,
+          labels,
+          outputs.map(({ name }) => name),
+        );
   const make = (output: OutputTensor, budget: number) =>
     jobOf({ inputs, merger, plan, layout, labels, dtypes, valuesOf, budget }, output);
   const { jobs, threads } = shareMemory(recipe.threads, (count) =>

@@ -1,0 +1,174 @@
+/** A mergekit configuration as plain data: what `pcomp merge --config` follows (merging.md 3.4). Nothing in it is ignored silently. */
+import { readFile } from 'node:fs/promises';
+import { parse as parseYaml } from 'yaml';
+import { errorCode } from './artifacts/process-lock.ts';
+import { EnvironmentError, RecipeError } from './errors.ts';
+import { type MergekitParameters, readMergekitParameters } from './mergekit-values.ts';
+import { mergerOf } from './methods/merge/index.ts';
+
+/** One model in one slice. */
+export interface MergekitSource {
+  readonly model: string;
+  /** Layers [start, end) of it; absent: all. */
+  readonly layers?: readonly [number, number];
+  readonly parameters: MergekitParameters;
+}
+
+/** Layers of the result that follow each other, each merged from one layer of every source. */
+export interface MergekitSlice {
+  readonly sources: readonly MergekitSource[];
+  readonly parameters: MergekitParameters;
+}
+
+export interface MergekitConfig {
+  readonly method: string;
+  readonly base?: string;
+  /** Element type of the result, as `--dtype`. */
+  readonly dtype?: 'f32' | 'f16' | 'bf16';
+  /** `models` are one slice of all layers. */
+  readonly slices: readonly MergekitSlice[];
+  readonly parameters: MergekitParameters;
+  /** Model whose tokenizer the result has. */
+  readonly tokenizer?: string;
+  /** The file, as it was read. */
+  readonly text: string;
+}
+
+const DTYPES = { float32: 'f32', float16: 'f16', bfloat16: 'bf16' } as const;
+
+/** Reads a file. @throws EnvironmentError when it cannot be read, RecipeError for what pcomp cannot follow to the letter */
+export async function readMergekitConfig(path: string): Promise<MergekitConfig> {
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    throw new EnvironmentError('FILE_UNREADABLE', `--config ${path}: cannot be read (${errorCode(error)})`, { cause: error });
+  }
+  let raw: unknown;
+  try {
+    raw = parseYaml(text);
+  } catch (error) {
+    const message = String((error as Error).message).split('\n', 1)[0];
+    throw new RecipeError(`--config ${path}: is not YAML: ${message}`);
+  }
+  return parseMergekitConfig(`--config ${path}`, raw, text);
+}
+
+/** @param where stands in front of every message */
+export function parseMergekitConfig(where: string, raw: unknown, text: string): MergekitConfig {
+  const top = mapping(where, raw, [
+    'merge_method',
+    'base_model',
+    'models',
+    'slices',
+    'dtype',
+    'out_dtype',
+    'parameters',
+    'tokenizer_source',
+  ]);
+  const forms = ['models', 'slices'].filter((key) => top[key] !== undefined);
+  if (forms.length !== 1) throw new RecipeError(`${where}: exactly one of models and slices is expected`);
+  const method = mergerOf(string(`${where}: merge_method`, top['merge_method'])).name;
+  const parameters = readMergekitParameters(`${where}: parameters`, top['parameters']);
+  const slices =
+    top['models'] === undefined
+      ? list(`${where}: slices`, top['slices']).map((slice, i) => readSlice(`${where}: slices[${i}]`, slice))
+      : [
+          {
+            sources: list(`${where}: models`, top['models']).map((m, i) => readModel(`${where}: models[${i}]`, m)),
+            parameters: {},
+          },
+        ];
+  const base = top['base_model'] === undefined ? undefined : modelPath(`${where}: base_model`, top['base_model']);
+  const named = top['out_dtype'] ?? top['dtype'];
+  const dtype = named === undefined ? undefined : readDtype(where, named);
+  const tokenizer = readTokenizer(where, top['tokenizer_source'], base);
+  return {
+    method,
+    ...(base === undefined ? {} : { base }),
+    ...(dtype === undefined ? {} : { dtype }),
+    slices,
+    parameters,
+    ...(tokenizer === undefined ? {} : { tokenizer }),
+    text,
+  };
+}
+
+function readModel(where: string, raw: unknown): MergekitSource {
+  const { model, parameters } = mapping(where, raw, ['model', 'parameters']);
+  return { model: modelPath(`${where}.model`, model), parameters: readMergekitParameters(`${where}.parameters`, parameters) };
+}
+
+function readSlice(where: string, raw: unknown): MergekitSlice {
+  const { sources, parameters } = mapping(where, raw, ['sources', 'parameters']);
+  const read = list(`${where}.sources`, sources).map((source, i) => readSource(`${where}.sources[${i}]`, source));
+  const counts = read.map(({ layers: [start, end] }) => end - start);
+  const other = counts.findIndex((count) => count !== counts[0]);
+  if (other > 0) {
+    throw new RecipeError(
+      `${where}: layer_range of its sources must be equally long; they are ${counts[0]} and ${counts[other]}`,
+    );
+  }
+  return { sources: read, parameters: readMergekitParameters(`${where}.parameters`, parameters) };
+}
+
+function readSource(where: string, raw: unknown): MergekitSource & { readonly layers: readonly [number, number] } {
+  const { model, layer_range: range, parameters } = mapping(where, raw, ['model', 'layer_range', 'parameters']);
+  const [start, end] = (Array.isArray(range) ? range : []) as unknown[];
+  const whole = (value: unknown): value is number => typeof value === 'number' && Number.isInteger(value) && value >= 0;
+  if (!Array.isArray(range) || range.length !== 2 || !whole(start) || !whole(end) || start >= end) {
+    throw new RecipeError(`${where}.layer_range ${JSON.stringify(range)}: [first, end) with 0 <= first < end is expected`);
+  }
+  return {
+    model: modelPath(`${where}.model`, model),
+    layers: [start, end],
+    parameters: readMergekitParameters(`${where}.parameters`, parameters),
+  };
+}
+
+function readDtype(where: string, raw: unknown): 'f32' | 'f16' | 'bf16' {
+  if (typeof raw === 'string' && Object.hasOwn(DTYPES, raw)) return DTYPES[raw as keyof typeof DTYPES];
+  throw new RecipeError(`${where}: dtype ${JSON.stringify(raw)}: must be one of ${Object.keys(DTYPES).join(', ')}`);
+}
+
+/** All vocabularies must be equal, so whose tokenizer it is does not change a weight. */
+function readTokenizer(where: string, raw: unknown, base: string | undefined): string | undefined {
+  if (raw === undefined || raw === null) return undefined;
+  const source = string(`${where}: tokenizer_source`, raw);
+  if (source === 'union') {
+    throw new RecipeError(
+      `${where}: tokenizer_source union: pcomp merges models of one vocabulary only; base, or one of the models`,
+    );
+  }
+  return source === 'base' ? base : source;
+}
+
+/** Local paths only: pcomp downloads nothing. */
+function modelPath(where: string, raw: unknown): string {
+  const path = string(where, raw);
+  if (path.includes('+')) {
+    throw new RecipeError(
+      `${where} ${path}: model+adapter is not taken; name the adapter folder as a model, with its base as base_model`,
+    );
+  }
+  return path;
+}
+
+function mapping(where: string, raw: unknown, known: readonly string[]): Record<string, unknown> {
+  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) throw new RecipeError(`${where}: a mapping is expected`);
+  const unknown = Object.keys(raw).filter((key) => !known.includes(key));
+  if (unknown.length > 0) {
+    throw new RecipeError(`${where}: ${unknown.join(', ')}: pcomp follows ${known.join(', ')} here, and nothing else`);
+  }
+  return raw as Record<string, unknown>;
+}
+
+function list(where: string, raw: unknown): readonly unknown[] {
+  if (Array.isArray(raw) && raw.length > 0) return raw as readonly unknown[];
+  throw new RecipeError(`${where}: a list with at least one entry is expected`);
+}
+
+function string(where: string, raw: unknown): string {
+  if (typeof raw === 'string' && raw !== '') return raw;
+  throw new RecipeError(`${where}: a text is expected, and it is ${JSON.stringify(raw) ?? 'absent'}`);
+}
