@@ -1,6 +1,6 @@
 /**
  * What quantized modules cost. *Code bits* are the widths decided; *stored bits* are everything a file holds for them: codes with
- * their padding, scales, zero points, offsets, means, width tables, group orders.
+ * their padding, scales, zero points, offsets, means, width tables, group orders, low-rank branches.
  */
 import { byteLengthOf } from '../../formats/dtype.ts';
 import type { TensorDeclaration } from '../../formats/tensor.ts';
@@ -21,6 +21,8 @@ export interface ModuleStorage {
   readonly storedBits: number;
   /** The same as onnxruntime holds it: whole operands, scales in float32. ONNX only. */
   readonly runtimeBits?: number;
+  /** The branch beside it; its bits are among the stored ones. */
+  readonly lowRank?: { readonly rank: number; readonly storedBits: number };
 }
 
 /** All modules of an artifact. */
@@ -33,6 +35,8 @@ export interface Storage {
   readonly averageBits: number;
   /** Stored bits of `modules` over their weights; the width of the float type when there are none. */
   readonly bitsPerWeight: number;
+  /** What branches have of `bitsPerWeight`. */
+  readonly lowRankBitsPerWeight: number;
 }
 
 /** Sum over groups of width times weights. */
@@ -43,6 +47,15 @@ export function codeBitsOf(
   let sum = 0;
   for (let g = 0; g < bits.length; g++) sum += bits[g] * Math.min(groupSize, inFeatures - g * groupSize);
   return sum * outFeatures;
+}
+
+/** Bits of a branch's factors; 0 without one. */
+export function lowRankBits({
+  outFeatures,
+  inFeatures,
+  lowRank,
+}: Pick<QuantizedShape, 'outFeatures' | 'inFeatures' | 'lowRank'>): number {
+  return lowRank ? lowRank.rank * (outFeatures + inFeatures) * (lowRank.dtype === 'F16' ? 16 : 32) : 0;
 }
 
 /** Stored bits in the layout `planes`. */
@@ -84,8 +97,8 @@ export function onnxStorage(
   for (const [name, input, layout] of modules) {
     const { outFeatures: rows, inFeatures, blockSize, parts, order, meanGroups, transform } = layout;
     const scaleBits = layout.scaleDtype === 'F16' ? 16 : 32;
-    let storedBits = rows * scaleBits * meanGroups.length;
-    let runtimeBits = rows * 32 * meanGroups.length;
+    let storedBits = rows * scaleBits * meanGroups.length + lowRankBits(layout);
+    let runtimeBits = rows * 32 * meanGroups.length + 32 * (layout.lowRank?.rank ?? 0) * (rows + inFeatures);
     for (const part of parts) {
       const bytes = partRowBytes(part, blockSize);
       storedBits += rows * (8 * (bytes.stored + bytes.qzeros) + scaleBits * part.groups.length);
@@ -135,10 +148,11 @@ export function summarizeStorage(
   floatBits: number,
 ): Storage {
   const weights = modules.reduce((sum, module) => sum + module.outFeatures * module.inFeatures, 0);
-  if (weights === 0) return { modules, embeddings, averageBits: floatBits, bitsPerWeight: floatBits };
+  if (weights === 0) return { modules, embeddings, averageBits: floatBits, bitsPerWeight: floatBits, lowRankBitsPerWeight: 0 };
   const averageBits = modules.reduce((sum, module) => sum + module.codeBits, 0) / weights;
   const bitsPerWeight = modules.reduce((sum, module) => sum + module.storedBits, 0) / weights;
-  return { modules, embeddings, averageBits, bitsPerWeight };
+  const branches = modules.reduce((sum, { lowRank }) => sum + (lowRank?.storedBits ?? 0), 0);
+  return { modules, embeddings, averageBits, bitsPerWeight, lowRankBitsPerWeight: branches / weights };
 }
 
 function bitsOf(declarations: readonly TensorDeclaration[]): number {

@@ -9,8 +9,9 @@ import { sameTransform } from './stored-order.ts';
 export async function describeModules(model: Model, quantized: QuantizedSource): Promise<Map<string, QuantizedModule>> {
   const modules = new Map<string, QuantizedModule>();
   const describe = async (name: string, input: string, transposed: boolean): Promise<InputTransform | undefined> => {
-    const { outFeatures, inFeatures, groupSize, bits, transform } = await quantized.readGrid(name);
-    const module = { outFeatures, inFeatures, groupSize, input, transposed, bits: [...bits] };
+    const { outFeatures, inFeatures, groupSize, bits, transform, lowRank } = await quantized.readGrid(name);
+    const shape = { outFeatures, inFeatures, groupSize, input, transposed, bits: [...bits] };
+    const module = lowRank ? { ...shape, rank: lowRank.rank } : shape;
     modules.set(name, transform ? { ...module, transform: { hadamard: transform.hadamard } } : module);
     return transform;
   };

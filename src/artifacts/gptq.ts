@@ -16,9 +16,10 @@ export type GptqFormat = 'gptq' | 'gptq_v2';
 
 /** Why the layout cannot hold a module, as half a sentence; undefined when it can. */
 export function whyNotGptq(shape: QuantizedShape): string | undefined {
-  const { outFeatures, inFeatures, groupSize, bits, scaleDtype, transform } = shape;
+  const { outFeatures, inFeatures, groupSize, bits, scaleDtype, transform, lowRank } = shape;
   if (transform)
     return `has its input ${transform.hadamard > 0 ? 'sorted and rotated' : 'sorted'}, for which the layout has no place`;
+  if (lowRank) return `has a branch of rank ${lowRank.rank}, for which the layout has no place`;
   const widths = [...new Set(bits)];
   if (widths.length > 1) return `mixes widths (${widths.sort().join(', ')} bits)`;
   if (!WIDTHS.includes(widths[0])) return `has ${widths[0]} bits, the layout holds ${WIDTHS.join(', ')}`;

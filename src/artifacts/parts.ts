@@ -158,8 +158,9 @@ function biasDeclaration(name: string, q: { readonly outFeatures: number; readon
 }
 
 /** Every module stands for itself here, with its own copy of the order of its input. */
-function entryOf(name: string, { outFeatures, inFeatures, groupSize, transform }: QuantizedLinear): QuantizedModule {
-  const entry = { outFeatures, inFeatures, groupSize, input: name, transposed: false };
+function entryOf(name: string, { outFeatures, inFeatures, groupSize, transform, lowRank }: QuantizedLinear): QuantizedModule {
+  const rank = lowRank && { rank: lowRank.rank };
+  const entry = { outFeatures, inFeatures, groupSize, input: name, transposed: false, ...rank };
   return transform ? { ...entry, transform: { hadamard: transform.hadamard } } : entry;
 }
 

@@ -2,6 +2,7 @@
 import { fromFloat32, toFloat32 } from '../../formats/dtype.ts';
 import type { Tensor, TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
 import { FormatError } from '../errors.ts';
+import type { LowRankBranch, LowRankShape } from '../methods/quantize/low-rank.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../methods/quantize/quantized-linear.ts';
 import { readExpected } from './expected-tensor.ts';
@@ -16,6 +17,7 @@ export type QuantizedGrid = Omit<QuantizedLinear, 'codes'>;
 /** The shape of a quantized linear: what the size and the names of its tensors depend on. */
 export type QuantizedShape = Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'bits' | 'scaleDtype'> & {
   readonly transform?: StoredTransform;
+  readonly lowRank?: LowRankShape;
 };
 
 /** Suffixes of the tensors that stand for `<module>.weight`. */
@@ -26,10 +28,14 @@ const SUFFIXES = {
   zeros: '.pq_zeros',
   offsets: '.pq_offsets',
   order: '.pq_perm',
+  loraA: '.lora_A.weight',
+  loraB: '.lora_B.weight',
 } as const;
 
 /** Names of the tensors that hold module `name`: what may be there. */
 export const PLANES_SUFFIXES: readonly string[] = Object.values(SUFFIXES);
+/** Those of its branch. */
+export const LOW_RANK_SUFFIXES = [SUFFIXES.loraA, SUFFIXES.loraB] as const;
 
 /** Width of group `g` in columns: the last one may be short. */
 function groupColumns(shape: QuantizedShape, g: number): number {
@@ -63,7 +69,19 @@ export function planesDeclarations(name: string, shape: QuantizedShape): TensorD
     { name: name + SUFFIXES.offsets, dtype: shape.scaleDtype, shape: [oneBit, shape.outFeatures] },
   ];
   if (shape.transform) all.push(orderDeclaration(name, shape.inFeatures));
+  if (shape.lowRank) all.push(...branchDeclarations(name, shape, shape.lowRank));
   return all.filter((tensor) => tensor.shape.every((dim) => dim > 0));
+}
+
+function branchDeclarations(
+  name: string,
+  { outFeatures, inFeatures }: Pick<QuantizedShape, 'outFeatures' | 'inFeatures'>,
+  { rank, dtype }: LowRankShape,
+): [TensorDeclaration, TensorDeclaration] {
+  return [
+    { name: name + SUFFIXES.loraA, dtype, shape: [rank, inFeatures] },
+    { name: name + SUFFIXES.loraB, dtype, shape: [outFeatures, rank] },
+  ];
 }
 
 function orderDeclaration(name: string, columns: number): TensorDeclaration {
@@ -102,6 +120,12 @@ export function encodePlanes(name: string, q: QuantizedLinear): Tensor[] {
         )
       : new Uint8Array(0),
     ...(q.transform ? { [name + SUFFIXES.order]: asBytes(q.transform.order) } : {}),
+    ...(q.lowRank
+      ? {
+          [name + SUFFIXES.loraA]: fromFloat32(q.lowRank.dtype, q.lowRank.loraA),
+          [name + SUFFIXES.loraB]: fromFloat32(q.lowRank.dtype, q.lowRank.loraB),
+        }
+      : {}),
   };
   return planesDeclarations(name, q).map((declared) => {
     const bytes = data[declared.name];
@@ -139,7 +163,7 @@ function columnsOfGroups(
 }
 
 /** What the metadata says of a module. */
-export type PlanesModule = Pick<QuantizedModule, 'outFeatures' | 'inFeatures' | 'groupSize' | 'input' | 'transform'>;
+export type PlanesModule = Pick<QuantizedModule, 'outFeatures' | 'inFeatures' | 'groupSize' | 'input' | 'transform' | 'rank'>;
 
 /** Reads the widths of module `name`, and the dtype of its scales from the headers. Throws FormatError when they contradict the metadata. */
 export async function readPlanesShape(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedShape> {
@@ -154,13 +178,15 @@ export async function readPlanesShape(source: TensorSource, name: string, module
     );
   }
   const scaleDtype = source.tensors.get(name + SUFFIXES.scales)?.dtype === 'F32' ? 'F32' : 'F16';
-  const { outFeatures, inFeatures, groupSize, transform } = module;
-  return { outFeatures, inFeatures, groupSize, bits, scaleDtype, ...(transform && { transform }) };
+  const { outFeatures, inFeatures, groupSize, transform, rank } = module;
+  const shape = { outFeatures, inFeatures, groupSize, bits, scaleDtype, ...(transform && { transform }) } as const;
+  if (rank === undefined) return shape;
+  return { ...shape, lowRank: { rank, dtype: source.tensors.get(name + SUFFIXES.loraA)?.dtype === 'F32' ? 'F32' : 'F16' } };
 }
 
 /** Reads module `name` without its codes. */
 export async function readPlanesGrid(source: TensorSource, name: string, module: PlanesModule): Promise<QuantizedGrid> {
-  const { transform: stored, ...shape } = await readPlanesShape(source, name, module);
+  const { transform: stored, lowRank: branch, ...shape } = await readPlanesShape(source, name, module);
   const declared = new Map(planesDeclarations(name, shape).map((tensor) => [tensor.name, tensor]));
   const read = async (suffix: string): Promise<Uint8Array> => {
     const declaration = declared.get(name + suffix);
@@ -183,10 +209,22 @@ export async function readPlanesGrid(source: TensorSource, name: string, module:
     scales: columnsOfGroups(scales, shape, (width) => width >= 1, 1),
     zeroPoints,
     ...(transform && { transform }),
+    ...(branch && { lowRank: await readBranch(source, name, shape, branch) }),
   };
   if (!bits.includes(1)) return grid;
   const offsets = toFloat32(shape.scaleDtype, await read(SUFFIXES.offsets));
   return { ...grid, offsets: columnsOfGroups(offsets, shape, (width) => width === 1, 0) };
+}
+
+async function readBranch(
+  source: TensorSource,
+  name: string,
+  shape: Pick<QuantizedShape, 'outFeatures' | 'inFeatures'>,
+  branch: LowRankShape,
+): Promise<LowRankBranch> {
+  const [a, b] = branchDeclarations(name, shape, branch);
+  const loraA = toFloat32(branch.dtype, await readExpected(source, a));
+  return { ...branch, loraA, loraB: toFloat32(branch.dtype, await readExpected(source, b)) };
 }
 
 /** The order of a module's input, which lies with the first module that reads it. */

@@ -25,6 +25,8 @@ export interface QuantizedModule {
   readonly transform?: StoredTransform;
   /** Widths of the groups, where the layout itself does not keep them. */
   readonly bits?: readonly number[];
+  /** Rank of the branch beside it; absent: none. */
+  readonly rank?: number;
 }
 
 /** Strings to store: deterministic, in the order of `modules`. A module whose group size is not `groupSize` says so itself. */
@@ -44,6 +46,7 @@ export function quantMetadata(
       ...(module.groupSize === groupSize ? {} : { group_size: module.groupSize }),
       ...(module.transposed ? { transposed: true } : {}),
       ...(module.bits ? { bits: module.bits } : {}),
+      ...(module.rank === undefined ? {} : { rank: module.rank }),
     };
     return [name, entry] as const;
   });
@@ -117,7 +120,7 @@ function parseTransform(path: string, input: string, value: unknown): StoredTran
 function parseModule(path: string, name: string, value: unknown, defaultGroupSize: unknown): QuantizedModule {
   const fail = (rule: string) => new FormatError(path, 'quant-metadata', `pcomp.quant: module "${name}" ${rule}`);
   if (!isRecord(value)) throw fail('is not an object');
-  const { shape, input, transposed = false, bits } = value;
+  const { shape, input, transposed = false, bits, rank } = value;
   const groupSize = value['group_size'] ?? defaultGroupSize;
   if (!Array.isArray(shape) || shape.length !== 2 || !shape.every(isPositive))
     throw fail('needs a shape of two positive integers');
@@ -125,7 +128,10 @@ function parseModule(path: string, name: string, value: unknown, defaultGroupSiz
   if (typeof input !== 'string') throw fail('names no input');
   if (typeof transposed !== 'boolean') throw fail('has a "transposed" that is not true or false');
   const [outFeatures, inFeatures] = shape as [number, number];
-  const module = { outFeatures, inFeatures, groupSize, input, transposed };
+  if (rank !== undefined && !(isPositive(rank) && rank <= Math.min(outFeatures, inFeatures))) {
+    throw fail(`has rank ${JSON.stringify(rank)}, it must be within 1..${Math.min(outFeatures, inFeatures)}`);
+  }
+  const module = { outFeatures, inFeatures, groupSize, input, transposed, ...(rank !== undefined && { rank }) };
   if (bits === undefined) return module;
   const groups = Math.ceil(inFeatures / groupSize);
   const widths =

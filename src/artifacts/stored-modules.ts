@@ -4,7 +4,7 @@ import { dequantize, type QuantizedLinear } from '../methods/quantize/quantized-
 import type { ModuleStorage } from './accounting.ts';
 import { codeBitsOf } from './accounting.ts';
 import { type GptqFormat, gptqBits, readGptq } from './gptq.ts';
-import { PLANES_SUFFIXES, readPlanes, readPlanesShape } from './planes.ts';
+import { LOW_RANK_SUFFIXES, PLANES_SUFFIXES, readPlanes, readPlanesShape } from './planes.ts';
 import { type LayoutName, parseQuantMetadata, type QuantizedModule } from './quant-metadata.ts';
 
 export interface StoredModules {
@@ -48,21 +48,22 @@ class SafetensorsModules {
     const { source, module } = this.locate(name);
     let bytes = 0;
     for (const suffix of this.#suffixes) bytes += source.tensors.get(name + suffix)?.byteLength ?? 0;
-    return moduleStorage(name, module, bits, bytes * 8);
+    const branch = LOW_RANK_SUFFIXES.map((suffix) => source.tensors.get(name + suffix)?.byteLength ?? 0);
+    return moduleStorage(name, module, bits, { storedBits: bytes * 8, lowRankBits: 8 * (branch[0] + branch[1]) });
   }
 }
 
 /** What a module costs, from its shape, its widths and the bits it takes. */
 export function moduleStorage(
   name: string,
-  { outFeatures, inFeatures, groupSize }: QuantizedModule,
+  { outFeatures, inFeatures, groupSize, rank }: QuantizedModule,
   bits: ArrayLike<number>,
-  storedBits: number,
-  runtimeBits?: number,
+  { storedBits, lowRankBits, runtimeBits }: { storedBits: number; lowRankBits: number; runtimeBits?: number },
 ): ModuleStorage {
   const widths = Array.from(bits);
   const shape = { outFeatures, inFeatures, groupSize, bits: widths };
-  const storage = { name, ...shape, codeBits: codeBitsOf(shape), storedBits };
+  const lowRank = rank === undefined ? undefined : { rank, storedBits: lowRankBits };
+  const storage = { name, ...shape, codeBits: codeBitsOf(shape), storedBits, ...(lowRank && { lowRank }) };
   return runtimeBits === undefined ? storage : { ...storage, runtimeBits };
 }
 

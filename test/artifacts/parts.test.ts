@@ -29,13 +29,21 @@ function memory(tensors: readonly Tensor[]): TensorSource {
 }
 
 const MIXED = randomLinear({ rows: 7, columns: 77, groupSize: 16, bits: [1, 2, 3, 8, 5], seed: 3 });
-const ROTATED = randomLinear({ rows: 5, columns: 40, groupSize: 16, bits: [3, 2], seed: 4, transform: { hadamard: 16 } });
+const ROTATED = randomLinear({
+  rows: 5,
+  columns: 40,
+  groupSize: 16,
+  bits: [3, 2],
+  seed: 4,
+  transform: { hadamard: 16 },
+});
 
 const CORRECTED: QuantizedLinear = { ...ROTATED, bias: Float32Array.of(1, 0.1, -3, 0, 2 ** -30) };
 
 /** What the metadata would say of a module that stands for itself. */
-function entryOf({ outFeatures, inFeatures, groupSize, transform }: QuantizedLinear): QuantizedModule {
-  const entry = { outFeatures, inFeatures, groupSize, input: 'm', transposed: false };
+function entryOf({ outFeatures, inFeatures, groupSize, transform, lowRank }: QuantizedLinear): QuantizedModule {
+  const rank = lowRank && { rank: lowRank.rank };
+  const entry = { outFeatures, inFeatures, groupSize, input: 'm', transposed: false, ...rank };
   return transform ? { ...entry, transform: { hadamard: transform.hadamard } } : entry;
 }
 
@@ -49,6 +57,7 @@ describe('the planes layout', () => {
       seed: fc.nat(),
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
       transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), seed: fc.nat() }),
+      lowRank: fc.integer({ min: 1, max: 4 }),
     };
     const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
     await fc.assert(
@@ -152,6 +161,7 @@ describe('the metadata of an artifact', () => {
       ['b', { ...entry, groupSize: 16, transposed: true, bits: [1, 2, 3, 4] }],
       ['c', { ...entry, input: 'c', transform: { hadamard: 0 } }],
       ['d', { ...entry, input: 'd', transform: { hadamard: 16 } }],
+      ['e', { ...entry, rank: 3 }],
     ]);
     const metadata = quantMetadata('planes', 32, modules);
     expect(layoutOf('f', metadata)).toBe('planes');
@@ -163,6 +173,7 @@ describe('the metadata of an artifact', () => {
         b: { shape: [4, 64], input: 'a', group_size: 16, transposed: true, bits: [1, 2, 3, 4] },
         c: { shape: [4, 64], input: 'c' },
         d: { shape: [4, 64], input: 'd' },
+        e: { shape: [4, 64], input: 'a', rank: 3 },
       },
       inputs: {
         a: { transform: 'none', block: 32, folded: false },
@@ -183,6 +194,7 @@ describe('the metadata of an artifact', () => {
     ['a group size of 0', 'quant-metadata', withModule('{"shape":[4,4],"input":"a","group_size":0}')],
     ['no input', 'quant-metadata', withModule('{"shape":[4,4]}')],
     ['too few widths', 'quant-metadata', withModule('{"shape":[4,64],"input":"a","bits":[2]}')],
+    ['a rank above its size', 'quant-metadata', withModule('{"shape":[4,64],"input":"a","rank":5}')],
     ['a width of 9', 'quant-metadata', withModule('{"shape":[4,4],"input":"a","bits":[9]}')],
     [
       'a transform it cannot undo',

@@ -1,5 +1,6 @@
 /** Random quantized linears for tests: every width, short last groups, F16 grids. */
 import { roundToF16 } from '../../formats/dtype.ts';
+import { storedBranch } from '../../src/methods/quantize/low-rank.ts';
 import { groupCount, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 
 /** Small deterministic generator (mulberry32), uniform in [0, 1). */
@@ -24,6 +25,8 @@ export interface RandomLinearOptions {
   /** Sorts the input at random; `hadamard` rotates it too. */
   readonly transform?: { readonly hadamard: number; readonly seed?: number };
   readonly bias?: boolean;
+  /** Rank of a branch beside it. */
+  readonly lowRank?: number;
 }
 
 export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
@@ -57,6 +60,13 @@ export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
     scaleDtype,
     ...(bits.includes(1) && { offsets }),
     ...(transform && { transform: { order: randomOrder(columns, transform.seed ?? 1), hadamard: transform.hadamard } }),
+    ...(options.lowRank && {
+      lowRank: storedBranch(
+        options.lowRank,
+        Float32Array.from({ length: options.lowRank * columns }, () => 0.2 * random() - 0.1),
+        Float32Array.from({ length: rows * options.lowRank }, () => 0.2 * random() - 0.1),
+      ),
+    }),
     ...(options.bias && { bias: Float32Array.from({ length: rows }, () => Math.round(random() * 16) / 8 - 1) }),
   };
 }

@@ -43,7 +43,7 @@ async function save(tiny: TinyModel): Promise<string> {
 
 /**
  * Random codes for every site, widths cycling through `bits`.
- * @param hadamard sorts every input, each in its own order, and rotates it by blocks of so many columns
+ * @param hadamard sorts every input, each in its own order, and rotates it by blocks of so many columns; every third layer then has a branch too
  */
 function solutionOf(
   model: Model,
@@ -57,7 +57,8 @@ function solutionOf(
   return new Map(
     sites.map((site, i) => {
       const options = { rows: site.outFeatures, columns: site.inFeatures, groupSize, bits, seed: i + 1, bias: site.hasBias };
-      const transform = hadamard === undefined ? {} : { transform: { hadamard, seed: inputs.indexOf(site.input) } };
+      const transform =
+        hadamard === undefined ? {} : { transform: { hadamard, seed: inputs.indexOf(site.input) }, lowRank: i % 3 === 1 ? 2 : 0 };
       return [site.name, randomLinear({ ...options, ...transform })];
     }),
   );

@@ -1,10 +1,13 @@
 /** Reads quantized linears back from an ONNX graph that pcomp wrote: from its nodes and constants alone, to float32 as they multiply the model's own activations. */
-import type { Attribute, Graph, Node } from '../../../formats/onnx/model.ts';
+import type { Attribute, Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
 import { FormatError } from '../../errors.ts';
 import { untransformColumns } from '../../methods/quantize/input-transform.ts';
+import { addBranch, type LowRankShape } from '../../methods/quantize/low-rank.ts';
 import { type OperandBits, unpackByteRows } from '../packing/byte-rows.ts';
+import { transpose } from '../transpose.ts';
 import { ConstantValues } from './constant-values.ts';
 import { hadamardBits } from './hadamard-constant.ts';
+import { branchNames } from './linear-initializers.ts';
 import { integers, type StoredInputTransform, storedInput, transformOf } from './linear-input.ts';
 
 /** One MatMulNBits of a linear, as the file has it. */
@@ -26,10 +29,18 @@ export interface StoredLinear {
   /** Widest first. */
   readonly parts: readonly StoredPart[];
   readonly means?: { readonly groups: readonly number[]; read(): Promise<Float32Array> };
+  /** Two products of the untouched input beside the others. */
+  readonly lowRank?: StoredBranch;
   /** Bytes of every constant of its own; what it shares with other sites counts at the first of them. */
   readonly byteLength: number;
   /** The same as a runtime holds them. */
   readonly runtimeByteLength: number;
+}
+
+/** Constants of a branch: A^T (inFeatures, rank) and B^T (rank, outFeatures). */
+interface StoredBranch extends LowRankShape {
+  readonly inFeatures: number;
+  read(): Promise<{ readonly down: Float32Array; readonly up: Float32Array }>;
 }
 
 const WEIGHT_NAME = /^(.*)\.MatMulNBits\.qweight(?:_\d)?(?:\.0)?$/;
@@ -72,7 +83,7 @@ function storedTable(path: string, graph: Graph, constants: ConstantValues, modu
   const columns = blocks * integer(path, node, 'block_size');
   const names = [node.inputs[0], ...node.inputs.slice(2, 4)];
   const parts = [storedPart(path, constants, module, node, names, outFeatures, columns, groups)];
-  return { outFeatures, parts, ...byteLengths(graph, module, outFeatures, parts, 0) };
+  return { outFeatures, parts, ...byteLengths(graph, module, outFeatures, parts, 0, undefined) };
 }
 
 function moduleOf(constants: ConstantValues, operand: string): string | undefined {
@@ -120,6 +131,7 @@ function byteLengths(
   rows: number,
   parts: readonly StoredPart[],
   means: number,
+  branch: StoredBranch | undefined,
 ): Pick<StoredLinear, 'byteLength' | 'runtimeByteLength'> {
   const sum = (names: (name: string) => boolean): number =>
     [...graph.initializers.values()].filter(({ name }) => names(name)).reduce((total, { byteLength }) => total + byteLength, 0);
@@ -128,9 +140,11 @@ function byteLengths(
   const operands = parts.map(({ bits, blockSize, groups }) => {
     return rows * ((groups.length * blockSize * bits) / 8 + Math.ceil((groups.length * bits) / 8) + 4 * groups.length);
   });
+  const factors = branch ? branch.rank * (branch.inFeatures + rows) : 0;
+  const branchNamed = Object.values(branchNames(site));
   return {
-    byteLength: indices + sum((name) => name.startsWith(`${site}.MatMulNBits.`)),
-    runtimeByteLength: indices + operands.reduce((total, one) => total + one, 0) + 4 * rows * means,
+    byteLength: indices + sum((name) => name.startsWith(`${site}.MatMulNBits.`) || branchNamed.includes(name)),
+    runtimeByteLength: indices + operands.reduce((total, one) => total + one, 0) + 4 * (rows * means + factors),
   };
 }
 
@@ -156,8 +170,9 @@ async function storedLinear(
     return storedPart(path, constants, site, node, node.inputs.slice(1, 4), outFeatures, integer(path, node, 'K'), groups);
   });
   const means = await storedMeans(path, graph, constants, site, outFeatures, total);
-  const sizes = byteLengths(graph, site, outFeatures, parts, means?.groups.length ?? 0);
-  return { outFeatures, parts, ...sizes, ...(transform && { transform }), ...(means && { means }) };
+  const lowRank = storedBranch(path, graph, constants, site, outFeatures);
+  const sizes = byteLengths(graph, site, outFeatures, parts, means?.groups.length ?? 0, lowRank);
+  return { outFeatures, parts, ...sizes, ...(transform && { transform }), ...(means && { means }), ...(lowRank && { lowRank }) };
 }
 
 async function storedMeans(
@@ -179,7 +194,47 @@ async function storedMeans(
   return { groups, read: () => floatsOf(path, constants, values.name, groups.length * outFeatures) };
 }
 
-/** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one; a transform of the input is folded in. */
+/** The branch beside a linear: throws FormatError `onnx-linear-branch` when its constants are there and nothing multiplies with them one after the other. */
+function storedBranch(
+  path: string,
+  graph: Graph,
+  constants: ConstantValues,
+  site: string,
+  outFeatures: number,
+): StoredBranch | undefined {
+  const names = branchNames(site);
+  const [a, b] = [names.down, names.up].map((name) => graph.initializers.get(name));
+  if (!a && !b) return undefined;
+  const productWith = (constant: Initializer | undefined, input?: string): Node | undefined =>
+    graph.nodes.find(
+      (node) =>
+        node.op === 'MatMul' &&
+        (input === undefined || node.inputs[0] === input) &&
+        constant !== undefined &&
+        constants.root(node.inputs[1]) === constant,
+    );
+  const inner = productWith(a);
+  const outer = inner && productWith(b, inner.outputs[0]);
+  const [inFeatures = 0, rank = 0] = a?.shape ?? [];
+  if (!a || !b || !outer || rank < 1 || b.shape.join() !== `${rank},${outFeatures}`) {
+    throw new FormatError(
+      path,
+      'onnx-linear-branch',
+      `${site}: "${names.down}" [${a?.shape.join(', ') ?? ''}] and "${names.up}" [${b?.shape.join(', ') ?? ''}] make no branch with ${outFeatures} outputs`,
+    );
+  }
+  return {
+    rank,
+    inFeatures,
+    dtype: a.dtype === 'F16' ? 'F16' : 'F32',
+    read: async () => ({
+      down: await floatsOf(path, constants, names.down, inFeatures * rank),
+      up: await floatsOf(path, constants, names.up, rank * outFeatures),
+    }),
+  };
+}
+
+/** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one; a transform of the input is folded in, a branch added. */
 export async function decodeLinear(path: string, linear: StoredLinear, inFeatures: number): Promise<Float32Array> {
   const rows = linear.outFeatures;
   const weight = new Float32Array(rows * inFeatures);
@@ -204,9 +259,26 @@ export async function decodeLinear(path: string, linear: StoredLinear, inFeature
     }
   }
   if (linear.means) addMeans(weight, inFeatures, blockSize, linear.means.groups, await linear.means.read());
-  return linear.transform
+  const natural = linear.transform
     ? untransformColumns(transformOf(path, linear.transform, inFeatures), weight, rows, inFeatures)
     : weight;
+  if (linear.lowRank) await applyBranch(path, natural, rows, inFeatures, linear.lowRank);
+  return natural;
+}
+
+async function applyBranch(
+  path: string,
+  weight: Float32Array,
+  rows: number,
+  inFeatures: number,
+  { rank, dtype, inFeatures: own, read }: StoredBranch,
+): Promise<void> {
+  if (own !== inFeatures) {
+    throw new FormatError(path, 'onnx-linear-branch', `a branch reads ${own} columns beside codes of ${inFeatures}`);
+  }
+  const { down, up } = await read();
+  const loraA = transpose(down, inFeatures, rank);
+  addBranch(weight, rows, inFeatures, { rank, dtype, loraA, loraB: transpose(up, rank, rows) });
 }
 
 function addMeans(

@@ -50,6 +50,10 @@ export class LinearRenderer {
       const sums = this.#meanGroupSums(site, layout, x);
       products.push(builder.matmul(sums, this.#float(constants.means)));
     }
+    if (constants.lowRank) {
+      const inner = builder.matmul(input, this.#float(constants.lowRank.down));
+      products.push(builder.matmul(inner, this.#float(constants.lowRank.up)));
+    }
     return products.reduce((sum, product) => builder.add(sum, product));
   }
 

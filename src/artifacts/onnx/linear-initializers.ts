@@ -1,9 +1,10 @@
 /** The constants of quantized linears in an ONNX graph: named as onnxruntime-genai names them, packed when the writer asks for their bytes. */
-import { fromFloat32 } from '../../../formats/dtype.ts';
+import { byteLengthOf, fromFloat32 } from '../../../formats/dtype.ts';
 import type { Initializer } from '../../../formats/onnx/model.ts';
 import type { DType } from '../../../formats/tensor.ts';
 import type { QuantizedSource } from '../quantized-source.ts';
 import { asBytes } from '../tensor-bytes.ts';
+import { transpose } from '../transpose.ts';
 import {
   layOutLinear,
   type OnnxLinearLayout,
@@ -34,6 +35,13 @@ export interface LinearInitializers {
   readonly means?: Initializer;
   /** I32 (inFeatures): stored column k reads input `inputOrder[k]`. */
   readonly inputOrder?: Initializer;
+  /** A^T (inFeatures, rank) and B^T (rank, outFeatures) of the branch. */
+  readonly lowRank?: { readonly down: Initializer; readonly up: Initializer };
+}
+
+/** Names of a branch's constants. */
+export function branchNames(site: string): { readonly down: string; readonly up: string } {
+  return { down: `${site}.lora_A.weight`, up: `${site}.lora_B.weight` };
 }
 
 /** Lays out every linear of a source and hands out its constants. Holds the packed bytes of one linear at a time. */
@@ -79,6 +87,7 @@ export class QuantizedInitializers {
     });
     const shape = [meanGroups.length, rows];
     const columns = layout.inFeatures;
+    const { lowRank } = layout;
     return {
       parts,
       ...(meanGroups.length > 0 && {
@@ -87,7 +96,17 @@ export class QuantizedInitializers {
       ...(layout.transform?.permuted && {
         inputOrder: this.#initializer(site, `${site}.input_order`, 'I32', [columns], columns * 4),
       }),
+      ...(lowRank && {
+        lowRank: {
+          down: this.#factor(site, branchNames(site).down, lowRank.dtype, [columns, lowRank.rank]),
+          up: this.#factor(site, branchNames(site).up, lowRank.dtype, [lowRank.rank, rows]),
+        },
+      }),
     };
+  }
+
+  #factor(site: string, name: string, dtype: 'F16' | 'F32', shape: readonly [number, number]): Initializer {
+    return this.#initializer(site, name, dtype, shape, byteLengthOf(dtype, shape));
   }
 
   #initializer(site: string, name: string, dtype: DType, shape: readonly number[], byteLength: number): Initializer {
@@ -111,6 +130,13 @@ export class QuantizedInitializers {
         tensors.set(names.qweight[piece], bytes);
       });
       tensors.set(names.scales, fromFloat32(layout.scaleDtype, packed.scales)).set(names.qzeros, packed.qzeros);
+    }
+    if (q.lowRank && layout.lowRank) {
+      const { rank, loraA, loraB } = q.lowRank;
+      const { dtype } = layout.lowRank;
+      const { down, up } = branchNames(site);
+      tensors.set(down, fromFloat32(dtype, transpose(loraA, rank, q.inFeatures)));
+      tensors.set(up, fromFloat32(dtype, transpose(loraB, q.outFeatures, rank)));
     }
     if (q.transform) tensors.set(`${site}.input_order`, asBytes(q.transform.order));
     if (layout.meanGroups.length > 0)

@@ -3,6 +3,7 @@
  * are sorted into uniform parts, widest first, whose products are added. A compact file has a part for each width that it stores.
  */
 import { RecipeError } from '../../errors.ts';
+import type { LowRankShape } from '../../methods/quantize/low-rank.ts';
 import type { QuantizedLinear } from '../../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../../methods/quantize/quantized-linear.ts';
 import { type OperandBits, packByteRows } from '../packing/byte-rows.ts';
@@ -47,6 +48,8 @@ export interface OnnxLinearLayout {
   readonly meanGroups: readonly number[];
   /** In the file; the runtime has F32. */
   readonly scaleDtype: 'F16' | 'F32';
+  /** Two products beside the others, of the input before anything is done to it. Their dtype is the file's. */
+  readonly lowRank?: LowRankShape;
 }
 
 /** Smallest block worth a kernel; a lone short group is padded to no more than it needs. */
@@ -86,10 +89,11 @@ export function layOutShape(
   shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'scaleDtype'> & {
     readonly bits: ArrayLike<number>;
     readonly transform?: OnnxTransform;
+    readonly lowRank?: LowRankShape;
   },
   compact: boolean,
 ): OnnxLinearLayout {
-  const { outFeatures, inFeatures, groupSize, bits, transform } = shape;
+  const { outFeatures, inFeatures, groupSize, bits, transform, lowRank } = shape;
   const groups = groupCount(inFeatures, groupSize);
   const blockSize = blockSizeOf(inFeatures, groupSize);
   const indices = Array.from({ length: groups }, (_, g) => g);
@@ -121,6 +125,7 @@ export function layOutShape(
     scaleDtype: compact ? shape.scaleDtype : 'F32',
     ...(changed && { transform: { permuted: transform.permuted, hadamard } }),
     ...(reordered && { order }),
+    ...(lowRank && { lowRank: { rank: lowRank.rank, dtype: compact ? lowRank.dtype : 'F32' } }),
   };
 }
 

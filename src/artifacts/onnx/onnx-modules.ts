@@ -3,10 +3,12 @@ import type { Initializer } from '../../../formats/onnx/model.ts';
 import type { OnnxFile } from '../../../formats/onnx/reader.ts';
 import type { Tensor, TensorInfo, TensorSource } from '../../../formats/tensor.ts';
 import { FormatError } from '../../errors.ts';
+import { lowRankBits } from '../accounting.ts';
 import { parseQuantMetadata } from '../quant-metadata.ts';
 import { moduleStorage, type StoredModules } from '../stored-modules.ts';
 import { isHadamardFactor } from './hadamard-constant.ts';
 import { decodeLinear, type StoredLinear, storedLinears } from './linear-decode.ts';
+import { branchNames } from './linear-initializers.ts';
 
 /** Orders and choices of columns and groups. */
 const INDICES = /\.(input_order|group_order|mean_groups)$/;
@@ -22,25 +24,32 @@ export async function onnxModules({ path, model }: OnnxFile): Promise<StoredModu
     return linear;
   };
   for (const [name, module] of modules) {
-    const { outFeatures } = linearOf(name);
-    if (outFeatures === module.outFeatures) continue;
+    const { outFeatures, lowRank } = linearOf(name);
+    const rank = lowRank?.rank ?? 0;
+    if (outFeatures === module.outFeatures && rank === (module.rank ?? 0)) continue;
     throw new FormatError(
       path,
       'onnx-linear-shape',
-      `module "${name}" has ${outFeatures} outputs in the graph, ${module.outFeatures} in the metadata`,
+      `module "${name}" has ${outFeatures} outputs and rank ${rank} in the graph, ${module.outFeatures} and ${module.rank ?? 0} in the metadata`,
     );
   }
+  const branches = new Set([...modules.keys()].flatMap((name) => Object.values(branchNames(name))));
   return {
     layout: 'onnx',
     modules,
-    owns: (tensor) => tensor.includes('.MatMulNBits.') || INDICES.test(tensor) || isHadamardFactor(tensor),
+    owns: (tensor) =>
+      tensor.includes('.MatMulNBits.') || INDICES.test(tensor) || isHadamardFactor(tensor) || branches.has(tensor),
     decode: async (name) => decodeLinear(path, linearOf(name), modules.get(name)!.inFeatures),
     async storage(name) {
       const module = modules.get(name)!;
       const linear = linearOf(name);
       const operands = linear.parts.flatMap((part) => part.groups.map((group) => [group, part.bits] as const));
       const widths = module.bits ?? operands.sort(([a], [b]) => a - b).map(([, bits]) => bits);
-      return moduleStorage(name, module, widths, linear.byteLength * 8, linear.runtimeByteLength * 8);
+      return moduleStorage(name, module, widths, {
+        storedBits: linear.byteLength * 8,
+        runtimeBits: linear.runtimeByteLength * 8,
+        lowRankBits: lowRankBits({ ...module, ...(linear.lowRank && { lowRank: linear.lowRank }) }),
+      });
     },
   };
 }

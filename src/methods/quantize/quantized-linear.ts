@@ -1,5 +1,6 @@
 /** A quantized linear layer as a method leaves it: integer codes and grids, not packed. */
 import { type InputTransform, untransformColumns } from './input-transform.ts';
+import { addBranch, type LowRankBranch } from './low-rank.ts';
 
 /**
  * Columns are in stored order: the natural one, unless `transform` changes the input. Group g covers stored columns `[g * groupSize, min((g+1) * groupSize, inFeatures))`.
@@ -25,6 +26,8 @@ export interface QuantizedLinear {
   readonly transform?: InputTransform;
   /** (outFeatures); replaces the checkpoint's bias. Only for a site that has one; values are representable in the bias' stored dtype. */
   readonly bias?: Float32Array;
+  /** Added to what the codes decode to; absent: nothing. */
+  readonly lowRank?: LowRankBranch;
 }
 
 /** Number of groups of a row: `ceil(inFeatures / groupSize)`. */
@@ -32,13 +35,15 @@ export function groupCount(inFeatures: number, groupSize: number): number {
   return Math.ceil(inFeatures / groupSize);
 }
 
-/** Decodes to float32 W (outFeatures, inFeatures), which multiplies the input as the model makes it: what `transform` does to the input is folded in. */
+/** Decodes to float32 W (outFeatures, inFeatures), which multiplies the input as the model makes it: what `transform` does to the input is folded in, a branch added. */
 export function dequantize(q: QuantizedLinear): Float32Array {
   const stored = decodeStored(q);
-  return q.transform === undefined ? stored : untransformColumns(q.transform, stored, q.outFeatures, q.inFeatures);
+  const weight = q.transform === undefined ? stored : untransformColumns(q.transform, stored, q.outFeatures, q.inFeatures);
+  if (q.lowRank) addBranch(weight, q.outFeatures, q.inFeatures, q.lowRank);
+  return weight;
 }
 
-/** Decodes to float32 W in stored column order, (outFeatures, inFeatures): one rounding per value, exactly what every artifact's reader computes. */
+/** Decodes the codes alone to float32 W in stored column order, (outFeatures, inFeatures): one rounding per value, exactly what every artifact's reader computes. */
 export function decodeStored(q: QuantizedLinear): Float32Array {
   const { outFeatures, inFeatures, groupSize, bits, codes, scales, zeroPoints, offsets } = q;
   const groups = bits.length;

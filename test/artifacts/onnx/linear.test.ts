@@ -92,6 +92,11 @@ const CASES: readonly (readonly [string, Parameters<typeof randomLinear>[0]])[] 
     { rows: 9, columns: 200, groupSize: 64, bits: [1, 4, 2, 3], transform: { hadamard: 64 } },
   ],
   ['a rotated input narrower than a group', { rows: 9, columns: 40, groupSize: 128, bits: [2], transform: { hadamard: 128 } }],
+  ['a low-rank branch', { rows: 9, columns: 96, groupSize: 32, bits: [2], lowRank: 3 }],
+  [
+    'a low-rank branch beside groups out of order on a rotated input',
+    { rows: 9, columns: 200, groupSize: 64, bits: [1, 4, 2, 3], transform: { hadamard: 64 }, lowRank: 5 },
+  ],
   ['a group of no bits', { rows: 9, columns: 128, groupSize: 32, bits: [2, 0, 4, 2] }],
 ];
 
@@ -127,6 +132,7 @@ describe('a quantized linear in ONNX', () => {
       seed: fc.nat(),
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
       transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), seed: fc.nat() }),
+      lowRank: fc.integer({ min: 1, max: 4 }),
     };
     const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
     await fc.assert(
