@@ -98,6 +98,12 @@ for (const method of wanted) {
   if (best) add(method, best.setting, best.nlls, best.seconds);
 }
 
+/** Measured on text, at their defaults but for the length of a window. */
+for (const method of ['regmean', 'fisher']) {
+  const { nlls, seconds } = await merged({ method, calibration: TEXTS, set: ['length=256'] });
+  add(method, 'default', nlls, seconds);
+}
+
 const LEARNED: readonly (readonly [string, MergeRequest])[] = [
   ['expert-merging, paper', { method: 'expert-merging', preset: 'paper' }],
   ['expert-merging++, paper', { method: 'expert-merging++', preset: 'paper' }],

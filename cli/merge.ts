@@ -181,7 +181,6 @@ function describeExtraction({ expert, base, modules, saved, parameters }: Extrac
 
 function describeMethods(): string {
   const applied = Object.values<Merger>(MERGERS)
-    .filter(({ statistics }) => statistics === undefined)
     .map(({ name, formula, parameters }) => {
       const settings = Object.entries(parameters).map(([key, { default: value }]) => `${key}=${value ?? '<required>'}`);
       return `  ${name.padEnd(18)} ${formula}${settings.length === 0 ? '' : `\n${' '.repeat(21)}${settings.join('  ')}`}`;

@@ -39,6 +39,8 @@ export interface MergeSetup {
   readonly seed: number;
   readonly compat?: 'mergekit';
   readonly allowNonfinite: boolean;
+  /** Of each expert's statistics, over the whole model. */
+  readonly statisticNorms?: readonly number[];
   /** Folder of the files that are written. */
   readonly folder: string;
 }
@@ -76,6 +78,8 @@ export interface MergeJob extends Job {
   /** Whether the method is given the base; without, it only carries the experts' changes of it. */
   readonly usesBase: boolean;
   readonly experts: readonly StoredOrigin[];
+  /** What was measured on each expert's text. */
+  readonly statistics?: readonly StoredTensor[];
   /** Rows in a block; all of them where the tensor must be taken whole. */
   readonly blockRows: number;
 }

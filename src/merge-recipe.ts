@@ -142,6 +142,12 @@ function checkMethod({ method, base, calibration, plan, weights, set, compat }: 
   if (base === undefined && (learned || mergerOf(method).base === 'required')) {
     throw new RecipeError(`--base: ${method} needs the model that the experts were trained from`);
   }
+  if (!learned && mergerOf(method).statistics) {
+    if (plan !== undefined)
+      throw new RecipeError(`--plan: --method ${method} learns nothing; ${Object.keys(LEARNED).join(' and ')} do`);
+    if (calibration.length > 0) return;
+    throw new RecipeError(`--calibration: ${method} measures every expert on text of its own; give label=FILE for each`);
+  }
   if (!learned) {
     const [flag] = [...(calibration.length > 0 ? ['--calibration'] : []), ...(plan === undefined ? [] : ['--plan'])];
     if (flag) throw new RecipeError(`${flag}: --method ${method} learns nothing; ${Object.keys(LEARNED).join(' and ')} do`);

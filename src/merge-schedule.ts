@@ -10,6 +10,7 @@ import type { MergeInputs, OutputTensor } from './merge-inputs.ts';
 import { blockBytes, blockRowsFor, type StoredOrigin, type StoredTensor, type TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import type { MergeStatistics } from './merge-statistics.ts';
 import { mergekitParameters } from './mergekit-parameters.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
@@ -35,7 +36,12 @@ export interface MergeSchedule {
 }
 
 /** Throws RecipeError and UnsupportedError for what cannot be done, before anything is read or written. */
-export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: Merger, plan?: MergePlan): MergeSchedule {
+export function scheduleMerge(
+  inputs: MergeInputs,
+  recipe: MergeRecipe,
+  merger: Merger,
+  { plan, statistics }: { readonly plan?: MergePlan | undefined; readonly statistics?: MergeStatistics | undefined } = {},
+): MergeSchedule {
   checkExperts(inputs, merger);
   if (plan) checkPlan(inputs, plan);
   const { outputs } = inputs;
@@ -56,7 +62,7 @@ export function scheduleMerge(inputs: MergeInputs, recipe: MergeRecipe, merger: 
           outputs.map(({ name }) => name),
         );
   const make = (output: OutputTensor, budget: number) =>
-    jobOf({ inputs, merger, plan, layout, labels, dtypes, valuesOf, budget }, output);
+    jobOf({ inputs, merger, plan, statistics, layout, labels, dtypes, valuesOf, budget }, output);
   const { jobs, threads } = shareMemory(recipe.threads, (count) =>
     outputs.filter(({ made }) => made.by !== 'tie').map((output) => make(output, Math.floor(recipe.maxMemory / count))),
   );
@@ -109,15 +115,13 @@ function checkPlan({ experts, outputs }: MergeInputs, plan: MergePlan): void {
   }
 }
 
-function checkExperts({ experts, base }: MergeInputs, { name, experts: allowed, base: needed, statistics }: Merger): void {
+function checkExperts({ experts, base }: MergeInputs, { name, experts: allowed, base: needed }: Merger): void {
   const { min, max = Number.POSITIVE_INFINITY } = allowed;
   if (experts.length < min || experts.length > max) {
     const range = min === max ? `${min}` : max === Number.POSITIVE_INFINITY ? `at least ${min}` : `${min} to ${max}`;
     throw new RecipeError(`--method ${name}: takes ${range} experts, and ${experts.length} were given`);
   }
   if (needed === 'required' && !base) throw new RecipeError(`--base: ${name} needs the model that the experts were trained from`);
-  if (statistics)
-    throw new UnsupportedError(`--method ${name}: needs measurements on calibration text, which merge does not make yet`);
 }
 
 /** Fewer threads when a tensor would not fit into a thread's share of the memory. */
@@ -167,6 +171,7 @@ interface JobParts {
   readonly inputs: MergeInputs;
   readonly merger: Merger;
   readonly plan: MergePlan | undefined;
+  readonly statistics: MergeStatistics | undefined;
   readonly layout: CheckpointLayout;
   readonly labels: readonly string[];
   readonly dtypes: ReadonlyMap<string, DType>;
@@ -175,7 +180,7 @@ interface JobParts {
 }
 
 function jobOf(
-  { inputs, merger: method, plan, layout, labels, dtypes, valuesOf, budget }: JobParts,
+  { inputs, merger: method, plan, statistics, layout, labels, dtypes, valuesOf, budget }: JobParts,
   output: OutputTensor,
 ): TensorJob {
   const { name, shape, role, made } = output;
@@ -210,6 +215,7 @@ function jobOf(
     ...(made.base?.kind === 'stored' ? { base: storedTensor(inputs, baseIndex, made.base.name) } : {}),
     usesBase: merger.base !== 'unused' && made.base !== undefined,
     experts: made.experts.map((origin, input) => storedOrigin(inputs, input, origin)),
+    ...(statistics?.tensors.has(name) ? { statistics: statistics.tensors.get(name)! } : {}),
     blockRows,
   };
 }

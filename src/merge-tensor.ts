@@ -72,7 +72,7 @@ export class TensorWorker {
   }
 
   async #merge(job: MergeJob): Promise<TensorResult> {
-    const { seed, compat, allowNonfinite } = this.#setup;
+    const { seed, compat, allowNonfinite, statisticNorms } = this.#setup;
     const { name, dtype, places, values } = job;
     const plain = mergerOf(job.method);
     const merger = job.coefficients ? withCoefficients(plain, job.coefficients) : plain;
@@ -85,6 +85,7 @@ export class TensorWorker {
       blas: this.#blas,
       note: (_: unknown, message: string) => void notes.push(message),
       ...(compat ? { compat } : {}),
+      ...(statisticNorms ? { statisticNorms } : {}),
     };
     const width = bitsPerElement(dtype) / 8;
     let bytes = 0;
@@ -127,6 +128,14 @@ export class TensorWorker {
     const again = job.base && new StoredRows(open, job.base, columns);
     const readBase = again && ((start: number, end: number) => again.rows(first + start, first + end));
     const experts = job.experts.map((origin) => expertReader(origin, { open, rows, columns, hashes, readBase }));
+    // A Gram matrix is of the whole tensor, Fisher information of its elements; both are stored (out, in).
+    const squares = mergerOf(job.method).statistics === 'gram';
+    const statistics = (start: number, end: number): Float32Array[] =>
+      job.statistics!.map((tensor) => {
+        const [height, width] = tensor.shape;
+        const all = squares || turned;
+        return new StoredRows(open, tensor, width).rows(all ? 0 : start, all ? height : end);
+      });
     let base: Float32Array | undefined;
     const read = (start: number, end: number): MergeBlock => {
       base = needsBase ? baseRows?.rows(first + start, first + end) : undefined;
@@ -137,6 +146,7 @@ export class TensorWorker {
       const block = mergeBlock(start * columns, {
         ...(base && usesBase ? { base: view(base) } : {}),
         experts: parts.map(({ values }) => view(values)),
+        ...(job.statistics ? { statistics: statistics(start, end) } : {}),
         ...(given ? { taskVectors: parts.map(({ values, taskVector }) => view(taskVector ?? difference(values, base))) } : {}),
       });
       const finite = parts.every((part) => part.finite) && (base === undefined || baseRows?.finite === true);

@@ -17,6 +17,7 @@ import { markInputs } from './merge-marks.ts';
 import { openRunners, runJobs } from './merge-pool.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import { type MergeSchedule, matrixSeconds, scheduleMerge } from './merge-schedule.ts';
+import { type MergeStatistics, measureStatistics } from './merge-statistics.ts';
 import type { TensorResult } from './merge-tensor.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import { learnedOf } from './methods/merge/learned.ts';
@@ -112,9 +113,15 @@ export async function merge(
     const keep = () => output.keepForResume();
     const planned =
       learned && (await planMerge(learned, inputs, expected.jobs, recipe, output.partsPath, keep, { ...hooks, note }));
-    const schedule = planned ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), planned.plan) : expected;
+    const method = learned ? undefined : mergerOf(recipe.method);
+    const place = { folder: output.partsPath, keep };
+    const statistics =
+      method?.statistics && (await measureStatistics(method, inputs, expected.jobs, recipe, place, { ...hooks, note }));
+    const schedule = planned
+      ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), { plan: planned.plan })
+      : scheduleMerge(inputs, applied, mergerOf(recipe.method), { statistics });
     const outline = outlineOf(inputs, recipe, schedule, notes, planned?.report);
-    const { results, resumed } = await produce({ inputs, recipe, schedule, output, hooks: { ...hooks, note } });
+    const { results, resumed } = await produce({ inputs, recipe, schedule, statistics, output, hooks: { ...hooks, note } });
     hooks.signal?.throwIfAborted();
     const files = await writeModelFiles(output.artifactPath, inputs, recipe, schedule, note);
     await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, plan: planned?.plan, marks, results, files });
@@ -154,7 +161,8 @@ function defaultReason({ calibration, base }: MergeRecipe): string {
  * looks at the model alone, so that a recipe means the same on every machine.
  */
 function affordable(inputs: MergeInputs, recipe: MergeRecipe, note: (message: string) => void): MergeRecipe {
-  if (learnedOf(recipe.method) || mergerOf(recipe.method).access !== 'matrix') return recipe;
+  if (learnedOf(recipe.method) || mergerOf(recipe.method).access !== 'matrix' || mergerOf(recipe.method).statistics)
+    return recipe;
   const hours = matrixSeconds(inputs) / 3600;
   if (hours <= LONG_HOURS) return recipe;
   const cost = `${recipe.method} takes the singular vectors of every matrix, here about ${Math.ceil(hours)} core hours`;
@@ -202,6 +210,7 @@ interface Production {
   readonly inputs: MergeInputs;
   readonly recipe: MergeRecipe;
   readonly schedule: MergeSchedule;
+  readonly statistics: MergeStatistics | undefined;
   readonly output: OutputFolder;
   readonly hooks: RunHooks;
 }
@@ -210,6 +219,7 @@ interface Production {
 async function produce({
   recipe,
   schedule,
+  statistics,
   output,
   hooks,
 }: Production): Promise<{ results: Map<string, TensorResult>; resumed: number }> {
@@ -229,6 +239,7 @@ async function produce({
   const setup: MergeSetup = {
     seed: recipe.seed,
     ...(recipe.compat ? { compat: recipe.compat } : {}),
+    ...(statistics?.norms ? { statisticNorms: statistics.norms } : {}),
     allowNonfinite: recipe.allowNonfinite,
     folder,
   };

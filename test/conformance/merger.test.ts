@@ -37,8 +37,18 @@ function random(
 }
 
 function asked<T extends MergeCase>(merger: Merger, given: T): T {
-  const statistics = merger.statistics === 'fisher' ? given.experts.map((e) => e.map(Math.abs)) : undefined;
+  const information = () => given.experts.map((expert) => expert.map(Math.abs));
+  const columns = given.shape?.length === 2 ? given.shape[1] : undefined;
+  const grams = () =>
+    columns && given.experts.map(([own]) => Array.from({ length: columns ** 2 }, (_, i) => gramEntry(columns, i, Math.abs(own))));
+  const statistics = { fisher: information, gram: grams, none: () => undefined }[merger.statistics ?? 'none']();
   return { ...given, parameters: settings(merger), ...(statistics ? { statistics } : {}) };
+}
+
+/** Positive definite, another for every expert, and without a direction that only one of them sees. */
+function gramEntry(columns: number, i: number, own: number): number {
+  const [row, column] = [Math.floor(i / columns), i % columns];
+  return row === column ? 1 + own + 0.1 * row : 0.3 / columns;
 }
 
 function expectClose(actual: readonly number[], expected: readonly number[]): void {

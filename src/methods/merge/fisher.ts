@@ -2,7 +2,9 @@
 import { RecipeError } from '../../errors.ts';
 import { defineMerger, type MergeBlock } from './merger.ts';
 import { SpanSum } from './span-sum.ts';
-import { sum } from './weights.ts';
+import { SAMPLES } from './statistics-parameters.ts';
+import { weightedSum } from './weighted-sum.ts';
+import { normalizedWeights, sum } from './weights.ts';
 
 export const fisher = defineMerger({
   name: 'fisher',
@@ -25,6 +27,7 @@ export const fisher = defineMerger({
       default: 1e-6,
       above: 0,
     },
+    ...SAMPLES,
   },
   prepare(_tensor, { scale, normalize, epsilon }, { statisticNorms }) {
     if (sum(scale) === 0) throw new RecipeError(`scale ${scale.join(',')}: fisher needs one above 0`);
@@ -41,13 +44,15 @@ export const fisher = defineMerger({
       return scale.map((s, k) => s / (norms[k] + epsilon));
     };
     const merge = ({ experts, statistics, length }: MergeBlock): Float32Array => {
+      // What is no layer has none: its mean, weighted by `scale` alone.
+      if (!statistics) return weightedSum(experts, normalizedWeights('fisher', scale));
       factors ??= solve();
       const result = new Float32Array(length);
       for (let i = 0; i < length; i++) {
         let total = 0;
         let divisor = 0;
         for (let k = 0; k < factors.length; k++) {
-          const weight = factors[k] * (statistics![k][i] + epsilon);
+          const weight = factors[k] * (statistics[k][i] + epsilon);
           total += weight * experts[k][i];
           divisor += weight;
         }

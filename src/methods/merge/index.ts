@@ -20,6 +20,7 @@ import { nuslerp } from './nuslerp.ts';
 import { passthrough } from './passthrough.ts';
 import { ram } from './ram.ts';
 import { ramplus } from './ramplus.ts';
+import { regmean } from './regmean.ts';
 import { sce } from './sce.ts';
 import { slerp } from './slerp.ts';
 import { taskArithmetic } from './task-arithmetic.ts';
@@ -50,6 +51,7 @@ export const MERGERS = {
   ramplus,
   passthrough,
   fisher,
+  regmean,
   'tsv-m': tsvM,
   'iso-c': isoC,
   'iso-cts': isoCts,

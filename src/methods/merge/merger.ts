@@ -78,7 +78,7 @@ export interface MergeBlock {
   readonly experts: readonly Float32Array[];
   /** `experts[k] - base`, computed once when first asked for. */
   readonly taskVectors: readonly Float32Array[];
-  /** What was measured on calibration text for this tensor, per expert, in the form the method declares. */
+  /** What was measured on calibration text for this tensor, per expert, in the form the method declares; absent where nothing was. */
   readonly statistics?: readonly Float32Array[];
 }
 

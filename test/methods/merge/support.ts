@@ -76,7 +76,8 @@ export function* cutRows(shape: readonly number[], inputs: BlockInputs, rows?: M
     yield mergeBlock(start, {
       base: inputs.base && cut(inputs.base),
       experts: inputs.experts.map(cut),
-      ...(inputs.statistics ? { statistics: inputs.statistics.map(cut) } : {}),
+      // What is of the whole tensor stays whole: a Gram matrix has another size.
+      ...(inputs.statistics ? { statistics: rows === undefined ? inputs.statistics : inputs.statistics.map(cut) } : {}),
     });
     start = end;
   }

@@ -1,5 +1,6 @@
 /** Every vector of merging.md 4.1 and fisher's of 5.1: what is asked, what comes out. */
 import { describe, expect, test } from 'vitest';
+import { mergerOf } from '../../../src/methods/merge/index.ts';
 import { ALL, BASE, type MergeCase, merged, moved, ONE, THREE, TOLERANCE, TWO } from './support.ts';
 
 const W = [0.5, 0.3, 0.2];
@@ -40,7 +41,37 @@ const fisher = (
   parameters,
 });
 
+const regmean = (
+  reduce: number,
+  grams = [
+    [2, 0.5, 0.5, 1],
+    [1, -0.5, -0.5, 3],
+  ],
+): MergeCase => ({
+  base: [0, 0, 0, 0],
+  experts: [
+    [1, 0, 0, 2],
+    [0, 1, 1, 1],
+  ],
+  shape: [2, 2],
+  statistics: grams,
+  parameters: { reduce },
+});
+
 const VECTORS: Record<string, [string, MergeCase, number[]][]> = {
+  regmean: [
+    ['all of the Gram matrices', regmean(1), [0.5, 0.875, 0.5, 1.125]],
+    ['the usual part', regmean(0.6), [0.566667, 0.825, 0.433333, 1.175]],
+    ['the diagonal alone', regmean(0), [0.666667, 0.75, 0.333333, 1.25]],
+    [
+      'an input that no text shows',
+      regmean(0.6, [
+        [2, 0, 0, 0],
+        [1, 0, 0, 0],
+      ]),
+      [0.666667, 0.5, 0.333333, 1.5],
+    ],
+  ],
   linear: [
     ['weighted', bare(ALL, { weight: W }), [1.175, -1.825, 0.55, 0.725, 2.6, -1.45]],
     ['equal', bare(ALL), [1.083333, -1.75, 0.5, 0.75, 2.833333, -1.333333]],
@@ -168,8 +199,9 @@ const VECTORS: Record<string, [string, MergeCase, number[]][]> = {
 
 describe.each(Object.entries(VECTORS))('%s', (method, vectors) => {
   test.each(vectors)('%s', async (_name, given, expected) => {
-    for (const rows of [2, 1]) {
-      const { values } = await merged(method, { ...given, rows });
+    // Methods on matrices take them whole.
+    for (const rows of mergerOf(method).access === 'matrix' ? [undefined] : [2, 1]) {
+      const { values } = await merged(method, { ...given, ...(rows ? { rows } : {}) });
       expect(values).toHaveLength(expected.length);
       for (const [i, value] of values.entries()) expect(Math.abs(value - expected[i]), `element ${i}`).toBeLessThan(TOLERANCE);
     }

@@ -1,0 +1,238 @@
+/** What some merge methods need to know of every expert's text first: measured once, kept on disk beside the unfinished result. */
+import { access, readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { openSafetensors } from '../formats/safetensors/reader.ts';
+import { createSafetensorsSink } from '../formats/safetensors/writer.ts';
+import type { TensorSink } from '../formats/tensor.ts';
+import { Calibration } from './calibration/calibration.ts';
+import { ModelGradient } from './calibration/model-gradient.ts';
+import { Spool } from './calibration/state-store.ts';
+import { loadTokenizer } from './calibration/tokenizer.ts';
+import type { NdArray } from './compute/engine.ts';
+import { createEngine } from './compute/ort.ts';
+import { createBlas } from './compute/ort-blas.ts';
+import { Random } from './compute/random.ts';
+import { RecipeError } from './errors.ts';
+import { readSamples } from './expert-samples.ts';
+import type { Forward } from './expert-teachers.ts';
+import type { MergeInputs } from './merge-inputs.ts';
+import type { StoredTensor, TensorJob } from './merge-jobs.ts';
+import { parametersOf } from './merge-parameters.ts';
+import type { MergeRecipe } from './merge-recipe.ts';
+import { MergeWeights } from './merge-weights.ts';
+import type { Merger } from './methods/merge/merger.ts';
+import { createModel } from './model/architectures/index.ts';
+import type { Model, WeightReader } from './model/model.ts';
+import { OutputHead } from './output-head.ts';
+import type { RunHooks } from './run.ts';
+
+export interface MergeStatistics {
+  /** By weight of a linear layer: what was measured, for each expert. */
+  readonly tensors: ReadonlyMap<string, readonly StoredTensor[]>;
+  /** Of each expert over the whole model; for Fisher information. */
+  readonly norms?: readonly number[];
+}
+
+interface Place {
+  /** Where the files are kept. */
+  readonly folder: string;
+  /** Called before the first file is written. */
+  readonly keep: () => Promise<void>;
+}
+
+const NORMS = 'statistics.json';
+/** Logit of the token that is certain, among zeros: its softmax is a one, the others' are zeros in float32. */
+const CERTAIN = 1000;
+
+/** @param jobs of any schedule over the same inputs: where every tensor's parts are */
+export async function measureStatistics(
+  merger: Merger,
+  inputs: MergeInputs,
+  jobs: readonly TensorJob[],
+  recipe: MergeRecipe,
+  { folder: kept, keep }: Place,
+  hooks: RunHooks,
+): Promise<MergeStatistics> {
+  const { config, folder, template } = inputs;
+  if (config === undefined) {
+    throw new RecipeError(`${folder}: ${merger.name} runs the models, and there is no config.json to tell how`);
+  }
+  const model = createModel(config, join(folder, 'config.json'), template.tensors);
+  const labels = inputs.experts.map(({ label }) => label);
+  const paths = labels.map((_, k) => join(kept, `statistics-${k}.safetensors`));
+  const normsPath = join(kept, NORMS);
+  if (!(await exists(normsPath))) {
+    const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
+    const values = parametersOf(
+      merger,
+      recipe,
+      labels,
+      inputs.outputs.map(({ name }) => name),
+    )('');
+    const { training, notes } = await readSamples(tokenizer, {
+      calibration: recipe.calibration,
+      labels,
+      count: Number(values['samples']),
+      sequenceLength: Math.min(Number(values['length']), model.shape.contextLength),
+      seed: recipe.seed,
+      holdOut: false,
+    });
+    for (const note of notes) hooks.note?.(note);
+    await using engine = await createEngine({ threads: recipe.threads, onNote: (note) => hooks.note?.(note) });
+    await using spool = new Spool({ ramBytes: recipe.maxMemory });
+    using weights = new MergeWeights(inputs, jobs, 0);
+    const forward: Forward = { model, engine, blas: createBlas(engine), spool, path: folder, signal: hooks.signal };
+    await keep();
+    const norms: number[] = [];
+    for (const [k, path] of paths.entries()) {
+      const windows = training.filter(({ expert }) => expert === k).map(({ tokens }) => tokens);
+      const progress = (done: number, total: number) =>
+        hooks.progress?.({ phase: `measure ${labels[k]}`, done: k * total + done, total: paths.length * total });
+      await using sink = await createSafetensorsSink(path, declarationsOf(model, merger));
+      const measured = { forward, windows, weights: weights.expert(k), sink, progress };
+      if (merger.statistics === 'gram') await measureGrams(measured);
+      else norms.push(await measureFisher(measured, new Random(recipe.seed, `labels of ${labels[k]}`)));
+      await sink.finalize();
+    }
+    await writeFile(normsPath, JSON.stringify(norms));
+  }
+  const norms = JSON.parse(await readFile(normsPath, 'utf8')) as number[];
+  return { tensors: await placesOf(model, merger, paths), ...(norms.length === 0 ? {} : { norms }) };
+}
+
+async function exists(path: string): Promise<boolean> {
+  return access(path).then(
+    () => true,
+    () => false,
+  );
+}
+
+/** Gram matrices are of an input, which layers share; Fisher information is of a weight. */
+function declarationsOf(model: Model, { statistics }: Merger) {
+  const sites = model.blocks.flatMap((block) => block.sites);
+  const shapes =
+    statistics === 'gram'
+      ? new Map(sites.map(({ input, inFeatures: n }) => [input, [n, n]]))
+      : new Map(sites.map(({ name, outFeatures, inFeatures }) => [name, [outFeatures, inFeatures]]));
+  return [...shapes].map(([name, shape]) => ({ name, shape, dtype: 'F32' as const }));
+}
+
+async function placesOf(model: Model, { statistics }: Merger, paths: readonly string[]): Promise<Map<string, StoredTensor[]>> {
+  const places = new Map<string, StoredTensor[]>();
+  for (const [input, path] of paths.entries()) {
+    await using source = await openSafetensors(path);
+    for (const site of model.blocks.flatMap((block) => block.sites)) {
+      const name = statistics === 'gram' ? site.input : site.name;
+      const { dtype, shape, byteLength } = source.tensors.get(name)!;
+      const weight = `${site.name}.weight`;
+      places.set(weight, [...(places.get(weight) ?? []), { input, name, dtype, shape, byteLength, ...source.placeOf(name) }]);
+    }
+  }
+  return places;
+}
+
+interface Measured {
+  readonly forward: Forward;
+  readonly windows: readonly Int32Array[];
+  /** The expert's. */
+  readonly weights: WeightReader;
+  readonly sink: TensorSink;
+  readonly progress: (done: number, total: number) => void;
+}
+
+/** `X^T X / T` of every input of a linear layer, as the expert itself makes it. */
+async function measureGrams({ forward, windows, weights, sink, progress }: Measured): Promise<void> {
+  const { model, engine, blas, path, signal } = forward;
+  await using calibration = new Calibration({ model, engine, blas, windows, path, ...(signal ? { signal } : {}) });
+  await calibration.start(weights);
+  for (const block of model.blocks) {
+    progress(block.index, model.blocks.length);
+    await using measured = await calibration.measure(block, weights, { replay: false, advance: true });
+    for (const [input, { hessian }] of measured) await sink.write(input, bytesOf(Float32Array.from(hessian)));
+  }
+}
+
+/**
+ * Mean over windows of the squared derivative of the log-probability of tokens that the expert itself would say there. Returns the norm over all
+ * layers.
+ */
+async function measureFisher({ forward, windows, weights, sink, progress }: Measured, random: Random): Promise<number> {
+  const { model, engine, blas, spool, path, signal } = forward;
+  const { hiddenSize, vocabSize } = model.shape;
+  const sites = model.blocks.flatMap((block) => block.sites);
+  const sums = new Map(sites.map((site) => [site.name, spool.allocate(site.outFeatures, site.inFeatures)]));
+  const head = new OutputHead(model, weights, engine, blas);
+  for (const [i, window] of windows.entries()) {
+    signal?.throwIfAborted();
+    progress(i, windows.length);
+    const rows = window.length;
+    await using pass = new ModelGradient({ model, engine, path, spool, windows: [window], batchTokens: rows, signal });
+    const hidden = await (await pass.forward(weights)).read(0, rows);
+    const logits = await head.logits({ rows, columns: hiddenSize, data: hidden });
+    const teacher = new Float32Array(rows * vocabSize);
+    for (let row = 0; row < rows; row++) {
+      teacher[row * vocabSize + draw(logits.data.subarray(row * vocabSize, (row + 1) * vocabSize), random)] = CERTAIN;
+    }
+    await using cotangent = spool.allocate(rows, hiddenSize);
+    await cotangent.write(0, await headCotangent(forward, weights, hidden, teacher, rows));
+    await pass.backward(weights, cotangent, async (_, gradients) => {
+      for (const [site, gradient] of gradients) {
+        const store = sums.get(site.name)!;
+        const sum = (await store.read(0, site.outFeatures)).slice();
+        for (let j = 0; j < sum.length; j++) sum[j] += (gradient[j] * gradient[j]) / windows.length;
+        await store.write(0, sum);
+      }
+    });
+  }
+  let square = 0;
+  for (const [name, store] of sums) {
+    const sum = await store.read(0, store.rows);
+    for (const value of sum) square += value * value;
+    await sink.write(name, bytesOf(sum));
+    await store[Symbol.asyncDispose]();
+  }
+  return Math.sqrt(square);
+}
+
+/** Derivative of `-sum log p(teacher's token)` by the hidden states, (rows, hiddenSize). */
+async function headCotangent(
+  { model, engine }: Forward,
+  weights: WeightReader,
+  hidden: Float32Array,
+  teacher: Float32Array,
+  rows: number,
+): Promise<Float32Array> {
+  const { hiddenSize, vocabSize } = model.shape;
+  const { model: graph, key, weights: norm } = model.headGradient(rows, 1);
+  const program = await engine.compile(graph, { key });
+  const feeds: Record<string, NdArray> = {
+    hidden: { dtype: 'F32', shape: [rows, hiddenSize], data: hidden },
+    head: { dtype: 'F32', shape: [vocabSize, hiddenSize], data: await weights.load(model.outputHead) },
+    teacher: { dtype: 'F32', shape: [rows, vocabSize], data: teacher },
+    weight: { dtype: 'F32', shape: [rows, 1], data: new Float32Array(rows).fill(1) },
+  };
+  for (const [input, name] of norm) {
+    const data = await weights.load(name);
+    feeds[input] = { dtype: 'F32', shape: [data.length], data };
+  }
+  const { hidden_cotangent: made } = await program.run(feeds, { outputs: ['hidden_cotangent'] });
+  return made.data as Float32Array;
+}
+
+/** A token drawn from the softmax of its logits. */
+function draw(logits: Float32Array, random: Random): number {
+  let most = Number.NEGATIVE_INFINITY;
+  for (const value of logits) most = Math.max(most, value);
+  let total = 0;
+  for (const value of logits) total += Math.exp(value - most);
+  let left = random.nextFloat() * total;
+  for (let j = 0; j < logits.length; j++) {
+    left -= Math.exp(logits[j] - most);
+    if (left < 0) return j;
+  }
+  return logits.length - 1;
+}
+
+function bytesOf(values: Float32Array): Uint8Array {
+  return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+}

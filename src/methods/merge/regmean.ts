@@ -1,0 +1,91 @@
+/** RegMean (Jin et al., arXiv 2212.09849): the layer whose outputs are nearest to every expert's on that expert's own inputs, in closed form. */
+import { choleskyLower } from '../../compute/linalg/cholesky.ts';
+import { mergeMatrix } from './matrix-merge.ts';
+import { defineMerger } from './merger.ts';
+import { SAMPLES } from './statistics-parameters.ts';
+
+/** Part of the mean of a Gram matrix's diagonal that is added to it, so that directions no text has shown have one solution: the mean. */
+const RIDGE = 1e-6;
+
+export const regmean = defineMerger({
+  name: 'regmean',
+  formula: 'theta_0 + (sum tau_k G_k) (sum G_k)^-1, G_k = X_k^T X_k / T with its off-diagonal times reduce',
+  reference: '2212.09849',
+  access: 'matrix',
+  base: 'required',
+  experts: { min: 1 },
+  statistics: 'gram',
+  parameters: {
+    reduce: {
+      type: 'number',
+      summary: 'factor on what the Gram matrices say of pairs of inputs; 0: each input by itself',
+      default: 0.6,
+      min: 0,
+      max: 1,
+    },
+    ...SAMPLES,
+  },
+  prepare(tensor, { reduce }) {
+    return mergeMatrix(tensor, 1, (taskVectors, rows, columns, { statistics }) => {
+      const merged = new Float64Array(rows * columns);
+      // Layers that no text went through are averaged, like all that is no layer.
+      if (!statistics) {
+        for (const taskVector of taskVectors)
+          for (let i = 0; i < merged.length; i++) merged[i] += taskVector[i] / taskVectors.length;
+        return merged;
+      }
+      const grams = statistics.map((gram) => reduced(gram, columns, reduce));
+      const trace = grams.reduce((sum, gram) => sum + traceOf(gram, columns), 0) / grams.length;
+      const ridge = trace === 0 ? 1 : (RIDGE * trace) / columns;
+      const total = new Float64Array(columns * columns);
+      grams.forEach((gram, k) => {
+        for (let j = 0; j < columns; j++) gram[j * columns + j] += ridge;
+        for (let i = 0; i < total.length; i++) total[i] += gram[i];
+        addProduct(merged, taskVectors[k], gram, rows, columns);
+      });
+      choleskyLower(total, columns);
+      solveRows(merged, total, rows, columns);
+      return merged;
+    });
+  },
+});
+
+function reduced(gram: Float32Array, n: number, reduce: number): Float64Array {
+  const result = Float64Array.from(gram, (value) => reduce * value);
+  for (let j = 0; j < n; j++) result[j * n + j] = gram[j * n + j];
+  return result;
+}
+
+function traceOf(matrix: Float64Array, n: number): number {
+  let sum = 0;
+  for (let j = 0; j < n; j++) sum += matrix[j * n + j];
+  return sum;
+}
+
+/** sum += a b; a (rows, n), b (n, n). */
+function addProduct(sum: Float64Array, a: Float64Array, b: Float64Array, rows: number, n: number): void {
+  for (let i = 0; i < rows; i++) {
+    for (let k = 0; k < n; k++) {
+      const factor = a[i * n + k];
+      if (factor === 0) continue;
+      for (let j = 0; j < n; j++) sum[i * n + j] += factor * b[k * n + j];
+    }
+  }
+}
+
+/** Every row x of `x` (rows, n) becomes x (L L^T)^-1. */
+function solveRows(x: Float64Array, lower: Float64Array, rows: number, n: number): void {
+  for (let i = 0; i < rows; i++) {
+    const row = x.subarray(i * n, (i + 1) * n);
+    for (let j = 0; j < n; j++) {
+      let value = row[j];
+      for (let k = 0; k < j; k++) value -= lower[j * n + k] * row[k];
+      row[j] = value / lower[j * n + j];
+    }
+    for (let j = n - 1; j >= 0; j--) {
+      const value = row[j] / lower[j * n + j];
+      row[j] = value;
+      for (let k = 0; k < j; k++) row[k] -= lower[j * n + k] * value;
+    }
+  }
+}
