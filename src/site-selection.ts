@@ -43,7 +43,7 @@ export async function readPlan(path: string): Promise<BitPlan> {
 function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
   const fail = (what: string) => new RecipeError(`--plan ${path}: module "${name}" ${what}`);
   if (!isObject(site)) throw fail('is not an object with "groupSize" and "bits"');
-  const { groupSize, bits, transform } = site;
+  const { groupSize, bits, transform, rank } = site;
   if (typeof groupSize !== 'number' || ![32, 64, 128, 256].includes(groupSize))
     throw fail(`has groupSize ${groupSize}; 32, 64, 128 or 256 is expected`);
   if (!Array.isArray(bits) || !bits.every((width) => Number.isInteger(width) && width >= 1 && width <= 8)) {
@@ -51,13 +51,20 @@ function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
   }
   if (transform !== undefined && transform !== 'perm' && transform !== 'perm-had')
     throw fail('has a "transform" that is not perm or perm-had');
-  return { groupSize, bits: bits as number[], ...(transform && { transform }) };
+  if (rank !== undefined && !(Number.isInteger(rank) && (rank as number) > 0))
+    throw fail('has a "rank" that is no whole number above 0');
+  return {
+    groupSize,
+    bits: bits as number[],
+    ...(transform && { transform }),
+    ...(rank !== undefined && { rank: rank as number }),
+  };
 }
 
 /** Checks that the plan fits the model: known modules, a width for each selected one, and one per group. */
 export function checkPlanFits(path: string, plan: BitPlan, model: Model, selected: ReadonlySet<string>): void {
   const sites = new Map<string, LinearSite>(model.blocks.flatMap((block) => block.sites.map((site) => [site.name, site])));
-  for (const [name, { groupSize, bits }] of Object.entries(plan.modules)) {
+  for (const [name, { groupSize, bits, rank = 0 }] of Object.entries(plan.modules)) {
     const site = sites.get(name);
     if (site === undefined) throw new RecipeError(`--plan ${path}: the model has no module "${name}"`);
     const groups = groupCount(site.inFeatures, groupSize);
@@ -66,6 +73,11 @@ export function checkPlanFits(path: string, plan: BitPlan, model: Model, selecte
         `--plan ${path}: module "${name}" has ${bits.length} widths, but ${site.inFeatures} inputs in groups of ${groupSize} make ${groups}`,
       );
     }
+    const most = Math.min(site.inFeatures, site.outFeatures);
+    if (rank > most)
+      throw new RecipeError(
+        `--plan ${path}: module "${name}" has rank ${rank}, but it is ${site.outFeatures} x ${site.inFeatures}`,
+      );
   }
   const byInput = new Map<string, string>();
   for (const [name, { transform = 'none' }] of Object.entries(plan.modules)) {

@@ -18,6 +18,9 @@ const DETAILS = 'pcomp.details';
 const SUFFIX = '.safetensors';
 const EMBEDDINGS = 'embeddings';
 const ALLOCATION = 'allocation';
+const RANKS = 'ranks';
+/** Folder of the parts of a first pass, which only tells how to share ranks out. */
+const FIRST_PASS = 'first-pass';
 
 /** What a run wants back of a finished part besides its weights, for its report: plain JSON. */
 export type PartDetails = Readonly<Record<string, unknown>>;
@@ -41,6 +44,7 @@ export class PartStore implements QuantizedSource {
     await mkdir(folder, { recursive: true });
     for (const file of (await readdir(folder)).sort()) {
       // Anything else is a file that a killed run was writing.
+      if (file === FIRST_PASS) continue;
       if (file.endsWith(SUFFIX)) await store.#index(file.slice(0, -SUFFIX.length));
       else await rm(join(folder, file), { recursive: true });
     }
@@ -79,6 +83,22 @@ export class PartStore implements QuantizedSource {
 
   async addAllocation(details: PartDetails): Promise<void> {
     await this.#add(ALLOCATION, new Map(), details);
+  }
+
+  /** How ranks were shared out, once that is decided. */
+  get ranks(): PartDetails | undefined {
+    return this.#parts.get(RANKS);
+  }
+
+  /** Stores that, and drops the first pass. */
+  async addRanks(details: PartDetails): Promise<void> {
+    await this.#add(RANKS, new Map(), details);
+    await rm(join(this.#folder, FIRST_PASS), { recursive: true, force: true });
+  }
+
+  /** The parts of a first pass over the same model, kept beside these until ranks are shared out. */
+  async firstPass(): Promise<PartStore> {
+    return await PartStore.open(join(this.#folder, FIRST_PASS), this.#recipeHash);
   }
 
   /** Every module stored so far. */

@@ -16,6 +16,8 @@ export interface SitePlan {
   readonly bits: readonly number[];
   /** The same for all sites that read one input; absent: none, stored order is natural order. */
   readonly transform?: Exclude<TransformKind, 'none'>;
+  /** Rank of the branch beside the codes; absent: none. The run adds it, whatever the method. */
+  readonly rank?: number;
 }
 
 /** What bits were spent on: module name -> widths. Saved in pcomp.json, reusable with --plan. */
@@ -161,4 +163,14 @@ export interface QuantizeResult {
   readonly relativeError?: number;
   /** What else a report should have of it. */
   readonly details?: Readonly<Record<string, number>>;
+  /** For a method whose codes stand for something else than the weight, or that uses the statistics up; absent: W less what it decodes to, by the statistics. */
+  remainder?(): Remainder;
+}
+
+/** What codes leave of what they stand for, and the second moments of what it multiplies; both in stored order, which is that of the codes. */
+export interface Remainder {
+  /** (outFeatures, inFeatures). */
+  readonly error: Float32Array;
+  /** (inFeatures, inFeatures), symmetric. */
+  readonly gram: Float64Array;
 }

@@ -132,7 +132,22 @@ export async function applyBest(
     ? await correctedBias(context, site, weight, decided, stats.drift!.means!)
     : undefined;
   const quantized = { ...decided, ...(bias && { bias }) };
-  return { quantized, relativeError: energy > 0 ? loss / energy : 0, details: { alpha, shrinkage: input.shrinkage } };
+  return {
+    quantized,
+    relativeError: energy > 0 ? loss / energy : 0,
+    details: { alpha, shrinkage: input.shrinkage },
+    remainder: () => ({ error: rowsOfDifference(target, decoded, m), gram: input.hessian }),
+  };
+}
+
+/** `a - b` of two W^T (features, rows), as (rows, features). */
+function rowsOfDifference(a: Float32Array, b: Float32Array, rows: number): Float32Array {
+  const features = a.length / rows;
+  const difference = new Float32Array(a.length);
+  for (let j = 0; j < features; j++) {
+    for (let row = 0; row < rows; row++) difference[row * features + j] = a[j * rows + row] - b[j * rows + row];
+  }
+  return difference;
 }
 
 /** `b + W E[x'] - Wq E[x]`: the mean output is the float model's again (slim-llm 5.2). */
