@@ -43,7 +43,7 @@ const D = QUANTIZE_DEFAULTS;
 
 export function quantizeCommand(signal: AbortSignal): Command {
   const methods = Object.values(QUANTIZERS)
-    .map(({ name, summary }) => `  ${name.padEnd(10)} ${summary}`)
+    .map(({ name, summary }) => `  ${name.padEnd(13)} ${summary}`)
     .join('\n');
   const command = new Command('quantize')
     .description('Quantize every linear layer of every block, and write a folder that runtimes load.')
@@ -89,6 +89,7 @@ export function quantizeCommand(signal: AbortSignal): Command {
         ...SENSITIVITIES,
       ]),
     )
+    .option('--steps <count>', "slim-llm-plus, autoround: learning steps a block (default: the method's own)")
     .option('--no-compact', 'ONNX: store codes in operands of 2, 4 and 8 bits, as the runtime holds them')
     .option('--seed <seed>', `seed of the window crops (default: ${D.seed})`)
     .option('--plan <file>', "reuse the widths of a plan file or an artifact's pcomp.json; skips deciding")

@@ -8,11 +8,13 @@ import { dequantize, type QuantizedLinear } from './methods/quantize/quantized-l
 import type {
   BitAllocation,
   BitPlan,
+  LearnedBlock,
   Measuring,
   QuantizeContext,
   QuantizeOptions,
   Quantizer,
   SitePlan,
+  SiteToLearn,
 } from './methods/quantize/quantizer.ts';
 import type { Block, LinearSite, Model, WeightReader } from './model/model.ts';
 import type { QuantizeProgress } from './quantize-progress.ts';
@@ -45,6 +47,13 @@ export interface BlocksRun {
 /** What is remembered of a finished block beside its weights. */
 export interface BlockDetails {
   readonly sites: Readonly<Record<string, SiteDetails>>;
+  /** Of a method that learns. */
+  readonly learning?: BlockLearning;
+}
+
+/** What learning did for a block: mean squared error of its output on held-out windows before and after, and the step that was kept (0: none). */
+export interface BlockLearning extends Pick<LearnedBlock, 'lossBefore' | 'lossAfter' | 'step'> {
+  readonly seconds: number;
 }
 
 export interface SiteDetails {
@@ -71,7 +80,7 @@ export async function quantizeBlocks(run: BlocksRun): Promise<void> {
     if (block === lastOpen) return;
     // The following blocks see what the artifact will make: weights decoded from what was stored.
     await calibration?.advance(block, decoded(run.weights, parts));
-    if (run.measuring.drift) await calibration?.advanceFloat(block, run.weights);
+    if (run.measuring.drift || run.measuring.learns) await calibration?.advanceFloat(block, run.weights);
   }
 }
 
@@ -112,7 +121,39 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
       await measured?.release(input);
     }
   }
-  await run.parts.addBlock(block.index, finished, { sites } satisfies BlockDetails);
+  const learning = await refineBlock(run, block, finished, sites);
+  await run.parts.addBlock(block.index, finished, { sites, ...(learning && { learning }) } satisfies BlockDetails);
+}
+
+/** Lets a method that learns replace what is finished of the block by something better. */
+async function refineBlock(
+  run: BlocksRun,
+  block: Block,
+  finished: Map<string, QuantizedLinear>,
+  details: Record<string, SiteDetails>,
+): Promise<BlockLearning | undefined> {
+  const { quantizer, calibration, measuring } = run;
+  if (!quantizer.refine || !measuring.learns || !calibration || finished.size === 0) return undefined;
+  const started = performance.now();
+  const sites: SiteToLearn[] = [];
+  for (const site of block.sites) {
+    const quantized = finished.get(site.name);
+    if (quantized) sites.push({ site, weight: await run.weights.loadSite(site), quantized });
+  }
+  const weights = decoded(run.weights, { has: (name) => finished.has(name), read: async (name) => finished.get(name)! });
+  await using objective = await calibration.objective(block, weights, run.weights, measuring.learns === 'dual');
+  const context = { ...contextOf(run), onStep: (done: number, total: number) => run.progress.learned(block, done, total) };
+  const { quantized, lossBefore, lossAfter, step } = await quantizer.refine(context, sites, objective);
+  if (step === 0) run.hooks.note?.(`${block.name}: learning did not lower the error on held-out text; it stays as it was`);
+  else {
+    for (const [name, layer] of quantized) {
+      finished.set(name, layer);
+      // It was of other codes.
+      const { relativeError: _, ...rest } = details[name];
+      details[name] = rest;
+    }
+  }
+  return { lossBefore, lossAfter, step, seconds: (performance.now() - started) / 1000 };
 }
 
 /** What a method is given in this run. */

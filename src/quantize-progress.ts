@@ -5,6 +5,8 @@ import type { RunHooks } from './run.ts';
 
 /** Share of a block's time, as measured on blocks of 7B shape with slim-llm; other methods only move the estimate a little. */
 const SHARES = { measure: 0.2, quantize: 0.65, advance: 0.15 } as const;
+/** Part of a block's time that learning takes where it is learned: on small models nearly all. */
+const LEARNING = 0.8;
 /** Time of a survey of a block over that of its quantization. */
 const SURVEY = 0.5;
 
@@ -17,12 +19,14 @@ export class QuantizeProgress {
   /** What a survey takes beside the blocks themselves, as a part of them; 0 without one. */
   readonly #surveyShare: number;
   #surveying: boolean;
+  readonly #learning: number;
 
-  constructor(model: Model, hooks: RunHooks, surveys = false) {
+  constructor(model: Model, hooks: RunHooks, surveys = false, learns = false) {
     this.#model = model;
     this.#hooks = hooks;
     this.#surveyShare = surveys ? SURVEY : 0;
     this.#surveying = surveys;
+    this.#learning = learns ? LEARNING : 0;
   }
 
   /** `done` blocks are surveyed. */
@@ -50,7 +54,18 @@ export class QuantizeProgress {
     this.#report(block.index, SHARES.measure + SHARES.quantize * Math.min(1, this.#siteWeights / all), site.name);
   }
 
+  /** `done` of `total` learning steps of the block are done. */
+  learned(block: Block, done: number, total: number): void {
+    const before = (1 - this.#learning) * (1 - SHARES.advance);
+    this.#tellBlock(block.index, before + this.#learning * (done / total), `${block.name}: learning`);
+  }
+
   #report(block: number, share: number, phase: string): void {
+    const learned = share > 1 - SHARES.advance ? this.#learning : 0;
+    this.#tellBlock(block, learned + (1 - this.#learning) * share, phase);
+  }
+
+  #tellBlock(block: number, share: number, phase: string): void {
     this.#tell(this.#surveyShare * this.#model.blocks.length + block + share, phase);
   }
 

@@ -49,7 +49,7 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
   const options = optionsOf(recipe, job.nominalBits);
   const measuring = measuringOf(quantizer, recipe, job.nominalBits);
   const { surveys } = job;
-  const progress = new QuantizeProgress(model, hooks, surveys);
+  const progress = new QuantizeProgress(model, hooks, surveys, measuring.learns !== undefined);
   await using calibration = quantizer.needsCalibration
     ? new Calibration({
         model,
@@ -58,7 +58,7 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
         windows: job.windows,
         path: source.path,
         ramBytes: recipe.maxMemory,
-        followFloat: measuring.drift,
+        followFloat: measuring.drift || measuring.learns !== undefined,
         onProgress: (event) => progress.calibration(event),
         ...(hooks.signal && { signal: hooks.signal }),
       })

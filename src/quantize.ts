@@ -15,6 +15,7 @@ import { describeInputs, type RunInputs } from './quantize-inputs.ts';
 import { prepareJob, type QuantizeJob } from './quantize-job.ts';
 import { measuringOf, solve } from './quantize-solve.ts';
 import type { ArtifactFormat, QuantizeRecipe } from './recipe.ts';
+import { mixesWidths } from './recipe-rules.ts';
 import type { RunHooks } from './run.ts';
 
 /** How to treat what is already on disk, and whether to work at all. */
@@ -163,11 +164,21 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     threads: recipe.threads,
     resumed: output.resumed,
     ...(shared && { allocation: { unit: shared.unit, predictedLoss: shared.predictedLoss, bound: shared.bound } }),
+    ...learningOf(job, parts),
     sites: Object.fromEntries(sites),
   });
   hooks.signal?.throwIfAborted();
   await output.finalize();
   return outcome;
+}
+
+/** What learning did for each block that was learned. */
+function learningOf({ source }: QuantizeJob, parts: PartStore) {
+  const blocks = source.model.blocks.flatMap(({ index, name }) => {
+    const { learning } = parts.blockDetails(index) as unknown as BlockDetails;
+    return learning ? [[name, learning] as const] : [];
+  });
+  return blocks.length > 0 ? { learning: Object.fromEntries(blocks) } : {};
 }
 
 function detailsOf({ source, selected }: QuantizeJob, parts: PartStore): [string, SiteDetails][] {
@@ -210,7 +221,7 @@ function outlineOf(
 /** Sizes with the widths that are known before the work. */
 function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): QuantizeOutcome {
   const { source, recipe, given, expected, expectedEmbeddings } = job;
-  if (given === undefined && (recipe.method === 'slim-llm' || (recipe.preset === 'best' && recipe.method === 'rtn'))) {
+  if (given === undefined && (mixesWidths(recipe) || (recipe.preset === 'best' && recipe.method === 'rtn'))) {
     hooks.note?.('sizes are those of one width everywhere; the run mixes widths within the budget');
   }
   const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };

@@ -11,17 +11,18 @@ interface Readers {
   readonly preset?: QuantizeRecipe['preset'];
 }
 
-const CALIBRATED: readonly QuantizerName[] = ['gptq', 'slim-llm'];
-const ALLOCATING: readonly QuantizerName[] = ['rtn', 'slim-llm'];
+const LEARNED: readonly QuantizerName[] = ['slim-llm-plus', 'autoround'];
+const CALIBRATED: readonly QuantizerName[] = ['gptq', 'slim-llm', ...LEARNED];
+const ALLOCATING: readonly QuantizerName[] = ['rtn', 'slim-llm', ...LEARNED];
 
 const READERS: Partial<Record<Key, Readers>> = {
   actOrder: { methods: ['gptq'], preset: 'paper' },
   staticGroups: { methods: ['gptq'], preset: 'paper' },
   symmetric: { methods: ['rtn', 'gptq'], preset: 'paper' },
-  salience: { methods: ['slim-llm'], preset: 'paper' },
+  salience: { methods: ['slim-llm', 'slim-llm-plus'], preset: 'paper' },
   lambdaSalience: { methods: ['slim-llm'], preset: 'paper' },
-  dampening: { methods: CALIBRATED, preset: 'paper' },
-  trueSequential: { methods: CALIBRATED, preset: 'paper' },
+  dampening: { methods: ['gptq', 'slim-llm', 'slim-llm-plus'], preset: 'paper' },
+  trueSequential: { methods: ['gptq', 'slim-llm'], preset: 'paper' },
   calibration: { methods: CALIBRATED },
   samples: { methods: CALIBRATED },
   sequenceLength: { methods: CALIBRATED },
@@ -30,8 +31,9 @@ const READERS: Partial<Record<Key, Readers>> = {
   runtimeMemory: { methods: ALLOCATING, preset: 'best' },
   transform: { methods: CALIBRATED, preset: 'best' },
   alpha: { methods: CALIBRATED, preset: 'best' },
-  sensitivity: { methods: ['slim-llm'], preset: 'best' },
-  without: { methods: ['rtn', 'gptq', 'slim-llm'], preset: 'best' },
+  sensitivity: { methods: ['slim-llm', ...LEARNED], preset: 'best' },
+  without: { methods: ['rtn', 'gptq', 'slim-llm', ...LEARNED], preset: 'best' },
+  steps: { methods: LEARNED },
 };
 
 const BUDGETS = ['bits', 'bpw', 'size', 'runtimeMemory'] as const satisfies readonly Key[];
@@ -57,9 +59,9 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
       `--embeddings ${recipe.embeddings}: the gptq layout keeps embeddings in float; drop the flag or the format`,
     );
   }
-  if (recipe.formats.includes('gptq') && recipe.method === 'slim-llm') {
+  if (recipe.formats.includes('gptq') && mixesWidths(recipe)) {
     throw new RecipeError(
-      '--format gptq: the layout has one width per module and slim-llm mixes widths inside a module; use --method gptq, or --format safetensors',
+      `--format gptq: the layout has one width per module and ${recipe.method} mixes widths inside a module; use --method gptq, or --format safetensors`,
     );
   }
   if (recipe.formats.includes('gptq') && request.transform !== undefined && !['auto', 'none'].includes(recipe.transform)) {
@@ -71,6 +73,11 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   if (recipe.runtimeMemory !== undefined && !recipe.formats.includes('onnx')) {
     throw new RecipeError('--runtime-memory: counts operands of onnxruntime, and no ONNX is written; use --size or --bpw');
   }
+}
+
+/** Whether widths differ inside a module, whatever the budget. */
+export function mixesWidths({ method, preset }: Pick<QuantizeRecipe, 'method' | 'preset'>): boolean {
+  return method === 'slim-llm' || method === 'slim-llm-plus' || (method === 'autoround' && preset === 'best');
 }
 
 function checkBudget(recipe: QuantizeRecipe): void {
@@ -92,9 +99,14 @@ function checkBudget(recipe: QuantizeRecipe): void {
     const why = preset === 'paper' ? 'under preset paper' : method === 'gptq' ? 'with --method gptq' : 'without allocation';
     throw new RecipeError(`--bits ${bits}: must be a whole number ${why}`);
   }
-  if (preset === 'paper' && method === 'slim-llm' && bits !== undefined && (bits < 2 || bits > 7)) {
+  if (
+    preset === 'paper' &&
+    (method === 'slim-llm' || method === 'slim-llm-plus') &&
+    bits !== undefined &&
+    (bits < 2 || bits > 7)
+  ) {
     throw new RecipeError(
-      `--bits ${bits}: slim-llm under preset paper mixes widths N-1, N and N+1, so N is 2..7; for ${bits} bits use --preset best`,
+      `--bits ${bits}: ${method} under preset paper mixes widths N-1, N and N+1, so N is 2..7; for ${bits} bits use --preset best`,
     );
   }
 }

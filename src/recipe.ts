@@ -66,6 +66,8 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly alpha?: number;
   /** best: how a layer's loss is weighed against another's: by what it does to the logits, by its own output's energy, or not. */
   readonly sensitivity: (typeof SENSITIVITIES)[number];
+  /** Learned methods: steps a block; absent: the method's own number. */
+  readonly steps?: number;
   /** ONNX: codes at their true width in the file, expanded when it is loaded. */
   readonly compact: boolean;
   /** A plan file, or an artifact's pcomp.json. */
@@ -139,6 +141,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     transform: oneOf('transform', given.transform, ['auto', ...TRANSFORMS] as const),
     without: list('without', given.without).map((step) => oneOf('without', step, BEST_STEPS)),
     ...(given.alpha === undefined ? {} : { alpha: range('alpha', given.alpha, 0, 1) }),
+    ...(given.steps === undefined ? {} : { steps: integer('steps', given.steps, 1, 1_000_000) }),
     sensitivity: oneOf('sensitivity', given.sensitivity, SENSITIVITIES),
     compact: boolean('compact', given.compact),
     device: oneOf('device', given.device, DEVICES),
@@ -153,7 +156,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
 
 const KNOWN: ReadonlySet<string> = new Set([
   ...Object.keys(QUANTIZE_DEFAULTS),
-  ...['bits', 'bpw', 'size', 'runtimeMemory', 'alpha', 'threads', 'plan'],
+  ...['bits', 'bpw', 'size', 'runtimeMemory', 'alpha', 'steps', 'threads', 'plan'],
 ]);
 
 function formats(names: readonly string[]): ArtifactFormat[] {

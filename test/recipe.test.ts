@@ -78,7 +78,10 @@ it.each<[string, QuantizeRequest]>([
   ['--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory', { bits: 2, bpw: 3 }],
   ['--bpw: widths are not allocated here, so the budget is a width; use --bits', { bpw: 2.5, without: ['allocation'] }],
   ['--alpha: preset paper does not use it; it goes with --preset best', { bits: 2, preset: 'paper', alpha: 0.5 }],
-  ['--size: --method gptq does not use it; it goes with rtn, slim-llm', { size: '3MB', method: 'gptq' }],
+  [
+    '--size: --method gptq does not use it; it goes with rtn, slim-llm, slim-llm-plus, autoround',
+    { size: '3MB', method: 'gptq' },
+  ],
   [
     '--without frob: must be one of asymmetric, transform, grid, allocation, compensation, polish, bias',
     { bits: 2, without: 'frob' },
@@ -98,7 +101,7 @@ it.each<[string, QuantizeRequest]>([
   ['--group-size 64: the plan says the size of every group; give --group-size or --plan', { groupSize: 64, plan: 'p.json' }],
   ['--plan 7: a text is expected', { plan: 7 }],
   ['--preset other: must be one of best, paper', { bits: 2, preset: 'other' }],
-  ['--method frob: must be one of rtn, gptq, slim-llm', { bits: 2, method: 'frob' }],
+  ['--method frob: must be one of rtn, gptq, slim-llm, slim-llm-plus, autoround', { bits: 2, method: 'frob' }],
   ['--group-size 48: must be one of 32, 64, 128, 256', { bits: 2, groupSize: 48 }],
   ['--format zip: must be one of onnx, safetensors, gptq', { bits: 2, formats: 'zip' }],
   ['--format: at least one of onnx, safetensors, gptq', { bits: 2, formats: [] }],
@@ -137,15 +140,27 @@ it.each<[string, QuantizeRequest]>([
     { bits: 2, method: 'rtn', trueSequential: true },
   ],
   ['--symmetric: --method slim-llm does not use it; it goes with rtn, gptq', { bits: 2, symmetric: true }],
-  ['--salience: --method gptq does not use it; it goes with slim-llm', { bits: 2, method: 'gptq', salience: 'inverse-diag' }],
-  ['--lambda-salience: --method gptq does not use it; it goes with slim-llm', { bits: 2, method: 'gptq', lambdaSalience: 2 }],
-  ['--dampening: --method rtn does not use it; it goes with gptq, slim-llm', { bits: 2, method: 'rtn', dampening: 0.1 }],
   [
-    '--calibration: --method rtn does not use it; it goes with gptq, slim-llm',
+    '--salience: --method gptq does not use it; it goes with slim-llm, slim-llm-plus',
+    { bits: 2, method: 'gptq', salience: 'inverse-diag' },
+  ],
+  ['--lambda-salience: --method gptq does not use it; it goes with slim-llm', { bits: 2, method: 'gptq', lambdaSalience: 2 }],
+  [
+    '--dampening: --method rtn does not use it; it goes with gptq, slim-llm, slim-llm-plus',
+    { bits: 2, method: 'rtn', dampening: 0.1 },
+  ],
+  [
+    '--calibration: --method rtn does not use it; it goes with gptq, slim-llm, slim-llm-plus, autoround',
     { bits: 2, method: 'rtn', calibration: ['a.txt'] },
   ],
-  ['--samples: --method rtn does not use it; it goes with gptq, slim-llm', { bits: 2, method: 'rtn', samples: 3 }],
-  ['--sequence-length: --method rtn does not use it; it goes with gptq, slim-llm', { bits: 2, method: 'rtn', sequenceLength: 9 }],
+  [
+    '--samples: --method rtn does not use it; it goes with gptq, slim-llm, slim-llm-plus, autoround',
+    { bits: 2, method: 'rtn', samples: 3 },
+  ],
+  [
+    '--sequence-length: --method rtn does not use it; it goes with gptq, slim-llm, slim-llm-plus, autoround',
+    { bits: 2, method: 'rtn', sequenceLength: 9 },
+  ],
 ])('a recipe is refused with "%s"', (expected, request) => {
   expect(message(request)).toBe(expected);
 });

@@ -5,6 +5,7 @@ import { FUSED_TOKENS, fusesGrams } from '../compute/fused-gram.ts';
 import { RecipeError } from '../errors.ts';
 import type { Block, Model, WeightReader } from '../model/model.ts';
 import { BlockCut } from './block-cut.ts';
+import { OutputError } from './block-objective.ts';
 import { BlockRunner, DEFAULT_BATCH_TOKENS, HIDDEN_OUT } from './block-runner.ts';
 import { DriftMeter } from './drift-meter.ts';
 import { embedTokens } from './embed.ts';
@@ -145,6 +146,39 @@ export class Calibration implements AsyncDisposable {
     const from = this.#floatCut?.precedes(block, []) ? this.#floatCut : undefined;
     await this.#floatRunner.advance(this.#floatStates, block, weights, report, from);
     await this.#moveFloatCut(undefined);
+  }
+
+  /**
+   * What the block's weights can be learned by: on the inputs as they are now, its output against the float block's on the float model's own
+   * inputs; with `dual`, against the mean of that and of the float block's output on these inputs (the two squared errors added differ
+   * from twice this by a constant). @param weights biases, norms and sites that stay @param float the float model's
+   */
+  async objective(block: Block, weights: WeightReader, float: WeightReader, dual: boolean): Promise<OutputError> {
+    const { states } = this;
+    const floatStates = this.#floatStates;
+    if (floatStates === undefined) throw new Error('the float model does not run along: followFloat was not asked for');
+    // Learning moves sites that a cut lies behind.
+    await this.#moveCut(undefined);
+    const { model, engine, signal } = this.#options;
+    const targets = this.#spool.allocate(states.tokenCount, states.hiddenSize);
+    try {
+      const outputs = new Map([[HIDDEN_OUT, states.hiddenSize]]);
+      await using loaded = await this.#floatRunner.load(block, float, floatStates);
+      for (const batch of states.batches) {
+        signal?.throwIfAborted();
+        const made = await this.#floatRunner.run(loaded, floatStates, batch, outputs);
+        const target = dual ? made.get(HIDDEN_OUT)!.slice() : made.get(HIDDEN_OUT)!;
+        if (dual) {
+          const beside = (await this.#floatRunner.run(loaded, states, batch, outputs)).get(HIDDEN_OUT)!;
+          for (let i = 0; i < target.length; i++) target[i] = 0.5 * (target[i] + beside[i]);
+        }
+        await targets.write(batch.rowStart, target);
+      }
+      return new OutputError({ model, engine, block, weights, states, targets, signal });
+    } catch (error) {
+      await targets[Symbol.asyncDispose]();
+      throw error;
+    }
   }
 
   /** The hidden states as they are now, a window at a time; after the last block, what the final norm and head take. */

@@ -8,7 +8,7 @@ import { positionsFromLengths } from '../graph/token-positions.ts';
 import { type BlockParts, renderBlock, renderNorm } from './block-renderer.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockSites } from './expected-tensors.ts';
-import type { BlockGradient, BlockGraph, LinearSite, NormGraph } from './model.ts';
+import type { BlockGradient, BlockGraph, BlockLoss, LinearSite, NormGraph } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
 /** Graph output: the residual stream between attention and MLP. */
@@ -144,6 +144,37 @@ export function buildBlockGradient(
     weights: sourcesOf(weights),
     sites,
   };
+}
+
+/** See BlockLoss in model.ts. */
+export function buildBlockLoss(
+  description: DecoderDescription,
+  named: BlockDescription,
+  { batch, sequence }: { readonly batch: number; readonly sequence: number },
+): BlockLoss {
+  const rendering: Rendering = { positions: sequence, batch, sequence, lowering: 'plain' };
+  const { builder, hiddenOut, weights, make } = render(description, named, rendering);
+  const target = builder.input('target', 'F32', hiddenOut.shape);
+  const weight = builder.input('weight', 'F32', [batch, sequence, 1]);
+  const error = builder.sub(hiddenOut, target);
+  const weighted = builder.mul(error, weight);
+  const loss = builder.reduceSum(builder.mul(weighted, error), [0, 1, 2], false);
+  builder.output('loss', builder.reshape(loss, [1]));
+  const linear = [...weights].filter(([, { source }]) => typeof source !== 'string');
+  const slope = builder.mul(weighted, builder.scalar('F32', 2));
+  const gradients = gradient(
+    builder,
+    [hiddenOut],
+    [slope],
+    linear.map(([, { value }]) => value),
+  );
+  const sites = new Map<string, string>();
+  gradients.forEach((value, i) => {
+    const [name, { source }] = linear[i];
+    builder.output(`${name} cotangent`, value);
+    sites.set((source as LinearSite).name, `${name} cotangent`);
+  });
+  return { model: builder.build(), key: `${make} loss ${batch} ${sequence}`, weights: sourcesOf(weights), sites };
 }
 
 function sourcesOf(weights: RenderedBlock['weights']): Map<string, LinearSite | string> {

@@ -1,12 +1,22 @@
 /** A Model made from a description: everything an architecture did not have to say. */
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorSource } from '../../formats/tensor.ts';
-import { buildBlockGradient, buildBlockGraph, buildNormGraph } from './block-graph.ts';
+import { buildBlockGradient, buildBlockGraph, buildBlockLoss, buildNormGraph } from './block-graph.ts';
 import { buildDecoderGraph } from './decoder-graph.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockOtherTensors, blockSites, checkTensors, otherTensors } from './expected-tensors.ts';
 import { buildHeadGradient } from './head-gradient.ts';
-import type { Block, BlockGradient, BlockGraph, DecoderLowering, HeadGradient, Model, ModelShape, NormGraph } from './model.ts';
+import type {
+  Block,
+  BlockGradient,
+  BlockGraph,
+  BlockLoss,
+  DecoderLowering,
+  HeadGradient,
+  Model,
+  ModelShape,
+  NormGraph,
+} from './model.ts';
 
 export class DecoderModel implements Model {
   readonly architecture: string;
@@ -45,6 +55,10 @@ export class DecoderModel implements Model {
 
   blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient {
     return buildBlockGradient(this.#description, this.#description.blocks[block.index], size);
+  }
+
+  blockLoss(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockLoss {
+    return buildBlockLoss(this.#description, this.#description.blocks[block.index], size);
   }
 
   headGradient(rows: number, temperature: number): HeadGradient {

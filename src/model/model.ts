@@ -85,6 +85,21 @@ export interface BlockGradient {
   readonly sites: ReadonlyMap<string, string>;
 }
 
+/** How far a block's output is from what it should be, and what its weights have to do with it; for batches of one size. */
+export interface BlockLoss {
+  /**
+   * Inputs `hidden` and `lengths` as a BlockGraph, `target` of the output (batch, sequence, hiddenSize), `weight` of each row (batch,
+   * sequence, 1), 0 for pads, and the weights. Outputs `loss`, the weighted sum of squared differences (1), and its gradient by every site's
+   * W (outFeatures, inFeatures).
+   */
+  readonly model: OnnxModel;
+  readonly key: string;
+  /** As BlockGraph.weights. */
+  readonly weights: ReadonlyMap<string, LinearSite | string>;
+  /** Site name -> the output that is its gradient. */
+  readonly sites: ReadonlyMap<string, string>;
+}
+
 /** Divergence of the logits from a teacher's, and what it does to the hidden states after the last block. */
 export interface HeadGradient {
   /**
@@ -138,6 +153,8 @@ export interface Model {
   blockGraph(block: Block, positions?: number): BlockGraph;
   /** The derivative of a block for batches of `batch` rows of `sequence` tokens. */
   blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient;
+  /** The loss of a block's output and its derivative, for batches of `batch` rows of `sequence` tokens. */
+  blockLoss(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockLoss;
   /** The loss at the output head and its derivative, for pieces of `rows` rows. */
   headGradient(rows: number, temperature: number): HeadGradient;
   finalNormGraph(): NormGraph;

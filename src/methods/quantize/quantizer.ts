@@ -1,4 +1,5 @@
 /** What every weight quantizer offers: decide where bits go (a small plan), then follow the plan. Free of side effects. */
+import type { BlockObjective } from '../../calibration/block-objective.ts';
 import type { CalibrationStats } from '../../calibration/statistics.ts';
 import type { Blas } from '../../compute/blas.ts';
 import type { AsyncKernels } from '../../compute/kernels/kernels.ts';
@@ -48,6 +49,10 @@ export interface QuantizeOptions {
   /** best: part of the drift correction to take; absent: the best on held-out tokens. */
   readonly alpha?: number;
   readonly transform?: TransformKind | 'auto';
+  /** Methods that learn: steps a block; absent: the method's own number. */
+  readonly steps?: number;
+  /** Methods that learn: which windows a step sees. */
+  readonly seed?: number;
 }
 
 /** One site under one transform of its input. */
@@ -108,6 +113,8 @@ export interface QuantizeContext {
   loadBias?(site: LinearSite): Promise<Float32Array>;
   /** A corrected bias as it will be stored. */
   roundBias?(site: LinearSite, bias: Float32Array): Float32Array;
+  /** Methods that learn: called after each step of a block. */
+  onStep?(done: number, total: number): void;
   /** Methods that allocate: what the survey gave each site. */
   readonly allocation?: BitAllocation;
 }
@@ -120,6 +127,26 @@ export interface Measuring {
   readonly drift: boolean;
   /** Activations are read again after the Hessian is complete. */
   readonly replay: boolean;
+  /** Quantized blocks are refined against the float block: on the float model's inputs, or with `dual` on both models' inputs. */
+  readonly learns?: 'plain' | 'dual';
+}
+
+/** A site of a block that is quantized and may still be learned. */
+export interface SiteToLearn {
+  readonly site: LinearSite;
+  /** (outFeatures, inFeatures) float32, not modified. */
+  readonly weight: Float32Array;
+  readonly quantized: QuantizedLinear;
+}
+
+export interface LearnedBlock {
+  /** By site name; the start itself where learning gave nothing. */
+  readonly quantized: ReadonlyMap<string, QuantizedLinear>;
+  /** Mean squared error of the block's output on held-out windows, of the start and of what was kept. */
+  readonly lossBefore: number;
+  readonly lossAfter: number;
+  /** Step that was kept; 0: the start. */
+  readonly step: number;
 }
 
 /** `weight` is (outFeatures, inFeatures) float32 and is not modified. `stats` is absent for data-free methods. */
@@ -155,6 +182,8 @@ export interface Quantizer {
     stats: CalibrationStats | undefined,
     plan: SitePlan,
   ): Promise<QuantizeResult>;
+  /** Methods whose `measuring` says that they learn: other codes and grids, of the same widths, for all sites of a block together. */
+  refine?(context: QuantizeContext, sites: readonly SiteToLearn[], objective: BlockObjective): Promise<LearnedBlock>;
 }
 
 export interface QuantizeResult {
