@@ -3,6 +3,7 @@
 import { Command, CommanderError } from 'commander';
 import { PcompError, RecipeError, UnsupportedError } from '../src/errors.ts';
 import { packageVersion } from '../src/package-root.ts';
+import { adaptCommand } from './adapt.ts';
 import { evaluateCommand } from './evaluate.ts';
 import { inspectCommand } from './inspect.ts';
 import { mergeCommand } from './merge.ts';
@@ -19,7 +20,7 @@ async function main(args: readonly string[]): Promise<number> {
     .exitOverride()
     .configureOutput({ outputError: (text, write) => write(`pcomp: ${oneLine(text.replace(/^error: /, ''))}\n`) })
     .showSuggestionAfterError();
-  for (const command of [quantizeCommand, mergeCommand, evaluateCommand, inspectCommand])
+  for (const command of [quantizeCommand, mergeCommand, adaptCommand, evaluateCommand, inspectCommand])
     program.addCommand(command(abort.signal).copyInheritedSettings(program));
 
   // The first Ctrl-C stops at the next safe point; the second at once. Both leave a state that --resume continues.

@@ -25,6 +25,9 @@ export class UnsupportedError extends PcompError {}
 /** The request makes no sense: a flag, a recipe field, a glob, a plan that does not fit the model. */
 export class RecipeError extends PcompError {}
 
+/** A run that learned came to nothing: its numbers are not finite. */
+export class TrainingError extends PcompError {}
+
 /** What the machine lacks. */
 export type EnvironmentCode =
   | 'ORT_MISSING'

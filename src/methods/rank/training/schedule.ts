@@ -47,6 +47,8 @@ export interface TrainingSchedule {
   /** Weight of the orthogonality of loraA's rows and loraB's columns in the loss; 0: none. */
   readonly regulariser: number;
   readonly needsWeightGradient: boolean;
+  /** The rate it trains well at, unless the user gives another. */
+  readonly learningRate: number;
   /** Makes the parameters of every module. */
   init(modules: readonly TrainedModule[]): void;
   /** Before the optimizer's step; gradients include the regulariser's and are clipped. @param step from 1 */

@@ -1,0 +1,113 @@
+/** `pcomp adapt MODEL --text FILE --budget B`: flags -> recipe -> run -> report. */
+import { Command, Option } from 'commander';
+import { type AdaptOutcome, adapt } from '../src/adapt.ts';
+import { ADAPT_DEFAULTS, ADAPT_METHODS, ADAPT_PRESETS, type AdaptRequest, adaptRecipe } from '../src/adapt-recipe.ts';
+import { formatDuration } from '../src/calibration/progress.ts';
+import { formatSize } from '../src/size.ts';
+import { expandFiles } from './files.ts';
+import { CORES, deviceOption, jsonOption, quietOption } from './options.ts';
+import { createConsole } from './ui/console.ts';
+import { renderPairs, renderTable } from './ui/table.ts';
+
+interface Flags {
+  readonly output: string;
+  readonly overwrite?: boolean;
+  readonly resume?: boolean;
+  readonly dryRun?: boolean;
+  readonly json?: boolean;
+  readonly quiet?: boolean;
+  readonly [flag: string]: unknown;
+}
+
+const D = ADAPT_DEFAULTS;
+const NOT_RECIPE = new Set(['output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
+
+export function adaptCommand(signal: AbortSignal): Command {
+  return new Command('adapt')
+    .description('Train a low-rank adapter of a model on text, within a budget.')
+    .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote; it stays as it is')
+    .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
+    .requiredOption(
+      '--text <files...>',
+      'text to train on: .txt, .jsonl[:field], .csv[:column]; globs allowed; the last 5 % are held out',
+    )
+    .requiredOption('--budget <budget>', 'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25')
+    .addOption(new Option('--method <method>', `where ranks go (default: ${D.method})`).choices([...ADAPT_METHODS]))
+    .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
+    .requiredOption('--steps <steps>', 'steps of the optimizer')
+    .option('--targets <globs...>', 'layers to adapt, by name (default: all linear layers)')
+    .option('--lr <rate>', 'learning rate (default: the one of the method)')
+    .option('--alpha <alpha>', 'the update is multiplied by alpha / rank (default: a scale of the method)')
+    .option('--rslora', 'by alpha over the root of the rank')
+    .option('--batch <windows>', `windows of a step (default: ${D.batch})`)
+    .option('--sequence-length <tokens>', `tokens of a window, at most the model's context (default: ${D.sequenceLength})`)
+    .option(
+      '--patience <looks>',
+      'end after so many looks at held-out text without a better one; 20 looks in a run (default: never)',
+    )
+    .option('--pad-ranks', 'store all layers at the largest rank, for servers that know one')
+    .option('--seed <seed>', `seed of the start and of the order of the text (default: ${D.seed})`)
+    .addOption(deviceOption())
+    .option('--threads <count>', 'threads (default: all cores)')
+    .option('--max-memory <size>', `bound on kept weights and activations (default: ${formatSize(D.maxMemory)})`)
+    .option('--overwrite', 'replace an existing output')
+    .option('--resume', 'continue an interrupted run of the same recipe')
+    .option('--dry-run', 'print ranks and sizes, and stop')
+    .addOption(jsonOption())
+    .addOption(quietOption())
+    .action(async (model: string, flags: Flags) => {
+      const given = Object.fromEntries(Object.entries(flags).filter(([key]) => !NOT_RECIPE.has(key))) as AdaptRequest;
+      const recipe = adaptRecipe(given, CORES);
+      const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
+      try {
+        const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
+        const text = await expandFiles('--text', recipe.text);
+        const outcome = await adapt(model, flags.output, { ...recipe, text }, mode, console.hooks);
+        console.result(outcome, describe(outcome));
+      } finally {
+        console.close();
+      }
+    });
+}
+
+function describe(outcome: AdaptOutcome): string {
+  const { modules, parameters, budget, windows, run } = outcome;
+  const ranks = modules.map(({ rank }) => rank);
+  const mean = ranks.reduce((sum, rank) => sum + rank, 0) / ranks.length;
+  const pairs: [string, string][] = [
+    ['method', `${outcome.method} (${outcome.label})`],
+    [
+      'adapter',
+      `${parameters} parameters, rank ${Math.min(...ranks)} to ${Math.max(...ranks)}, ${mean.toFixed(2)} on average, in ${ranks.length} layers`,
+    ],
+    [
+      'budget',
+      `${budget.requested}: ${budget.spent} of ${Math.floor(budget.total)} ${budget.requested.startsWith('r=') ? 'ranks' : 'parameters'}`,
+    ],
+    ['text', `${windows.training} windows of ${windows.tokens} tokens, and ${windows.heldOut} held out`],
+  ];
+  if (run === undefined) return `${renderPairs(pairs)}\n\n${renderRanks(modules)}\n\nDry run: nothing was written.`;
+  const perplexity = (nll: number) => `${nll.toFixed(4)} nats a token (perplexity ${Math.exp(nll).toFixed(2)})`;
+  pairs.push(
+    ['held out, before', perplexity(run.heldOut.before)],
+    ['held out, best', `${perplexity(run.heldOut.best)} after step ${run.heldOut.bestStep}`],
+    ['time', `${formatDuration(run.seconds)} on ${run.device}`],
+    ['peak memory', formatSize(run.peakBytes)],
+  );
+  return `${renderPairs(pairs)}\n\n${renderRanks(modules)}\n\nWritten to ${run.output}`;
+}
+
+/** Ranks by block and layer: where the budget went. */
+function renderRanks(modules: AdaptOutcome['modules']): string {
+  const split = modules.map(({ name, rank }) => {
+    const match = /^(.*\.\d+)\.(.*)$/.exec(name);
+    return { block: match?.[1] ?? '', layer: match?.[2] ?? name, rank };
+  });
+  const layers = [...new Set(split.map(({ layer }) => layer))];
+  const blocks = [...new Set(split.map(({ block }) => block))];
+  const rows = blocks.map((block) => [
+    block,
+    ...layers.map((layer) => split.find((one) => one.block === block && one.layer === layer)?.rank ?? ''),
+  ]);
+  return renderTable(['rank', ...layers.map((layer) => layer.slice(layer.lastIndexOf('.') + 1))], rows);
+}

@@ -1,0 +1,190 @@
+/** Trains the adapters of a model: next-token loss on the gradient engine, AdamW, warm-up and cosine, the best held-out iterate kept. */
+
+import { batchOf, type TrainingText } from './adapt-text.ts';
+import { AdaptedWeights, pullBack } from './adapted-weights.ts';
+import { ModelGradient } from './calibration/model-gradient.ts';
+import { cosine } from './compute/optim/schedule.ts';
+import { TrainingError } from './errors.ts';
+import type { Forward } from './expert-teachers.ts';
+import { addOrthogonality } from './methods/rank/training/orthogonality.ts';
+import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
+import type { WeightReader } from './model/model.ts';
+import { NextTokenLoss } from './next-token-loss.ts';
+
+/** Tokens that run backward at once. */
+const BATCH_TOKENS = 2048;
+const WARM_UP = 0.03;
+const CLIP = 1;
+/** Looks at the held-out text in a run. */
+const LOOKS = 20;
+/** Steps in a row that may come to nothing. */
+const MOST_SKIPPED = 10;
+
+export interface TrainingRules {
+  readonly steps: number;
+  /** Windows of a step. */
+  readonly batch: number;
+  readonly learningRate: number;
+  /** Looks without a better one after which the run ends; 0: never. */
+  readonly patience: number;
+  readonly seed: number;
+  readonly keptBytes: number;
+}
+
+export interface Factors {
+  readonly rank: number;
+  readonly loraA: Float32Array;
+  readonly loraB: Float32Array;
+}
+
+/** What a stopped run needs to go on as if nothing had happened, besides the tensors. */
+export interface Progress {
+  step: number;
+  /** Nats per token of each step. */
+  losses: number[];
+  looks: { step: number; nll: number }[];
+  /** The best look at the final budget. */
+  best: { step: number; nll: number } | undefined;
+  skipped: number;
+}
+
+export class Trainer {
+  readonly modules: readonly TrainedModule[];
+  readonly schedule: TrainingSchedule;
+  readonly progress: Progress = { step: 0, losses: [], looks: [], best: undefined, skipped: 0 };
+  /** Factors at the best look. */
+  best: Map<string, Factors> | undefined;
+  readonly #forward: Forward;
+  readonly #text: TrainingText;
+  readonly #rules: TrainingRules;
+  readonly #weights: AdaptedWeights;
+  readonly #byName: ReadonlyMap<string, TrainedModule>;
+  #head: NextTokenLoss | undefined;
+  #skippedInARow = 0;
+
+  constructor(
+    forward: Forward,
+    base: WeightReader,
+    modules: readonly TrainedModule[],
+    schedule: TrainingSchedule,
+    text: TrainingText,
+    rules: TrainingRules,
+  ) {
+    this.#forward = forward;
+    this.modules = modules;
+    this.schedule = schedule;
+    this.#text = text;
+    this.#rules = rules;
+    this.#byName = new Map(modules.map((module) => [module.name, module]));
+    this.#weights = new AdaptedWeights({ base, modules: this.#byName, blas: forward.blas, keptBytes: rules.keptBytes });
+  }
+
+  get done(): boolean {
+    const { step, best, looks } = this.progress;
+    const { steps, patience } = this.#rules;
+    const since = best ? looks.filter((look) => look.step > best.step).length : 0;
+    return step >= steps || (patience > 0 && since >= patience);
+  }
+
+  /** Held-out nats per token as the model is now. */
+  async heldOut(): Promise<number> {
+    return this.#loss(this.#text.heldOut);
+  }
+
+  /** One step; looks at the held-out text when it is time. Throws TrainingError when numbers stay infinite. */
+  async step(): Promise<void> {
+    const { steps, batch, learningRate, seed } = this.#rules;
+    const { modules, schedule, progress } = this;
+    const t = progress.step + 1;
+    for (const { parameters } of modules) for (const { gradient } of parameters.values()) gradient.fill(0);
+    const loss = await this.#backward(batchOf(this.#text.training, t, batch, seed));
+    progress.losses.push(loss);
+    if (schedule.regulariser > 0) addOrthogonality(modules, schedule.regulariser);
+    if (Number.isFinite(loss) && clip(modules)) {
+      this.#skippedInARow = 0;
+      schedule.before(t, modules);
+      const warmUp = Math.ceil(WARM_UP * steps);
+      const usual = cosine(t - 1, steps, { warmUp });
+      for (const { parameters } of modules) {
+        for (const parameter of parameters.values()) {
+          parameter.update(t, learningRate * (schedule.rateFactor?.(t, parameter) ?? usual));
+        }
+      }
+      schedule.after(t, modules);
+    } else {
+      progress.skipped++;
+      if (++this.#skippedInARow >= MOST_SKIPPED) {
+        throw new TrainingError(`step ${t}: the loss or its gradient is not finite, ${MOST_SKIPPED} steps in a row; lower --lr`);
+      }
+    }
+    progress.step = t;
+    if (t % Math.max(1, Math.floor(steps / LOOKS)) === 0 || t === steps) await this.#look();
+  }
+
+  async #look(): Promise<void> {
+    const { progress, modules, schedule } = this;
+    const nll = await this.heldOut();
+    progress.looks.push({ step: progress.step, nll });
+    if (progress.step < schedule.finalFrom || (progress.best && progress.best.nll <= nll)) return;
+    progress.best = { step: progress.step, nll };
+    this.best = new Map(modules.map((module) => [module.name, schedule.factors(module)]));
+  }
+
+  /** Mean loss of the windows; leaves the gradients with the parameters. */
+  async #backward(windows: readonly Int32Array[]): Promise<number> {
+    const { model, engine, spool, path, blas, signal } = this.#forward;
+    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal });
+    const hidden = await pass.forward(this.#weights);
+    await using cotangent = spool.allocate(pass.tokenCount, model.shape.hiddenSize);
+    const loss = await this.#score(hidden, windows, cotangent);
+    await pass.backward(this.#weights, cotangent, async (_, gradients) => {
+      for (const [site, gradient] of gradients) {
+        const module = this.#byName.get(site.name);
+        if (!module) continue;
+        if (this.schedule.needsWeightGradient) module.weightGradient = gradient.slice();
+        await pullBack(module, gradient, blas);
+      }
+    });
+    return loss;
+  }
+
+  async #loss(windows: readonly Int32Array[]): Promise<number> {
+    const { model, engine, spool, path, signal } = this.#forward;
+    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal });
+    return await this.#score(await pass.forward(this.#weights), windows);
+  }
+
+  async #score(
+    hidden: Awaited<ReturnType<ModelGradient['forward']>>,
+    windows: readonly Int32Array[],
+    cotangent?: Parameters<NextTokenLoss['add']>[4],
+  ): Promise<number> {
+    const { model, engine } = this.#forward;
+    this.#head ??= await NextTokenLoss.open(model, engine, this.#weights);
+    const predicted = windows.reduce((sum, { length }) => sum + length - 1, 0);
+    let loss = 0;
+    let first = 0;
+    for (const window of windows) {
+      loss += await this.#head.add(hidden, first, window.subarray(1), 1 / predicted, cotangent);
+      first += window.length;
+    }
+    return loss;
+  }
+}
+
+/** Scales all gradients so that together they are at most `CLIP` long; false when they are not finite. */
+function clip(modules: readonly TrainedModule[]): boolean {
+  let square = 0;
+  for (const { parameters } of modules) {
+    for (const { gradient, frozen } of parameters.values()) {
+      for (let i = 0; i < gradient.length; i++) if (!frozen?.[i]) square += gradient[i] * gradient[i];
+    }
+  }
+  if (!Number.isFinite(square)) return false;
+  const factor = CLIP / (Math.sqrt(square) + 1e-6);
+  if (factor >= 1) return true;
+  for (const { parameters } of modules) {
+    for (const { gradient } of parameters.values()) for (let i = 0; i < gradient.length; i++) gradient[i] *= factor;
+  }
+  return true;
+}

@@ -1,0 +1,253 @@
+/** `adapt`: a low-rank adapter for a frozen model, float or quantized, trained on text within a budget. */
+import { createHash } from 'node:crypto';
+import { basename, resolve } from 'node:path';
+import { loadCheckpoint, saveCheckpoint } from './adapt-checkpoint.ts';
+import type { AdaptRecipe } from './adapt-recipe.ts';
+import { readTrainingText } from './adapt-text.ts';
+import { type Factors, Trainer } from './adapt-train.ts';
+import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
+import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
+import { OutputFolder } from './artifacts/output-folder.ts';
+import { writeAdapter } from './artifacts/peft.ts';
+import { Spool } from './calibration/state-store.ts';
+import { parseTextFile } from './calibration/text.ts';
+import { loadTokenizer } from './calibration/tokenizer.ts';
+import type { Device } from './compute/engine.ts';
+import { createEngine } from './compute/ort.ts';
+import { createBlas } from './compute/ort-blas.ts';
+import { RecipeError } from './errors.ts';
+import { spendable } from './methods/rank/rank-budget.ts';
+import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
+import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
+import type { Model } from './model/model.ts';
+import { matchModules } from './module-glob.ts';
+import { packageVersion } from './package-root.ts';
+import type { OutputMode } from './quantize.ts';
+import type { RunHooks } from './run.ts';
+
+/** What came of a run, or would come of it. */
+export interface AdaptOutcome {
+  readonly method: string;
+  /** What may be said of results: of the published method, of one with changes. */
+  readonly label: 'published' | 'published+changes';
+  readonly modules: readonly { readonly name: string; readonly rank: number; readonly scale: number }[];
+  readonly parameters: number;
+  readonly budget: { readonly requested: string; readonly total: number; readonly spent: number };
+  readonly windows: { readonly training: number; readonly heldOut: number; readonly tokens: number };
+  readonly learningRate: number;
+  readonly notes: readonly string[];
+  readonly run?: {
+    readonly output: string;
+    /** Held-out nats per token. */
+    readonly heldOut: { readonly before: number; readonly after: number; readonly best: number; readonly bestStep: number };
+    readonly losses: readonly number[];
+    readonly looks: readonly { readonly step: number; readonly nll: number }[];
+    readonly skippedSteps: number;
+    readonly seconds: number;
+    readonly peakBytes: number;
+    readonly device: Device;
+  };
+}
+
+/** Seconds between two checkpoints. */
+const CHECKPOINT_SECONDS = 60;
+
+/**
+ * Trains an adapter and writes it as a PEFT folder. Throws RecipeError for a request that cannot be met, FormatError for a broken input,
+ * TrainingError when numbers stay infinite; all checks come before the first step.
+ */
+export async function adapt(
+  path: string,
+  outputPath: string,
+  recipe: AdaptRecipe,
+  mode: OutputMode,
+  hooks: RunHooks = {},
+): Promise<AdaptOutcome> {
+  const started = performance.now();
+  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
+  const notes: string[] = [];
+  const note = (message: string): void => {
+    notes.push(message);
+    hooks.note?.(message);
+  };
+  const request = { path: outputPath, overwrite: mode.overwrite, resume: mode.resume };
+  if (!mode.dryRun)
+    await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
+  await using source = await openModelSource(path);
+  const { model } = source;
+  const modules = modulesOf(model, recipe.targets);
+  const budget = spendable(recipe.budget, modules);
+  const { steps, preset, seed, method } = recipe;
+  const schedule: TrainingSchedule = TRAINING_SCHEDULES[method]({ steps, budget, preset, seed, scale: scaleOf(recipe, modules) });
+  const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
+  const length = Math.min(recipe.sequenceLength, model.shape.contextLength);
+  const text = await readTrainingText(tokenizer, recipe.text, length, endOfText(source.config));
+  schedule.init(modules);
+  const learningRate = recipe.lr ?? schedule.learningRate;
+  const outcome = (): Omit<AdaptOutcome, 'run'> => {
+    const ranks = schedule.ranks(modules);
+    return {
+      method: `${method}, preset ${preset}`,
+      label: preset === 'paper' || method === 'uniform' ? 'published' : 'published+changes',
+      modules: modules.map(({ name, scale }) => ({ name, rank: ranks.get(name)!, scale })),
+      parameters: modules.reduce(
+        (sum, { name, outFeatures, inFeatures }) => sum + ranks.get(name)! * (outFeatures + inFeatures),
+        0,
+      ),
+      budget: {
+        requested: `${recipe.budget.kind}=${recipe.budget.amount}`,
+        total: budget.total,
+        spent: modules.reduce((sum, module) => sum + ranks.get(module.name)! * budget.cost(module), 0),
+      },
+      windows: { training: text.training.length, heldOut: text.heldOut.length, tokens: length },
+      learningRate,
+      notes,
+    };
+  };
+  if (mode.dryRun) return outcome();
+
+  const inputs = await hashInputs(source, recipe);
+  const recipeHash = createHash('sha256')
+    .update(JSON.stringify([portable(recipe), inputs, packageVersion()]))
+    .digest('hex');
+  await using output = await OutputFolder.open({ ...request, recipeHash });
+  await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
+  await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
+  const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
+  const rules = { steps, batch: recipe.batch, learningRate, patience: recipe.patience, seed, keptBytes: recipe.maxMemory / 2 };
+  const trainer = new Trainer(forward, source.weights, modules, schedule, text, rules);
+  const before = await trainer.heldOut();
+  if (output.resumed && (await loadCheckpoint(output.partsPath, trainer)))
+    note(`resuming after step ${trainer.progress.step} of ${steps}`);
+  await train(trainer, output, steps, hooks);
+
+  const best = trainer.best ?? new Map(modules.map((module) => [module.name, schedule.factors(module)]));
+  const { looks, losses, skipped } = trainer.progress;
+  const bestLook = trainer.progress.best ?? { step: 0, nll: before };
+  if (bestLook.nll >= before) note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
+  await writeAdapter(output.artifactPath, {
+    base: basename(resolve(path)),
+    modules: modules.map(({ name }) => ({ name, ...(recipe.padRanks ? padded(best, name) : best.get(name)!) })),
+    saved: [],
+    transposed: model.blocks.some(({ sites }) => sites.some(({ transposed }) => transposed)),
+  });
+  const made = outcome();
+  await writeJson(`${output.artifactPath}/pcomp.json`, {
+    format: 1,
+    command: 'adapt',
+    recipe: portable(recipe),
+    plan: {
+      method,
+      preset,
+      label: made.label,
+      budget: made.budget,
+      modules: Object.fromEntries(
+        modules.map((module) => {
+          const { name, outFeatures, inFeatures } = module;
+          const rank = best.get(name)!.rank;
+          return [name, { outFeatures, inFeatures, rank, cost: rank * budget.cost(module) }];
+        }),
+      ),
+      trace: schedule.trace,
+    },
+    seed,
+    device: engine.device,
+    versions: { pcomp: packageVersion() },
+    inputs,
+    outputs: await hashFolder(output.artifactPath),
+  });
+  const run = {
+    output: outputPath,
+    heldOut: { before, after: looks.at(-1)?.nll ?? before, best: bestLook.nll, bestStep: bestLook.step },
+    losses,
+    looks,
+    skippedSteps: skipped,
+    seconds: (performance.now() - started) / 1000,
+    peakBytes: process.resourceUsage().maxRSS * 1024,
+    device: engine.device,
+  };
+  await writeReport(output.artifactPath, { ...made, run });
+  await output.finalize();
+  return { ...made, run };
+}
+
+/** Steps until the end, with a checkpoint now and then, and one when the run is stopped. */
+async function train(trainer: Trainer, output: OutputFolder, steps: number, { progress, signal }: RunHooks): Promise<void> {
+  let saved = performance.now();
+  const save = async () => {
+    await output.keepForResume();
+    await saveCheckpoint(output.partsPath, trainer);
+    saved = performance.now();
+  };
+  while (!trainer.done) {
+    if (signal?.aborted && trainer.progress.step > 0) await save();
+    signal?.throwIfAborted();
+    const { step, losses } = trainer.progress;
+    progress?.({ phase: `step ${step + 1}, loss ${losses.at(-1)?.toFixed(3) ?? '-'}`, done: step, total: steps });
+    await trainer.step();
+    if (performance.now() - saved > CHECKPOINT_SECONDS * 1000) await save();
+  }
+}
+
+function modulesOf(model: Model, targets: readonly string[]): TrainedModule[] {
+  const sites = model.blocks.flatMap(({ index, sites: own }) => own.map((site) => ({ site, block: index })));
+  const wanted =
+    targets.length === 0
+      ? undefined
+      : matchModules(
+          '--targets',
+          targets,
+          sites.map(({ site }) => site.name),
+        );
+  return sites
+    .filter(({ site }) => wanted?.has(site.name) ?? true)
+    .map(({ site: { name, outFeatures, inFeatures }, block }) => ({
+      name,
+      block,
+      outFeatures,
+      inFeatures,
+      scale: 1,
+      rank: 0,
+      parameters: new Map(),
+    }));
+}
+
+/** alpha over the rank that the budget allows on average, or over its root. */
+function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly TrainedModule[]): number | undefined {
+  if (alpha === undefined) return undefined;
+  const { total, cost } = spendable(budget, modules);
+  const rank = Math.max(1, Math.floor(total / modules.reduce((sum, module) => sum + cost(module), 0)));
+  return alpha / (rslora ? Math.sqrt(rank) : rank);
+}
+
+function endOfText({ eos_token_id: id }: Readonly<Record<string, unknown>>): number | undefined {
+  const first: unknown = Array.isArray(id) ? id[0] : id;
+  return typeof first === 'number' ? first : undefined;
+}
+
+function padded(all: ReadonlyMap<string, Factors>, name: string): Factors {
+  const { rank, loraA, loraB } = all.get(name)!;
+  const most = Math.max(...[...all.values()].map((factors) => factors.rank));
+  if (rank === 0 || rank === most) return all.get(name)!;
+  const [n, m] = [loraA.length / rank, loraB.length / rank];
+  const a = new Float32Array(most * n);
+  a.set(loraA);
+  const b = new Float32Array(m * most);
+  for (let j = 0; j < m; j++) b.set(loraB.subarray(j * rank, (j + 1) * rank), j * most);
+  return { rank: most, loraA: a, loraB: b };
+}
+
+/** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
+function portable({ threads: _, maxMemory: __, device: ___, text, ...rest }: AdaptRecipe): Record<string, unknown> {
+  return { ...rest, text: text.map((file) => basename(file)) };
+}
+
+async function hashInputs({ files, configPath }: ModelSource, { text }: AdaptRecipe): Promise<Record<string, unknown>> {
+  const inputs: Record<string, unknown> = { 'model/config.json': await hashFile(configPath) };
+  for (const { path } of files) inputs[`model/${basename(path)}`] = await hashFile(path);
+  for (const [i, file] of text.entries()) {
+    const { path } = parseTextFile(file);
+    inputs[`text/${i}/${basename(path)}`] = await hashFile(path);
+  }
+  return inputs;
+}

@@ -1,0 +1,48 @@
+/** LoRA (Hu et al., arXiv 2106.09685): one rank for every layer, from the start to the end. */
+import { RecipeError } from '../../../errors.ts';
+import { uniformRank } from '../rank-budget.ts';
+import { kaimingUniform, place } from './initial.ts';
+import type { ScheduleOptions } from './options.ts';
+import type { TrainedModule, TrainingSchedule } from './schedule.ts';
+
+/** Scale is this over the root of the rank, unless it is given (adapters.md, section 7). */
+const SCALE = 32;
+
+export function lora({ budget, seed, scale }: ScheduleOptions): TrainingSchedule {
+  return {
+    form: 'lora',
+    regulariser: 0,
+    needsWeightGradient: false,
+    learningRate: 2e-4,
+    finalFrom: 0,
+    trace: [],
+    init(modules) {
+      const rank = uniformRank(budget, modules);
+      if (rank < 1) {
+        const needed = modules.reduce((sum, module) => sum + budget.cost(module), 0);
+        throw new RecipeError(
+          `--budget: allows ${budget.total}, and one rank of all ${modules.length} layers costs ${needed}; adapt fewer with --targets`,
+        );
+      }
+      for (const module of modules) {
+        const { name, outFeatures: m, inFeatures: n } = module;
+        module.rank = Math.min(rank, m, n);
+        module.scale = scale ?? SCALE / Math.sqrt(module.rank);
+        place(module, 'loraA', [module.rank, n], kaimingUniform(module.rank, n, seed, `${name} loraA`));
+        place(module, 'loraB', [m, module.rank], new Float32Array(m * module.rank));
+      }
+    },
+    before() {},
+    after() {},
+    ranks: (modules) => new Map(modules.map(({ name, rank }) => [name, rank])),
+    factors: loraFactors,
+    state: () => null,
+    restore() {},
+  };
+}
+
+/** A and s B. */
+export function loraFactors({ rank, scale, parameters }: TrainedModule) {
+  const [a, b] = ['loraA', 'loraB'].map((key) => parameters.get(key)!.values);
+  return { rank, loraA: a.slice(), loraB: b.map((value) => scale * value) };
+}
