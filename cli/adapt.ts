@@ -36,6 +36,7 @@ export function adaptCommand(signal: AbortSignal): Command {
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
     .requiredOption('--steps <steps>', 'steps of the optimizer')
     .option('--targets <globs...>', 'layers to adapt, by name (default: all linear layers)')
+    .option('--start-rank <rank>', 'rank of every layer before any is cut (default: 1.5 times the mean of the budget)')
     .option('--lr <rate>', 'learning rate (default: the one of the method)')
     .option('--alpha <alpha>', 'the update is multiplied by alpha / rank (default: a scale of the method)')
     .option('--rslora', 'by alpha over the root of the rank')

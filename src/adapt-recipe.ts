@@ -21,6 +21,8 @@ export interface AdaptRecipe {
   /** Scale is alpha over the rank, or over its root with `rslora`; absent: the method's own. */
   readonly alpha?: number;
   readonly rslora: boolean;
+  /** Rank of every layer before any is cut; absent: the method's own. */
+  readonly startRank?: number;
   /** Absent: the method's own. */
   readonly lr?: number;
   /** Windows of a step. */
@@ -54,7 +56,7 @@ export const ADAPT_DEFAULTS = {
 
 /** Validates a request. Throws RecipeError naming the flag, the rule and the value. */
 export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
-  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'steps', 'alpha', 'lr', 'threads']);
+  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'steps', 'alpha', 'startRank', 'lr', 'threads']);
   const unknown = Object.keys(request).filter((key) => !known.has(key));
   if (unknown.length > 0) throw new RecipeError(`${unknown.map(flag).join(', ')}: pcomp adapt has no such option`);
   const given = { ...ADAPT_DEFAULTS, threads: cores, ...dropUndefined(request) } as Record<string, unknown>;
@@ -76,6 +78,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     targets: list('targets', given['targets']),
     ...(given['alpha'] === undefined ? {} : { alpha: positive('alpha') }),
     rslora: boolean('rslora', given['rslora']),
+    ...(given['startRank'] === undefined ? {} : { startRank: integer('startRank', given['startRank'], 1, 65_536) }),
     ...(given['lr'] === undefined ? {} : { lr: positive('lr') }),
     batch: integer('batch', given['batch'], 1, 65_536),
     sequenceLength: integer('sequenceLength', given['sequenceLength'], 2, 1_048_576),
@@ -86,6 +89,8 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     threads: integer('threads', given['threads'], 1, 1024),
     maxMemory: bytes('maxMemory', given['maxMemory']),
   };
+  if (recipe.startRank !== undefined && recipe.method === 'uniform')
+    throw new RecipeError('--start-rank: uniform has one rank from start to end');
   if (recipe.rslora && recipe.alpha === undefined)
     throw new RecipeError('--rslora: goes with --alpha, which it divides by the root of the rank');
   return recipe;

@@ -91,7 +91,7 @@ export class Trainer {
     return this.#loss(this.#text.heldOut);
   }
 
-  /** One step; looks at the held-out text when it is time. Throws TrainingError when numbers stay infinite. */
+  /** One step, or none where the signal stops it; looks at the held-out text when it is time. Throws TrainingError when numbers stay infinite. */
   async step(): Promise<void> {
     const { steps, batch, learningRate, seed } = this.#rules;
     const { modules, schedule, progress } = this;
@@ -148,9 +148,10 @@ export class Trainer {
     return loss;
   }
 
+  /** Is not interrupted: a stopped run must not have stepped without having looked. */
   async #loss(windows: readonly Int32Array[]): Promise<number> {
-    const { model, engine, spool, path, signal } = this.#forward;
-    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal });
+    const { model, engine, spool, path } = this.#forward;
+    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS });
     return await this.#score(await pass.forward(this.#weights), windows);
   }
 

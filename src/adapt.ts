@@ -78,7 +78,14 @@ export async function adapt(
   const modules = modulesOf(model, recipe.targets);
   const budget = spendable(recipe.budget, modules);
   const { steps, preset, seed, method } = recipe;
-  const schedule: TrainingSchedule = TRAINING_SCHEDULES[method]({ steps, budget, preset, seed, scale: scaleOf(recipe, modules) });
+  const schedule: TrainingSchedule = TRAINING_SCHEDULES[method]({
+    steps,
+    budget,
+    preset,
+    seed,
+    scale: scaleOf(recipe, modules),
+    startRank: recipe.startRank,
+  });
   const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
   const length = Math.min(recipe.sequenceLength, model.shape.contextLength);
   const text = await readTrainingText(tokenizer, recipe.text, length, endOfText(source.config));
@@ -180,11 +187,16 @@ async function train(trainer: Trainer, output: OutputFolder, steps: number, { pr
     saved = performance.now();
   };
   while (!trainer.done) {
-    if (signal?.aborted && trainer.progress.step > 0) await save();
-    signal?.throwIfAborted();
     const { step, losses } = trainer.progress;
     progress?.({ phase: `step ${step + 1}, loss ${losses.at(-1)?.toFixed(3) ?? '-'}`, done: step, total: steps });
-    await trainer.step();
+    try {
+      signal?.throwIfAborted();
+      await trainer.step();
+    } catch (error) {
+      // Whatever stopped it, the step has changed nothing.
+      if (signal?.aborted && trainer.progress.step > 0) await save();
+      throw error;
+    }
     if (performance.now() - saved > CHECKPOINT_SECONDS * 1000) await save();
   }
 }

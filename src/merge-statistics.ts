@@ -8,7 +8,6 @@ import { Calibration } from './calibration/calibration.ts';
 import { ModelGradient } from './calibration/model-gradient.ts';
 import { Spool } from './calibration/state-store.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
-import type { NdArray } from './compute/engine.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { Random } from './compute/random.ts';
@@ -23,6 +22,7 @@ import { MergeWeights } from './merge-weights.ts';
 import type { Merger } from './methods/merge/merger.ts';
 import { createModel } from './model/architectures/index.ts';
 import type { Model, WeightReader } from './model/model.ts';
+import { NextTokenLoss } from './next-token-loss.ts';
 import { OutputHead } from './output-head.ts';
 import type { RunHooks } from './run.ts';
 
@@ -41,8 +41,6 @@ interface Place {
 }
 
 const NORMS = 'statistics.json';
-/** Logit of the token that is certain, among zeros: its softmax is a one, the others' are zeros in float32. */
-const CERTAIN = 1000;
 
 /** @param jobs of any schedule over the same inputs: where every tensor's parts are */
 export async function measureStatistics(
@@ -162,19 +160,19 @@ async function measureFisher({ forward, windows, weights, sink, progress }: Meas
   const sites = model.blocks.flatMap((block) => block.sites);
   const sums = new Map(sites.map((site) => [site.name, spool.allocate(site.outFeatures, site.inFeatures)]));
   const head = new OutputHead(model, weights, engine, blas);
+  const loss = await NextTokenLoss.open(model, engine, weights);
   for (const [i, window] of windows.entries()) {
     signal?.throwIfAborted();
     progress(i, windows.length);
     const rows = window.length;
     await using pass = new ModelGradient({ model, engine, path, spool, windows: [window], batchTokens: rows, signal });
-    const hidden = await (await pass.forward(weights)).read(0, rows);
-    const logits = await head.logits({ rows, columns: hiddenSize, data: hidden });
-    const teacher = new Float32Array(rows * vocabSize);
-    for (let row = 0; row < rows; row++) {
-      teacher[row * vocabSize + draw(logits.data.subarray(row * vocabSize, (row + 1) * vocabSize), random)] = CERTAIN;
-    }
+    const states = await pass.forward(weights);
+    const logits = await head.logits({ rows, columns: hiddenSize, data: await states.read(0, rows) });
+    const labels = Int32Array.from({ length: rows }, (_, row) =>
+      draw(logits.data.subarray(row * vocabSize, (row + 1) * vocabSize), random),
+    );
     await using cotangent = spool.allocate(rows, hiddenSize);
-    await cotangent.write(0, await headCotangent(forward, weights, hidden, teacher, rows));
+    await loss.add(states, 0, labels, 1, cotangent);
     await pass.backward(weights, cotangent, async (_, gradients) => {
       for (const [site, gradient] of gradients) {
         const store = sums.get(site.name)!;
@@ -192,31 +190,6 @@ async function measureFisher({ forward, windows, weights, sink, progress }: Meas
     await store[Symbol.asyncDispose]();
   }
   return Math.sqrt(square);
-}
-
-/** Derivative of `-sum log p(teacher's token)` by the hidden states, (rows, hiddenSize). */
-async function headCotangent(
-  { model, engine }: Forward,
-  weights: WeightReader,
-  hidden: Float32Array,
-  teacher: Float32Array,
-  rows: number,
-): Promise<Float32Array> {
-  const { hiddenSize, vocabSize } = model.shape;
-  const { model: graph, key, weights: norm } = model.headGradient(rows, 1);
-  const program = await engine.compile(graph, { key });
-  const feeds: Record<string, NdArray> = {
-    hidden: { dtype: 'F32', shape: [rows, hiddenSize], data: hidden },
-    head: { dtype: 'F32', shape: [vocabSize, hiddenSize], data: await weights.load(model.outputHead) },
-    teacher: { dtype: 'F32', shape: [rows, vocabSize], data: teacher },
-    weight: { dtype: 'F32', shape: [rows, 1], data: new Float32Array(rows).fill(1) },
-  };
-  for (const [input, name] of norm) {
-    const data = await weights.load(name);
-    feeds[input] = { dtype: 'F32', shape: [data.length], data };
-  }
-  const { hidden_cotangent: made } = await program.run(feeds, { outputs: ['hidden_cotangent'] });
-  return made.data as Float32Array;
 }
 
 /** A token drawn from the softmax of its logits. */

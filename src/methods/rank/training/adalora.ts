@@ -14,6 +14,7 @@ const REGULARISER = 0.1;
 /** Parts of the run before the first component goes, and after the last. */
 const WARM_UP = 0.1;
 const FINAL = 0.4;
+const LEAST_STEPS = 10;
 /** Cuts in a run. */
 const CUTS = 100;
 
@@ -38,8 +39,8 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
   const start = Math.floor(WARM_UP * steps);
   const end = steps - Math.floor(FINAL * steps);
   const interval = Math.max(1, Math.floor(steps / CUTS));
-  if (end <= start + 1)
-    throw new RecipeError(`--steps ${steps}: adalora needs at least 4, to cut ranks between its start and its end`);
+  if (steps < LEAST_STEPS)
+    throw new RecipeError(`--steps ${steps}: adalora needs at least ${LEAST_STEPS}, to cut ranks on its way`);
   const scores = new Map<string, Map<string, Sensitivity>>();
   /** Components that are switched off, by layer. */
   const masked = new Map<string, Set<number>>();
@@ -100,7 +101,7 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
       const mean = budget.total / modules.reduce((sum, module) => sum + budget.cost(module), 0);
       for (const module of modules) {
         const { name, outFeatures: m, inFeatures: n } = module;
-        const rank = Math.min(Math.ceil(START_RATIO * mean), m, n);
+        const rank = Math.min(options.startRank ?? Math.ceil(START_RATIO * mean), m, n);
         module.rank = rank;
         module.scale = options.scale ?? SCALE;
         place(module, 'loraA', [rank, n], normal(rank * n, SPREAD, seed, `${name} loraA`));
@@ -112,7 +113,7 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
       startCost = modules.reduce((sum, module) => sum + module.rank * budget.cost(module), 0);
       if (startCost < budget.total) {
         throw new RecipeError(
-          `--budget: allows ${budget.total}, and adalora starts with ${startCost} at most, the full rank of the layers; use a smaller one`,
+          `--budget: allows ${budget.total}, and adalora starts with ${startCost}, which it only cuts; use a smaller budget or a larger --start-rank`,
         );
       }
     },

@@ -6,6 +6,8 @@ export interface ScheduleOptions {
   readonly budget: SpendableBudget;
   readonly preset: 'best' | 'paper';
   readonly seed: number;
-  /** What the update is multiplied by; absent: the method's own. A number, or from the rank of a layer. */
+  /** What the update is multiplied by; absent: the method's own. */
   readonly scale?: number | undefined;
+  /** Rank of every layer at the start, for methods that cut ranks; absent: half as much again as stays on average. */
+  readonly startRank?: number | undefined;
 }

@@ -1,0 +1,176 @@
+/** `pcomp adapt` as a user runs it: the adapter is what was trained, whoever applies it, and a stopped run loses nothing. */
+import { copyFileSync, existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { adapt } from '../../src/adapt.ts';
+import { adaptRecipe } from '../../src/adapt-recipe.ts';
+import { saveCheckpoint } from '../support/checkpoint-folder.ts';
+import { readWeights } from '../support/merge-models.ts';
+import { runCli, runCliJson } from '../support/run-cli.ts';
+import { scratchFolder } from '../support/scratch-folder.ts';
+import { tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
+
+const SETUP_MS = 120_000;
+const fixture = (path: string) => fileURLToPath(new URL(`../../fixtures/lab/${path}`, import.meta.url));
+const scratch = scratchFolder();
+const cwd = scratch.path;
+const at = (...parts: string[]) => join(cwd, ...parts);
+const MODES = { overwrite: false, resume: false, dryRun: false } as const;
+
+beforeAll(async () => {
+  for (const [name, model] of [
+    ['base', tinyLlama('base', { vocab_size: 2048, max_position_embeddings: 64 })],
+    ['gpt2', tinyGpt2('gpt2', { vocab_size: 2048 })],
+  ] as const) {
+    await saveCheckpoint(at(name), model, 1e9);
+    for (const file of ['tokenizer.json', 'tokenizer_config.json']) copyFileSync(fixture(`base/${file}`), at(name, file));
+  }
+  writeFileSync(at('text.txt'), readFileSync(fixture('text/python.train.txt'), 'utf8').slice(0, 12_000));
+}, SETUP_MS);
+
+interface Outcome {
+  readonly modules: readonly { readonly name: string; readonly rank: number }[];
+  readonly parameters: number;
+  readonly budget: { readonly total: number; readonly spent: number };
+  readonly run: {
+    readonly heldOut: { readonly before: number; readonly best: number };
+    readonly losses: readonly number[];
+    readonly looks: readonly { readonly step: number; readonly nll: number }[];
+  };
+}
+
+const QUICK = ['--text', 'text.txt', '--sequence-length', '32', '--batch', '4', '--lr', '5e-3'];
+const run = (output: string, ...args: string[]) =>
+  runCliJson<Outcome>(['adapt', 'base', '-o', output, '--quiet', ...QUICK, ...args], { cwd });
+const requestOf = (more: object) =>
+  adaptRecipe({ text: [at('text.txt')], sequenceLength: 32, batch: 4, lr: 5e-3, budget: 'r=2', ...more }, 2);
+
+describe.each([['uniform'], ['adalora']])('--method %s', (method) => {
+  it('lowers the loss on text it has not seen, within the budget', async () => {
+    const {
+      budget,
+      parameters,
+      modules,
+      run: made,
+    } = await run(`${method}`, '--method', method, '--budget', 'params=1.5k', '--steps', '40');
+    expect(made.heldOut.best).toBeLessThan(made.heldOut.before - 0.03);
+    expect(budget.spent).toBeLessThanOrEqual(1500);
+    expect(parameters).toBe(budget.spent);
+    expect(modules.some(({ rank }) => rank > 0)).toBe(true);
+    // The update is nothing at the start.
+    expect(made.losses[0]).toBeGreaterThan(made.heldOut.before - 0.5);
+  });
+
+  it('writes what was trained: merged into the base, the loss is the one that was measured', async () => {
+    const { run: made } = await run(`${method}-last`, '--method', method, '--budget', 'r=2', '--steps', '40');
+    const merged = await runCli(
+      ['merge', `${method}-last`, '--base', 'base', '--method', 'task-arithmetic', '-o', `${method}-merged`, '--quiet'],
+      { cwd },
+    );
+    expect(merged).toMatchObject({ code: 0 });
+    // The text that was held out, as the run cuts it, is evaluated by running zero-rate steps on the merged model.
+    const again = await adapt(at(`${method}-merged`), at(`${method}-again`), requestOf({ steps: 1, lr: 1e-12 }), MODES);
+    expect(Math.abs(again.run!.heldOut.before - made.heldOut.best)).toBeLessThan(1e-4);
+  });
+});
+
+describe('a run that is stopped', () => {
+  it('goes on to the same bytes', async () => {
+    const recipe = requestOf({ steps: 24, method: 'adalora' });
+    await adapt(at('base'), at('whole'), recipe, MODES);
+    const abort = new AbortController();
+    let seen = 0;
+    const progress = ({ phase }: { phase: string }) => {
+      if (phase.startsWith('step') && ++seen === 14) abort.abort(new Error('stopped'));
+    };
+    await expect(adapt(at('base'), at('stopped'), recipe, MODES, { signal: abort.signal, progress })).rejects.toThrow('stopped');
+    expect(existsSync(at('stopped'))).toBe(false);
+    const resumed: string[] = [];
+    await adapt(at('base'), at('stopped'), recipe, { ...MODES, resume: true }, { note: (note) => resumed.push(note) });
+    expect(resumed.join()).toMatch(/resuming after step 1[34] of 24/);
+    for (const file of ['adapter_model.safetensors', 'pcomp.json']) {
+      expect(readFileSync(at('stopped', file)).equals(readFileSync(at('whole', file))), file).toBe(true);
+    }
+  });
+});
+
+describe('the adapter', () => {
+  it('has one rank for all layers with --pad-ranks, and the same update', async () => {
+    await run('plain', '--method', 'adalora', '--budget', 'r=2', '--steps', '20');
+    await run('padded', '--method', 'adalora', '--budget', 'r=2', '--steps', '20', '--pad-ranks');
+    const config = JSON.parse(readFileSync(at('padded', 'adapter_config.json'), 'utf8')) as {
+      r: number;
+      rank_pattern: Record<string, number>;
+    };
+    expect(new Set(Object.values(config.rank_pattern))).toEqual(new Set([config.r]));
+    for (const name of ['plain', 'padded']) {
+      await runCli(['merge', name, '--base', 'base', '--method', 'task-arithmetic', '-o', `${name}-merged`, '--quiet'], { cwd });
+    }
+    const [one, two] = [await readWeights(at('plain-merged')), await readWeights(at('padded-merged'))];
+    for (const [name, { values }] of one) expect(two.get(name)!.values).toEqual(values);
+  });
+
+  it('of a model whose layers are stored (in, out) is applied the same way', async () => {
+    const { run: made } = await runCliJson<Outcome>(
+      ['adapt', 'gpt2', '-o', 'gpt2-adapter', '--quiet', ...QUICK, '--budget', 'r=2', '--steps', '20'],
+      { cwd },
+    );
+    await runCli(['merge', 'gpt2-adapter', '--base', 'gpt2', '--method', 'task-arithmetic', '-o', 'gpt2-merged', '--quiet'], {
+      cwd,
+    });
+    const again = await adapt(at('gpt2-merged'), at('gpt2-again'), requestOf({ steps: 1, lr: 1e-12 }), MODES);
+    expect(Math.abs(again.run!.heldOut.before - made.heldOut.best)).toBeLessThan(1e-4);
+  });
+
+  it('of a quantized model leaves it as it is and learns beside it', async () => {
+    expect(
+      await runCli(['quantize', 'base', '--bits', '2', '--method', 'rtn', '--group-size', '32', '-o', 'two-bits', '--quiet'], {
+        cwd,
+      }),
+    ).toMatchObject({ code: 0 });
+    const before = readFileSync(at('two-bits', 'pcomp.json'));
+    const { run: made } = await runCliJson<Outcome>(
+      ['adapt', 'two-bits', '-o', 'repaired', '--quiet', ...QUICK, '--budget', 'r=4', '--steps', '40'],
+      { cwd },
+    );
+    expect(made.heldOut.best).toBeLessThan(made.heldOut.before - 0.03);
+    expect(readFileSync(at('two-bits', 'pcomp.json')).equals(before)).toBe(true);
+  });
+
+  it('adapts the layers that are named, and only those', async () => {
+    const { modules } = await run('targets', '--budget', 'r=2', '--steps', '2', '--targets', '*.q_proj', '*.v_proj');
+    expect(modules.map(({ name }) => name.split('.').at(-1))).toEqual(['q_proj', 'v_proj', 'q_proj', 'v_proj']);
+  });
+});
+
+describe('what cannot be done', () => {
+  it.each([
+    [['--budget', 'params=10', '--steps', '5'], /is 10 parameters, and one rank takes at least/],
+    [['--budget', 'r=0.5', '--steps', '5'], /one rank of all 14 layers costs 14/],
+    [['--budget', 'x', '--steps', '5'], /--budget x: one of r=16/],
+    [['--budget', 'r=2', '--steps', '0'], /--steps 0: must be within/],
+    [['--budget', 'r=2', '--steps', '2', '--rslora'], /--rslora: goes with --alpha/],
+    [['--budget', 'r=2', '--steps', '2', '--targets', 'nothing'], /--targets nothing: matches none of the 14 modules/],
+    [['--budget', 'r=2', '--steps', '2', '--lr', '-1'], /--lr -1: must be above 0/],
+    [['--budget', 'r=2', '--steps', '2', '--start-rank', '3'], /--start-rank: uniform has one rank/],
+    [['--budget', 'r=2', '--steps', '2', '--method', 'adalora'], /adalora needs at least 10/],
+  ])('%j is refused in one line, and nothing is written', async (args, message) => {
+    const { code, stderr } = await runCli(['adapt', 'base', '-o', 'refused', '--quiet', ...QUICK, ...args], { cwd });
+    expect(stderr).toMatch(message);
+    expect(stderr.trim().split('\n')).toHaveLength(1);
+    expect(code).toBe(2);
+    expect(existsSync(at('refused')) || existsSync(at('refused.partial'))).toBe(false);
+  });
+
+  it('an existing output is not touched, and a dry run writes nothing', async () => {
+    writeFileSync(at('taken'), 'mine');
+    const args = ['adapt', 'base', '--quiet', ...QUICK, '--budget', 'r=2', '--steps', '2'];
+    expect((await runCli([...args, '-o', 'taken'], { cwd })).code).toBe(2);
+    expect(readFileSync(at('taken'), 'utf8')).toBe('mine');
+    const { stdout, code } = await runCli([...args, '-o', 'dry', '--dry-run'], { cwd });
+    expect(code).toBe(0);
+    expect(stdout).toContain('Dry run: nothing was written.');
+    expect(existsSync(at('dry'))).toBe(false);
+  });
+});
