@@ -1,7 +1,14 @@
 /** `pcomp adapt MODEL --text FILE --budget B`: flags -> recipe -> run -> report. */
 import { Command, Option } from 'commander';
 import { type AdaptOutcome, adapt } from '../src/adapt.ts';
-import { ADAPT_DEFAULTS, ADAPT_METHODS, ADAPT_PRESETS, type AdaptRequest, adaptRecipe } from '../src/adapt-recipe.ts';
+import {
+  ADAPT_DEFAULTS,
+  ADAPT_INITS,
+  ADAPT_METHODS,
+  ADAPT_PRESETS,
+  type AdaptRequest,
+  adaptRecipe,
+} from '../src/adapt-recipe.ts';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { formatSize } from '../src/size.ts';
 import { expandFiles } from './files.ts';
@@ -34,11 +41,12 @@ export function adaptCommand(signal: AbortSignal): Command {
     .requiredOption('--budget <budget>', 'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25')
     .addOption(new Option('--method <method>', `where ranks go (default: ${D.method})`).choices([...ADAPT_METHODS]))
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
-    .requiredOption('--steps <steps>', 'steps of the optimizer')
+    .option('--steps <steps>', 'steps of the optimizer; 0: ranks and first factors only, to train elsewhere (default: 0)')
     .option('--targets <globs...>', 'layers to adapt, by name (default: all linear layers)')
     .option('--start-rank <rank>', 'rank of every layer before any is cut (default: 1.5 times the mean of the budget)')
     .option('--lr <rate>', 'learning rate (default: the one of the method)')
     .option('--alpha <alpha>', 'the update is multiplied by alpha / rank (default: a scale of the method)')
+    .addOption(new Option('--init <init>', `what A starts as (default: ${D.init}; method eva: eva)`).choices([...ADAPT_INITS]))
     .option('--rslora', 'by alpha over the root of the rank')
     .option('--batch <windows>', `windows of a step (default: ${D.batch})`)
     .option('--sequence-length <tokens>', `tokens of a window, at most the model's context (default: ${D.sequenceLength})`)
@@ -91,7 +99,9 @@ function describe(outcome: AdaptOutcome): string {
   const perplexity = (nll: number) => `${nll.toFixed(4)} nats a token (perplexity ${Math.exp(nll).toFixed(2)})`;
   pairs.push(
     ['held out, before', perplexity(run.heldOut.before)],
-    ['held out, best', `${perplexity(run.heldOut.best)} after step ${run.heldOut.bestStep}`],
+    ...(run.losses.length === 0
+      ? []
+      : [['held out, best', `${perplexity(run.heldOut.best)} after step ${run.heldOut.bestStep}`] as [string, string]]),
     ['time', `${formatDuration(run.seconds)} on ${run.device}`],
     ['peak memory', formatSize(run.peakBytes)],
   );

@@ -7,6 +7,7 @@ import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, text
 import { parseSize } from './size.ts';
 
 export const ADAPT_PRESETS = ['best', 'paper'] as const;
+export const ADAPT_INITS = ['kaiming', 'eva'] as const;
 export const ADAPT_METHODS = Object.keys(TRAINING_SCHEDULES) as (keyof typeof TRAINING_SCHEDULES)[];
 
 /** A validated request to adapt. Everything but threads, memory and device decides the output's bytes. */
@@ -21,6 +22,8 @@ export interface AdaptRecipe {
   /** Scale is alpha over the rank, or over its root with `rslora`; absent: the method's own. */
   readonly alpha?: number;
   readonly rslora: boolean;
+  /** What A starts as: random, or the principal directions of what enters the layer. */
+  readonly init: (typeof ADAPT_INITS)[number];
   /** Rank of every layer before any is cut; absent: the method's own. */
   readonly startRank?: number;
   /** Absent: the method's own. */
@@ -42,6 +45,8 @@ export type AdaptRequest = { readonly [K in keyof AdaptRecipe]?: unknown };
 
 export const ADAPT_DEFAULTS = {
   method: 'uniform',
+  steps: 0,
+  init: 'kaiming',
   preset: 'best',
   targets: [],
   rslora: false,
@@ -56,14 +61,13 @@ export const ADAPT_DEFAULTS = {
 
 /** Validates a request. Throws RecipeError naming the flag, the rule and the value. */
 export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
-  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'steps', 'alpha', 'startRank', 'lr', 'threads']);
+  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'alpha', 'startRank', 'lr', 'threads']);
   const unknown = Object.keys(request).filter((key) => !known.has(key));
   if (unknown.length > 0) throw new RecipeError(`${unknown.map(flag).join(', ')}: pcomp adapt has no such option`);
   const given = { ...ADAPT_DEFAULTS, threads: cores, ...dropUndefined(request) } as Record<string, unknown>;
   if (given['budget'] === undefined)
     throw new RecipeError('--budget: what the adapter may cost is needed, such as r=8 or pct=0.5%');
   if (given['text'] === undefined) throw new RecipeError('--text: files to train on are needed');
-  if (given['steps'] === undefined) throw new RecipeError('--steps: how many steps to train is needed, such as 300');
   const positive = (key: string) => {
     const value = number(key, given[key]);
     if (!(value > 0)) throw new RecipeError(`${flag(key)} ${value}: must be above 0`);
@@ -74,10 +78,11 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     budget: parseRankBudget(text('budget', given['budget']), parseSize),
     method: oneOf('method', given['method'], ADAPT_METHODS),
     preset: oneOf('preset', given['preset'], ADAPT_PRESETS),
-    steps: integer('steps', given['steps'], 1, 10_000_000),
+    steps: integer('steps', given['steps'], 0, 10_000_000),
     targets: list('targets', given['targets']),
     ...(given['alpha'] === undefined ? {} : { alpha: positive('alpha') }),
     rslora: boolean('rslora', given['rslora']),
+    init: oneOf('init', given['init'], ADAPT_INITS),
     ...(given['startRank'] === undefined ? {} : { startRank: integer('startRank', given['startRank'], 1, 65_536) }),
     ...(given['lr'] === undefined ? {} : { lr: positive('lr') }),
     batch: integer('batch', given['batch'], 1, 65_536),
@@ -89,8 +94,10 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     threads: integer('threads', given['threads'], 1, 1024),
     maxMemory: bytes('maxMemory', given['maxMemory']),
   };
-  if (recipe.startRank !== undefined && recipe.method === 'uniform')
-    throw new RecipeError('--start-rank: uniform has one rank from start to end');
+  if (recipe.startRank !== undefined && recipe.method !== 'adalora')
+    throw new RecipeError(`--start-rank: ${recipe.method} has the same ranks from start to end`);
+  if (recipe.init === 'eva' && recipe.method === 'adalora')
+    throw new RecipeError('--init eva: adalora starts from small random factors');
   if (recipe.rslora && recipe.alpha === undefined)
     throw new RecipeError('--rslora: goes with --alpha, which it divides by the root of the rank');
   return recipe;

@@ -13,6 +13,7 @@ export interface TrainingText {
 
 /** Part of the windows that is held out; at least one. */
 const HELD_OUT = 0.05;
+const SURVEY_WINDOWS = 128;
 
 /** Throws RecipeError for less than two windows of text. */
 export async function readTrainingText(
@@ -33,6 +34,12 @@ export async function readTrainingText(
   if (windows.length - spare < 1)
     throw new RecipeError(`--text ${files.join(' ')}: one window of ${length} tokens; two are needed`);
   return { training: windows.slice(0, windows.length - spare), heldOut: windows.slice(windows.length - spare) };
+}
+
+/** Windows that are enough to measure what enters a layer, evenly over the text. */
+export function surveyWindows(training: readonly Int32Array[]): readonly Int32Array[] {
+  const count = Math.min(training.length, SURVEY_WINDOWS);
+  return Array.from({ length: count }, (_, i) => training[Math.floor((i * training.length) / count)]);
 }
 
 /** The windows of step `t`, counted from 1: all are seen once, in an order of its own, before any is seen again. */

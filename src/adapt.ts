@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto';
 import { basename, resolve } from 'node:path';
 import { loadCheckpoint, saveCheckpoint } from './adapt-checkpoint.ts';
 import type { AdaptRecipe } from './adapt-recipe.ts';
+import { surveyDirections } from './adapt-survey.ts';
 import { readTrainingText } from './adapt-text.ts';
 import { type Factors, Trainer } from './adapt-train.ts';
 import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
@@ -16,8 +17,10 @@ import type { Device } from './compute/engine.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
-import { spendable } from './methods/rank/rank-budget.ts';
+import { type Directions, evaRanks } from './methods/rank/eva.ts';
+import { type SpendableBudget, spendable, uniformRank } from './methods/rank/rank-budget.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
+import type { AdapterStart } from './methods/rank/training/options.ts';
 import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
 import type { Model } from './model/model.ts';
 import { matchModules } from './module-glob.ts';
@@ -78,6 +81,16 @@ export async function adapt(
   const modules = modulesOf(model, recipe.targets);
   const budget = spendable(recipe.budget, modules);
   const { steps, preset, seed, method } = recipe;
+  const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
+  const length = Math.min(recipe.sequenceLength, model.shape.contextLength);
+  const text = await readTrainingText(tokenizer, recipe.text, length, endOfText(source.config));
+  await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
+  await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
+  const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
+  const surveys = method === 'eva' || recipe.init === 'eva';
+  const directions = surveys
+    ? await surveyDirections(forward, source.weights, modules, budget, text.training, hooks.progress)
+    : undefined;
   const schedule: TrainingSchedule = TRAINING_SCHEDULES[method]({
     steps,
     budget,
@@ -85,17 +98,15 @@ export async function adapt(
     seed,
     scale: scaleOf(recipe, modules),
     startRank: recipe.startRank,
+    start: directions && startOf(recipe, modules, budget, directions),
   });
-  const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
-  const length = Math.min(recipe.sequenceLength, model.shape.contextLength);
-  const text = await readTrainingText(tokenizer, recipe.text, length, endOfText(source.config));
   schedule.init(modules);
   const learningRate = recipe.lr ?? schedule.learningRate;
   const outcome = (): Omit<AdaptOutcome, 'run'> => {
     const ranks = schedule.ranks(modules);
     return {
       method: `${method}, preset ${preset}`,
-      label: preset === 'paper' || method === 'uniform' ? 'published' : 'published+changes',
+      label: preset === 'paper' || method !== 'adalora' ? 'published' : 'published+changes',
       modules: modules.map(({ name, scale }) => ({ name, rank: ranks.get(name)!, scale })),
       parameters: modules.reduce(
         (sum, { name, outFeatures, inFeatures }) => sum + ranks.get(name)! * (outFeatures + inFeatures),
@@ -118,9 +129,6 @@ export async function adapt(
     .update(JSON.stringify([portable(recipe), inputs, packageVersion()]))
     .digest('hex');
   await using output = await OutputFolder.open({ ...request, recipeHash });
-  await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
-  await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
-  const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
   const rules = { steps, batch: recipe.batch, learningRate, patience: recipe.patience, seed, keptBytes: recipe.maxMemory / 2 };
   const trainer = new Trainer(forward, source.weights, modules, schedule, text, rules);
   const before = await trainer.heldOut();
@@ -131,7 +139,9 @@ export async function adapt(
   const best = trainer.best ?? new Map(modules.map((module) => [module.name, schedule.factors(module)]));
   const { looks, losses, skipped } = trainer.progress;
   const bestLook = trainer.progress.best ?? { step: 0, nll: before };
-  if (bestLook.nll >= before) note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
+  if (steps === 0) note('nothing was trained: the adapter changes nothing until it is');
+  else if (bestLook.nll >= before)
+    note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
   await writeAdapter(output.artifactPath, {
     base: basename(resolve(path)),
     modules: modules.map(({ name }) => ({ name, ...(recipe.padRanks ? padded(best, name) : best.get(name)!) })),
@@ -222,6 +232,28 @@ function modulesOf(model: Model, targets: readonly string[]): TrainedModule[] {
       rank: 0,
       parameters: new Map(),
     }));
+}
+
+/** EVA's ranks and factors, or one rank for all with EVA's factors. */
+function startOf(
+  { method, preset, init }: AdaptRecipe,
+  modules: readonly TrainedModule[],
+  budget: SpendableBudget,
+  found: ReadonlyMap<string, Directions>,
+): AdapterStart {
+  const rank = uniformRank(budget, modules);
+  const layers = modules.map((module) => ({ ...module, ratios: found.get(module.name)!.ratios }));
+  const ranks = method === 'eva' ? evaRanks(layers, budget, preset) : new Map(modules.map(({ name }) => [name, rank]));
+  if (init !== 'eva' && method !== 'eva') return { ranks };
+  // A layer may have fewer directions than ranks: the rest of it stays at nothing, and learns.
+  const loraA = (name: string, own: number): Float32Array => {
+    const { directions, ratios } = found.get(name)!;
+    const n = directions.length / Math.max(1, ratios.length);
+    const rows = new Float32Array(own * n);
+    rows.set(directions.subarray(0, Math.min(own, ratios.length) * n));
+    return rows;
+  };
+  return { ranks, loraA };
 }
 
 /** alpha over the rank that the budget allows on average, or over its root. */

@@ -46,7 +46,7 @@ const run = (output: string, ...args: string[]) =>
 const requestOf = (more: object) =>
   adaptRecipe({ text: [at('text.txt')], sequenceLength: 32, batch: 4, lr: 5e-3, budget: 'r=2', ...more }, 2);
 
-describe.each([['uniform'], ['adalora']])('--method %s', (method) => {
+describe.each([['uniform'], ['eva'], ['adalora']])('--method %s', (method) => {
   it('lowers the loss on text it has not seen, within the budget', async () => {
     const {
       budget,
@@ -138,6 +138,26 @@ describe('the adapter', () => {
     expect(readFileSync(at('two-bits', 'pcomp.json')).equals(before)).toBe(true);
   });
 
+  it('without steps changes nothing, and has its ranks where few directions explain the input', async () => {
+    const { run: made, modules } = await run('start', '--budget', 'r=2', '--method', 'eva');
+    expect(made.losses).toEqual([]);
+    const ranks = modules.map(({ rank }) => rank);
+    expect(ranks.reduce((sum, rank) => sum + rank, 0)).toBe(28);
+    expect(new Set(ranks).size).toBeGreaterThan(1);
+    const adapter = await readWeights(at('start', 'adapter_model.safetensors'));
+    const a = [...adapter].filter(([name]) => name.includes('lora_A'));
+    for (const [, { shape, values }] of a) {
+      // Principal directions: rows of length 1, at right angles.
+      const [rank, n] = shape;
+      const product = (i: number, j: number) =>
+        values.subarray(i * n, (i + 1) * n).reduce((sum, x, k) => sum + x * values[j * n + k], 0);
+      for (let i = 0; i < rank; i++)
+        for (let j = 0; j <= i; j++) expect(Math.abs(product(i, j) - (i === j ? 1 : 0))).toBeLessThan(1e-4);
+    }
+    for (const [name, { values }] of adapter)
+      if (name.includes('lora_B')) expect(values.every((value) => value === 0)).toBe(true);
+  });
+
   it('adapts the layers that are named, and only those', async () => {
     const { modules } = await run('targets', '--budget', 'r=2', '--steps', '2', '--targets', '*.q_proj', '*.v_proj');
     expect(modules.map(({ name }) => name.split('.').at(-1))).toEqual(['q_proj', 'v_proj', 'q_proj', 'v_proj']);
@@ -149,11 +169,11 @@ describe('what cannot be done', () => {
     [['--budget', 'params=10', '--steps', '5'], /is 10 parameters, and one rank takes at least/],
     [['--budget', 'r=0.5', '--steps', '5'], /one rank of all 14 layers costs 14/],
     [['--budget', 'x', '--steps', '5'], /--budget x: one of r=16/],
-    [['--budget', 'r=2', '--steps', '0'], /--steps 0: must be within/],
+    [['--budget', 'r=2', '--steps', '-1'], /--steps -1: must be within/],
     [['--budget', 'r=2', '--steps', '2', '--rslora'], /--rslora: goes with --alpha/],
     [['--budget', 'r=2', '--steps', '2', '--targets', 'nothing'], /--targets nothing: matches none of the 14 modules/],
     [['--budget', 'r=2', '--steps', '2', '--lr', '-1'], /--lr -1: must be above 0/],
-    [['--budget', 'r=2', '--steps', '2', '--start-rank', '3'], /--start-rank: uniform has one rank/],
+    [['--budget', 'r=2', '--steps', '2', '--start-rank', '3'], /--start-rank: uniform has the same ranks/],
     [['--budget', 'r=2', '--steps', '2', '--method', 'adalora'], /adalora needs at least 10/],
   ])('%j is refused in one line, and nothing is written', async (args, message) => {
     const { code, stderr } = await runCli(['adapt', 'base', '-o', 'refused', '--quiet', ...QUICK, ...args], { cwd });

@@ -4,7 +4,7 @@ import { lora } from './lora.ts';
 import type { ScheduleOptions } from './options.ts';
 import type { TrainingSchedule } from './schedule.ts';
 
-export const TRAINING_SCHEDULES = { uniform: lora, adalora } as const satisfies Record<
+export const TRAINING_SCHEDULES = { uniform: lora, eva: lora, adalora } as const satisfies Record<
   string,
   (options: ScheduleOptions) => TrainingSchedule
 >;

@@ -1,4 +1,4 @@
-/** LoRA (Hu et al., arXiv 2106.09685): one rank for every layer, from the start to the end. */
+/** LoRA (Hu et al., arXiv 2106.09685): ranks stay as they are given, one for every layer unless something else was found. */
 import { RecipeError } from '../../../errors.ts';
 import { uniformRank } from '../rank-budget.ts';
 import { kaimingUniform, place } from './initial.ts';
@@ -8,7 +8,7 @@ import type { TrainedModule, TrainingSchedule } from './schedule.ts';
 /** Scale is this over the root of the rank, unless it is given (adapters.md, section 7). */
 const SCALE = 32;
 
-export function lora({ budget, seed, scale }: ScheduleOptions): TrainingSchedule {
+export function lora({ budget, seed, scale, start }: ScheduleOptions): TrainingSchedule {
   return {
     form: 'lora',
     regulariser: 0,
@@ -18,7 +18,7 @@ export function lora({ budget, seed, scale }: ScheduleOptions): TrainingSchedule
     trace: [],
     init(modules) {
       const rank = uniformRank(budget, modules);
-      if (rank < 1) {
+      if (rank < 1 && !start) {
         const needed = modules.reduce((sum, module) => sum + budget.cost(module), 0);
         throw new RecipeError(
           `--budget: allows ${budget.total}, and one rank of all ${modules.length} layers costs ${needed}; adapt fewer with --targets`,
@@ -26,9 +26,10 @@ export function lora({ budget, seed, scale }: ScheduleOptions): TrainingSchedule
       }
       for (const module of modules) {
         const { name, outFeatures: m, inFeatures: n } = module;
-        module.rank = Math.min(rank, m, n);
-        module.scale = scale ?? SCALE / Math.sqrt(module.rank);
-        place(module, 'loraA', [module.rank, n], kaimingUniform(module.rank, n, seed, `${name} loraA`));
+        module.rank = Math.min(start?.ranks.get(name) ?? rank, m, n);
+        module.scale = scale ?? SCALE / Math.sqrt(Math.max(1, rank));
+        const loraA = start?.loraA?.(name, module.rank) ?? kaimingUniform(module.rank, n, seed, `${name} loraA`);
+        place(module, 'loraA', [module.rank, n], loraA);
         place(module, 'loraB', [m, module.rank], new Float32Array(m * module.rank));
       }
     },

@@ -1,6 +1,14 @@
 /** What every training method is told. */
 import type { SpendableBudget } from '../rank-budget.ts';
 
+/** What a training without cuts begins with. */
+export interface AdapterStart {
+  /** By layer. */
+  readonly ranks: ReadonlyMap<string, number>;
+  /** (rank, inFeatures); absent: random. */
+  loraA?(name: string, rank: number): Float32Array;
+}
+
 export interface ScheduleOptions {
   readonly steps: number;
   readonly budget: SpendableBudget;
@@ -10,4 +18,6 @@ export interface ScheduleOptions {
   readonly scale?: number | undefined;
   /** Rank of every layer at the start, for methods that cut ranks; absent: half as much again as stays on average. */
   readonly startRank?: number | undefined;
+  /** Ranks and first factors that were found on text; absent: one rank for all, from random factors. */
+  readonly start?: AdapterStart | undefined;
 }
