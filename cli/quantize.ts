@@ -53,6 +53,7 @@ export function quantizeCommand(signal: AbortSignal): Command {
     .option('--bpw <bits>', 'budget: all stored bits of the quantized layers over their weights, e.g. 2.4')
     .option('--size <size>', 'budget: all weight files of the artifact, e.g. 120MB')
     .option('--runtime-memory <size>', 'budget: the quantized operands as onnxruntime holds them')
+    .option('--max-loss <part>', 'budget: the smallest artifact whose perplexity on held-out text rises by no more, e.g. 5%')
     .addOption(new Option('--method <method>', `how codes are chosen (default: ${D.method})`).choices(Object.keys(QUANTIZERS)))
     .option('--preset <preset>', `variant of the method: ${PRESETS.join(', ')} (default: ${D.preset})`)
     .addOption(

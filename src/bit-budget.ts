@@ -42,7 +42,7 @@ export function candidateWidths({ formats, compact, runtimeMemory }: QuantizeRec
 }
 
 /** What files are counted by: the first format asked for. */
-function fileUnit({ formats, compact }: QuantizeRecipe): BudgetUnit {
+export function fileUnit({ formats, compact }: QuantizeRecipe): BudgetUnit {
   if (formats[0] !== 'onnx') return 'planes';
   return compact ? 'onnx' : 'onnx-plain';
 }
@@ -87,19 +87,19 @@ export interface SharedBudget {
 /** Times a plan that turned out too large is made again. */
 const ROUNDS = 6;
 
-/** Shares a budget out; `sizeOf` tells in bits what a plan takes in all, in the unit of the budget. Throws RecipeError with the nearest feasible budget. */
+/** Shares a budget out; `sizeOf` tells in bits what a plan takes in all, in the unit of the budget; absent: padding is not counted. Throws RecipeError with the nearest feasible budget. */
 export function shareBudget(
   survey: ModelSurvey,
   widths: readonly number[],
   groupSize: number,
   budget: BitBudget,
-  sizeOf: (plan: ReadonlyMap<string, SitePlan>) => number,
+  sizeOf?: (plan: ReadonlyMap<string, SitePlan>) => number,
 ): SharedBudget {
   // What rows and words are padded with depends on all widths together: what a plan really takes is only known when there is one.
   let bits = budget.bits;
   for (let round = 0; ; round++) {
     const { shared, plan } = shareOnce(survey, widths, groupSize, { ...budget, bits });
-    const excess = budget.unit === 'code' ? 0 : sizeOf(plan) - budget.bits;
+    const excess = budget.unit === 'code' || !sizeOf ? 0 : sizeOf(plan) - budget.bits;
     if (excess <= 0 || round === ROUNDS) return shared;
     bits -= excess + PADDING * budget.bits;
   }
@@ -142,6 +142,7 @@ export function allocationOf({ unit, widths, sites }: SharedBudget): BitAllocati
 
 /** Refuses before any work what no widths can reach. @param sites layers to quantize */
 export function checkBudget(recipe: QuantizeRecipe, fixed: FixedCosts, sites: readonly LinearSite[]): void {
+  if (recipe.maxLoss !== undefined) return;
   if (recipe.size !== undefined && recipe.size <= fixed.fileBytes) {
     throw new RecipeError(
       `--size ${recipe.size}: what stays in float takes ${Math.ceil(fixed.fileBytes)} bytes (${formatSize(fixed.fileBytes)}) alone; --embeddings 4 or 8 makes that smaller`,

@@ -11,7 +11,7 @@ import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
 import { ArtifactLogits, BlockLogits, type LogitsSource } from './logits-source.ts';
 import type { RunHooks } from './run.ts';
-import { Scorer } from './scoring.ts';
+import { scoreWindows } from './window-scores.ts';
 
 /** What to evaluate on, and where. */
 export interface EvaluateOptions {
@@ -89,16 +89,7 @@ export async function evaluate(path: string, options: EvaluateOptions, hooks: Ru
       : await open(source);
   await using reference = original === undefined ? undefined : await open(original);
 
-  const rowsAtOnce = rowsWithinBounds(source.model.shape.vocabSize);
-  const scorer = new Scorer();
-  const references = reference?.rows(rowsAtOnce)[Symbol.asyncIterator]();
-  for await (const { windowIndex, start, logits } of own.rows(rowsAtOnce)) {
-    hooks.signal?.throwIfAborted();
-    // Row r predicts token r + 1; a window's last row predicts nothing that is there.
-    const targets = windows[windowIndex].subarray(start + 1, start + 1 + logits.rows);
-    const other = references && (await references.next()).value?.logits.data;
-    scorer.add(logits.data, targets, logits.columns, other);
-  }
+  const scorer = await scoreWindows(own, windows, source.model, hooks, reference);
   const { perplexity, nll, tokens: scored } = scorer.score;
   return {
     perplexity,
@@ -126,11 +117,4 @@ interface Machine {
 
 function openLogits(source: ModelSource, machine: Machine): Promise<LogitsSource> {
   return BlockLogits.run({ ...machine, model: source.model, weights: source.weights, path: source.path });
-}
-
-/** Most logits held at once, in bytes of float32. */
-const LOGITS_BYTES = 256 * 2 ** 20;
-
-function rowsWithinBounds(vocabSize: number): number {
-  return Math.max(1, Math.floor(LOGITS_BYTES / (vocabSize * Float32Array.BYTES_PER_ELEMENT)));
 }

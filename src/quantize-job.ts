@@ -5,7 +5,7 @@ import type { ModelSource } from './artifacts/model-source.ts';
 import { checkBudget, type FixedCosts } from './bit-budget.ts';
 import { parseTextFile, readText } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
-import { calibrationWindows } from './calibration/windows.ts';
+import { calibrationWindows, holdOut } from './calibration/windows.ts';
 import { RecipeError } from './errors.ts';
 import { quantizerOf } from './methods/quantize/index.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
@@ -34,6 +34,8 @@ export interface QuantizeJob {
   readonly given: BitPlan | undefined;
   /** Windows of calibration tokens; none for a method that needs no text. */
   readonly windows: readonly Int32Array[];
+  /** Windows a tolerable loss is measured on, which the others know nothing of; none without `--max-loss`. */
+  readonly heldOut: readonly Int32Array[];
   /** Widths as far as they are known now: those given, else one width everywhere, which a method may still depart from. */
   readonly expected: ReadonlyMap<LinearSite, SitePlan>;
   /** The same of embeddings and output head, where they are quantized. */
@@ -76,8 +78,8 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   const fixed = fixedCosts(source.tensors, expected, expectedEmbeddings, recipe.formats[0], recipe.compact);
   const surveys = given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
   if (surveys) checkBudget(recipe, fixed, sites);
-  const windows = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : [];
-  return { source, recipe, quantizer, selected, nominalBits, surveys, fixed, given, windows, expected, expectedEmbeddings };
+  const text = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : { windows: [], heldOut: [] };
+  return { source, recipe, quantizer, selected, nominalBits, surveys, fixed, given, ...text, expected, expectedEmbeddings };
 }
 
 /** Scales and zero points of a group, about, in bits a weight. */
@@ -124,7 +126,7 @@ async function readWindows(
   { model, folder }: ModelSource,
   recipe: QuantizeRecipe,
   hooks: RunHooks,
-): Promise<readonly Int32Array[]> {
+): Promise<Pick<QuantizeJob, 'windows' | 'heldOut'>> {
   if (recipe.calibration.length === 0) {
     hooks.note?.(
       'no --calibration given: measuring on the text that ships with pcomp; text of your own domain gives better results',
@@ -133,9 +135,12 @@ async function readWindows(
   const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
   const tokens = tokenizer.encode(await readText(calibrationFiles(recipe).map(parseTextFile)));
   const sequenceLength = Math.min(recipe.sequenceLength, model.shape.contextLength);
-  const { windows, notes } = calibrationWindows(tokens, { samples: recipe.samples, sequenceLength, seed: recipe.seed });
+  const { samples, seed } = recipe;
+  const { rest, heldOut } =
+    recipe.maxLoss === undefined ? { rest: tokens, heldOut: [] } : holdOut(tokens, { samples, sequenceLength });
+  const { windows, notes } = calibrationWindows(rest, { samples: Math.max(1, samples - heldOut.length), sequenceLength, seed });
   for (const note of notes) hooks.note?.(note);
-  return windows;
+  return { windows, heldOut };
 }
 
 /** The text files a run reads, with their selectors: those asked for, else the one that ships with pcomp. */

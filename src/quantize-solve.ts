@@ -5,6 +5,7 @@ import { Calibration } from './calibration/calibration.ts';
 import type { Device, Engine } from './compute/engine.ts';
 import { ENGINES } from './compute/engines.ts';
 import { createBlas } from './compute/ort-blas.ts';
+import { type LossSearch, searchLossBudget } from './loss-budget.ts';
 import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
 import { contextOf, quantizeBlocks } from './quantize-blocks.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
@@ -15,12 +16,18 @@ import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
 import type { QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import { SensitivityProbe } from './sensitivity-probe.ts';
+import { readSurvey, recordSurvey } from './survey-record.ts';
+import { scoreModel } from './window-scores.ts';
 
 /** Where the work was done, and how the budget was shared out if it was. */
 export interface Solved {
   readonly device: Device;
   readonly runtime: string;
   readonly shared?: SharedBudget | undefined;
+  /** Where the finished blocks are. */
+  readonly parts: PartStore;
+  /** With `--max-loss`. */
+  readonly search?: LossSearch;
 }
 
 /** What a method is told of a recipe. */
@@ -36,8 +43,8 @@ export function measuringOf(quantizer: Quantizer, recipe: QuantizeRecipe, bits: 
   return own ?? { sequential: recipe.trueSequential, drift: false, replay: true };
 }
 
-/** Quantizes what is not in `parts` yet. @param onStored called when a part is safely stored */
-export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => Promise<void>, hooks: RunHooks): Promise<Solved> {
+/** Quantizes what is not in `store` yet. @param onStored called when a part is safely stored */
+export async function solve(job: QuantizeJob, store: PartStore, onStored: () => Promise<void>, hooks: RunHooks): Promise<Solved> {
   const { source, recipe, quantizer } = job;
   const { model, weights } = source;
   await using engine = await ENGINES[recipe.engine]({
@@ -49,7 +56,7 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
   const options = optionsOf(recipe, job.nominalBits);
   const measuring = measuringOf(quantizer, recipe, job.nominalBits);
   const { surveys } = job;
-  const progress = new QuantizeProgress(model, hooks, surveys, measuring.learns !== undefined);
+  let progress = new QuantizeProgress(model, hooks, surveys, measuring.learns !== undefined);
   await using calibration = quantizer.needsCalibration
     ? new Calibration({
         model,
@@ -63,24 +70,46 @@ export async function solve(job: QuantizeJob, parts: PartStore, onStored: () => 
         ...(hooks.signal && { signal: hooks.signal }),
       })
     : undefined;
-  const run = { model, weights, quantizer, options, blas, calibration, parts, measuring, progress, hooks, onStored };
-  let shared = parts.allocation as unknown as SharedBudget | undefined;
+  const run = { model, weights, quantizer, options, blas, calibration, measuring, onStored };
+  const survey = () => surveyOf(job, engine, contextOf({ ...run, hooks, allocation: undefined }), calibration, progress, hooks);
+  const quantize = async (parts: PartStore, shared: SharedBudget | undefined, hooks: RunHooks) => {
+    progress.startBlocks();
+    const allocation = shared && allocationOf(shared);
+    await quantizeBlocks({ ...run, parts, progress, hooks, selected: job.selected, given: job.given, allocation });
+    if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
+      await quantizeEmbeddings(weights, job.expectedEmbeddings, options, blas, parts, hooks);
+    }
+  };
+  const { device, runtime } = engine;
+  if (recipe.maxLoss !== undefined) {
+    const known = store.finding('survey');
+    const surveyed = known ? readSurvey(known, model) : await survey();
+    if (known === undefined) await store.addFinding('survey', recordSurvey(surveyed));
+    await onStored();
+    const found = await searchLossBudget({
+      job,
+      parts: store,
+      survey: surveyed,
+      hooks,
+      onStored,
+      quantize: async (parts, shared, hooks) => {
+        progress = new QuantizeProgress(model, hooks, false, measuring.learns !== undefined);
+        await quantize(parts, shared, hooks);
+      },
+      evaluate: (weights) =>
+        scoreModel({ ...source, weights }, { engine, blas, windows: job.heldOut, ramBytes: recipe.maxMemory / 2, hooks }),
+    });
+    return { device, runtime, ...found };
+  }
+  let shared = store.allocation as unknown as SharedBudget | undefined;
   if (surveys && shared === undefined) {
-    const context = contextOf({ ...run, allocation: undefined });
-    const survey = await surveyOf(job, engine, context, calibration, progress, hooks);
-    shared = shareBudget(survey, candidateWidths(recipe), recipe.groupSize, bitBudget(recipe, job.fixed), (plan) =>
-      sizeOfPlan(job, plan),
-    );
-    await parts.addAllocation(shared as unknown as Record<string, unknown>);
+    const budget = bitBudget(recipe, job.fixed);
+    shared = shareBudget(await survey(), candidateWidths(recipe), recipe.groupSize, budget, (plan) => sizeOfPlan(job, plan));
+    await store.addAllocation(shared as unknown as Record<string, unknown>);
     await onStored();
   }
-  progress.startBlocks();
-  const allocation = shared && allocationOf(shared);
-  await quantizeBlocks({ ...run, selected: job.selected, given: job.given, allocation });
-  if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
-    await quantizeEmbeddings(weights, job.expectedEmbeddings, options, blas, parts, hooks);
-  }
-  return { device: engine.device, runtime: engine.runtime, shared };
+  await quantize(store, shared, hooks);
+  return { device, runtime, shared, parts: store };
 }
 
 /** One pass over the float model, and what errors in its layers do to the logits. */

@@ -7,6 +7,7 @@ import { PartStore } from './artifacts/parts.ts';
 import { type WrittenArtifact, writeArtifact } from './artifacts/write-artifact.ts';
 import type { Device } from './compute/engine.ts';
 import { RecipeError } from './errors.ts';
+import type { LossRound, LossSearch } from './loss-budget.ts';
 import type { BitPlan, Measuring } from './methods/quantize/quantizer.ts';
 import { packageVersion } from './package-root.ts';
 import type { BlockDetails, SiteDetails } from './quantize-blocks.ts';
@@ -41,6 +42,8 @@ export interface QuantizeOutcome {
   /** Passes over the calibration text, in words. */
   readonly passes: string;
   readonly predictedPeakBytes: number;
+  /** With `--max-loss`: every artifact that was tried, with its weight files. */
+  readonly search?: Omit<LossSearch, 'rounds'> & { readonly rounds: readonly (LossRound & { readonly bytes: number })[] };
   /** What the run did; absent in a dry run. */
   readonly run?: {
     readonly output: string;
@@ -114,12 +117,18 @@ interface Production {
 /** Quantizes, writes the artifact, and publishes it. */
 async function produce({ job, inputs, output, outputPath, started, notes, hooks }: Production): Promise<QuantizeOutcome> {
   const { source, recipe } = job;
-  const parts = await PartStore.open(output.partsPath, inputs.hash);
-  if (output.resumed) {
-    const done = source.model.blocks.filter((block) => parts.hasBlock(block.index)).length;
+  const store = await PartStore.open(output.partsPath, inputs.hash);
+  if (output.resumed && recipe.maxLoss === undefined) {
+    const done = source.model.blocks.filter((block) => store.hasBlock(block.index)).length;
     hooks.note?.(`resuming: ${done} of ${source.model.blocks.length} blocks are finished`);
   }
-  const { device, runtime, shared } = await solve(job, parts, () => output.keepForResume(), hooks);
+  const { device, runtime, shared, parts, search } = await solve(job, store, () => output.keepForResume(), hooks).catch(
+    (error: unknown) => {
+      // A request that nothing can meet is not met by resuming it.
+      if (error instanceof RecipeError) output.abandon();
+      throw error;
+    },
+  );
   hooks.signal?.throwIfAborted();
   const written = await writeArtifact({
     source,
@@ -136,6 +145,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     ...outlineOf(job, plan, notes),
     averageBits: written.formats[0].storage.averageBits,
     artifacts: artifactsOf(job, written),
+    ...(search && { search: withBytes(search, artifactsOf(job, written)[0]) }),
     run: {
       output: outputPath,
       device,
@@ -147,6 +157,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     command: 'quantize',
     recipe: inputs.recipe,
     plan,
+    ...(outcome.search && { search: outcome.search }),
     seed: recipe.seed,
     device,
     versions: { pcomp: packageVersion(), [runtime.split(' ')[0]]: runtime },
@@ -179,6 +190,14 @@ function learningOf({ source }: QuantizeJob, parts: PartStore) {
     return learning ? [[name, learning] as const] : [];
   });
   return blocks.length > 0 ? { learning: Object.fromEntries(blocks) } : {};
+}
+
+/** Only the kept round was written; what is not quantized is the same in all of them. */
+function withBytes(search: LossSearch, { unquantizedBytes }: ArtifactSizes) {
+  return {
+    ...search,
+    rounds: search.rounds.map((round) => ({ ...round, bytes: Math.round(round.quantizedBytes + unquantizedBytes) })),
+  };
 }
 
 function detailsOf({ source, selected }: QuantizeJob, parts: PartStore): [string, SiteDetails][] {

@@ -64,3 +64,11 @@ export function bytes(key: string, value: unknown): number {
   if (!(result > 0)) throw new RecipeError(`${flag(key)} ${show(value)}: a size above 0 is expected`);
   return result;
 }
+
+/** A part of a whole, above 0 and at most all of it: `5%`, or a number (0.05). */
+export function part(key: string, value: unknown): number {
+  const percent = typeof value === 'string' && value.trim().endsWith('%');
+  const result = percent ? number(key, value.trim().slice(0, -1)) / 100 : number(key, value);
+  if (result > 0 && result <= 1) return result;
+  throw new RecipeError(`${flag(key)} ${show(value)}: a part above 0 % and at most 100 % is expected, e.g. 5% or 0.05`);
+}

@@ -29,6 +29,7 @@ const READERS: Partial<Record<Key, Readers>> = {
   bpw: { methods: ALLOCATING, preset: 'best' },
   size: { methods: ALLOCATING, preset: 'best' },
   runtimeMemory: { methods: ALLOCATING, preset: 'best' },
+  maxLoss: { methods: ['slim-llm', ...LEARNED], preset: 'best' },
   transform: { methods: CALIBRATED, preset: 'best' },
   alpha: { methods: CALIBRATED, preset: 'best' },
   sensitivity: { methods: ['slim-llm', ...LEARNED], preset: 'best' },
@@ -36,7 +37,7 @@ const READERS: Partial<Record<Key, Readers>> = {
   steps: { methods: LEARNED },
 };
 
-const BUDGETS = ['bits', 'bpw', 'size', 'runtimeMemory'] as const satisfies readonly Key[];
+const BUDGETS = ['bits', 'bpw', 'size', 'runtimeMemory', 'maxLoss'] as const satisfies readonly Key[];
 
 /** Throws RecipeError naming the option that does not fit, and what it fits. An option asked for at its default value fits everything. */
 export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, defaults: Partial<QuantizeRecipe>): void {

@@ -6,7 +6,7 @@ import { RecipeError } from './errors.ts';
 import { BEST_STEPS, type BestStep } from './methods/quantize/best/steps.ts';
 import { QUANTIZERS } from './methods/quantize/index.ts';
 import { TRANSFORMS, type TransformKind } from './methods/quantize/quantizer.ts';
-import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, range, text } from './recipe-fields.ts';
+import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, part, range, text } from './recipe-fields.ts';
 import { checkRecipe } from './recipe-rules.ts';
 
 export type { ArtifactFormat };
@@ -31,7 +31,7 @@ export interface MachineOptions {
 export interface QuantizeRecipe extends MachineOptions {
   readonly method: QuantizerName;
   readonly preset: (typeof PRESETS)[number];
-  /** The budget: exactly one of the next four, or a plan that says every width. Mean code bits over the quantized weights. */
+  /** The budget: exactly one of the next five, or a plan that says every width. Mean code bits over the quantized weights. */
   readonly bits?: number;
   /** All stored bits of the quantized modules over their weights. */
   readonly bpw?: number;
@@ -39,6 +39,8 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly size?: number;
   /** Bytes of the operands as the runtime holds them. */
   readonly runtimeMemory?: number;
+  /** Rise of the perplexity on held-out calibration text that is tolerated, as a part of it. */
+  readonly maxLoss?: number;
   readonly groupSize: number;
   readonly formats: readonly ArtifactFormat[];
   /** Globs on module names. */
@@ -121,6 +123,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     ...(given.bpw === undefined ? {} : { bpw: range('bpw', given.bpw, 1, 16) }),
     ...(given.size === undefined ? {} : { size: bytes('size', given.size) }),
     ...(given.runtimeMemory === undefined ? {} : { runtimeMemory: bytes('runtimeMemory', given.runtimeMemory) }),
+    ...(given.maxLoss === undefined ? {} : { maxLoss: part('maxLoss', given.maxLoss) }),
     groupSize: oneOf('groupSize', number('groupSize', given.groupSize), GROUP_SIZES),
     formats: formats(list('formats', given.formats)),
     skip: list('skip', given.skip),
@@ -156,7 +159,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
 
 const KNOWN: ReadonlySet<string> = new Set([
   ...Object.keys(QUANTIZE_DEFAULTS),
-  ...['bits', 'bpw', 'size', 'runtimeMemory', 'alpha', 'steps', 'threads', 'plan'],
+  ...['bits', 'bpw', 'size', 'runtimeMemory', 'maxLoss', 'alpha', 'steps', 'threads', 'plan'],
 ]);
 
 function formats(names: readonly string[]): ArtifactFormat[] {

@@ -75,7 +75,7 @@ it.each<[string, QuantizeRequest]>([
   ['--bits 2.5: must be a whole number under preset paper', { bits: 2.5, preset: 'paper' }],
   ['--bits 2.5: must be a whole number with --method gptq', { bits: 2.5, method: 'gptq' }],
   ['--bits 2.5: must be a whole number without allocation', { bits: 2.5, without: 'allocation' }],
-  ['--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory', { bits: 2, bpw: 3 }],
+  ['--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory, --max-loss', { bits: 2, bpw: 3 }],
   ['--bpw: widths are not allocated here, so the budget is a width; use --bits', { bpw: 2.5, without: ['allocation'] }],
   ['--alpha: preset paper does not use it; it goes with --preset best', { bits: 2, preset: 'paper', alpha: 0.5 }],
   [

@@ -17,6 +17,8 @@ export interface Manifest {
   readonly recipe: Readonly<Record<string, unknown>>;
   /** What the budget was spent on; `--plan` reads it back. */
   readonly plan: unknown;
+  /** How the plan was found, where that took more than one try. */
+  readonly search?: unknown;
   readonly seed: number;
   /** The device that the run ended up on. */
   readonly device: string;

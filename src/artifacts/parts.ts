@@ -21,6 +21,8 @@ const ALLOCATION = 'allocation';
 const RANKS = 'ranks';
 /** Folder of the parts of a first pass, which only tells how to share ranks out. */
 const FIRST_PASS = 'first-pass';
+/** Folders of the parts of a search, one a round. */
+const ROUND = /^round-\d+$/;
 
 /** What a run wants back of a finished part besides its weights, for its report: plain JSON. */
 export type PartDetails = Readonly<Record<string, unknown>>;
@@ -44,7 +46,7 @@ export class PartStore implements QuantizedSource {
     await mkdir(folder, { recursive: true });
     for (const file of (await readdir(folder)).sort()) {
       // Anything else is a file that a killed run was writing.
-      if (file === FIRST_PASS) continue;
+      if (file === FIRST_PASS || ROUND.test(file)) continue;
       if (file.endsWith(SUFFIX)) await store.#index(file.slice(0, -SUFFIX.length));
       else await rm(join(folder, file), { recursive: true });
     }
@@ -99,6 +101,29 @@ export class PartStore implements QuantizedSource {
   /** The parts of a first pass over the same model, kept beside these until ranks are shared out. */
   async firstPass(): Promise<PartStore> {
     return await PartStore.open(join(this.#folder, FIRST_PASS), this.#recipeHash);
+  }
+
+  /** What a search for a budget stored under `name`, once it did. */
+  finding(name: string): PartDetails | undefined {
+    return this.#parts.get(findingPart(name));
+  }
+
+  async addFinding(name: string, details: PartDetails): Promise<void> {
+    await this.#add(findingPart(name), new Map(), details);
+  }
+
+  /** The parts of one round of a search. */
+  async round(index: number): Promise<PartStore> {
+    return await PartStore.open(this.#roundFolder(index), this.#recipeHash);
+  }
+
+  /** Forgets the weights of a round that another has beaten. */
+  async dropRound(index: number): Promise<void> {
+    await rm(this.#roundFolder(index), { recursive: true, force: true });
+  }
+
+  #roundFolder(index: number): string {
+    return join(this.#folder, `round-${index}`);
   }
 
   /** Every module stored so far. */
@@ -166,6 +191,10 @@ export class PartStore implements QuantizedSource {
   #pathOf(part: string): string {
     return join(this.#folder, part + SUFFIX);
   }
+}
+
+function findingPart(name: string): string {
+  return `finding-${name}`;
 }
 
 function blockPart(index: number): string {

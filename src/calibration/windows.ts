@@ -48,6 +48,39 @@ export function calibrationWindows(
   return { windows, notes };
 }
 
+/** Part of the text, and of the windows, that is held out. */
+const HELD_OUT = 1 / 8;
+/** Fewer held-out tokens say nothing. */
+const LEAST_HELD_OUT = 8;
+
+/**
+ * Sets windows aside that calibration does not see: an eighth of `samples`, at most an eighth of the text, at even distances over it so that
+ * every file of a mixed text has its share. `rest` is the text without them. Throws RecipeError for a text that is too short.
+ */
+export function holdOut(
+  tokens: Int32Array,
+  { samples, sequenceLength }: { readonly samples: number; readonly sequenceLength: number },
+): { readonly rest: Int32Array; readonly heldOut: readonly Int32Array[] } {
+  const room = Math.floor(tokens.length * HELD_OUT);
+  if (room < LEAST_HELD_OUT) {
+    throw new RecipeError(
+      `--max-loss: the calibration text has ${tokens.length} tokens; at least ${LEAST_HELD_OUT / HELD_OUT} are needed to hold some out`,
+    );
+  }
+  const count = Math.max(1, Math.min(Math.ceil(samples * HELD_OUT), Math.floor(room / sequenceLength)));
+  const length = Math.min(sequenceLength, room);
+  const rest = new Int32Array(tokens.length - count * length);
+  const heldOut: Int32Array[] = [];
+  for (let i = 0, from = 0; i <= count; i++) {
+    // Each stretch of the text ends with its window; what follows the last is rounding.
+    const start = i === count ? tokens.length : Math.floor(((i + 1) * tokens.length) / count) - length;
+    rest.set(tokens.subarray(from, start), from - i * length);
+    if (i < count) heldOut.push(tokens.slice(start, start + length));
+    from = start + length;
+  }
+  return { rest, heldOut };
+}
+
 export interface EvaluationWindows {
   readonly windows: readonly Int32Array[];
   /** Tokens that are predicted: all but the first of each window. */
