@@ -1,6 +1,6 @@
 /**
  * Quality of every quantizer on real models: perplexity on held-out text, everything stored counted, evaluated in memory and through the
- * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4] [--table methods,without,stored]`; writes
+ * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4] [--bpw 2.3,2.6] [--table methods,without,stored,learned]`; writes
  * bench/results/quality-<model>[-<tables>].{json,md}.
  */
 import { existsSync } from 'node:fs';
@@ -65,7 +65,7 @@ const BEST: readonly [string, QuantizeRequest][] = [
 ];
 
 /** What each row of a table asks for; `--table` chooses. */
-const TABLES: Readonly<Record<string, (bits: readonly number[]) => [string, QuantizeRequest][]>> = {
+const TABLES: Readonly<Record<string, (bits: readonly number[], bpw: readonly number[]) => [string, QuantizeRequest][]>> = {
   methods: (bits) =>
     bits.flatMap((width) =>
       [...PAPER, ...BEST].map(([label, request]): [string, QuantizeRequest] => [
@@ -79,6 +79,14 @@ const TABLES: Readonly<Record<string, (bits: readonly number[]) => [string, Quan
       `slim-llm, best, ${width} bits, without ${step}`,
       { without: [step], bits: width },
     ]),
+  // The same bits, learned and not.
+  learned: (_, bpw) =>
+    bpw.flatMap((width) =>
+      ['slim-llm', 'slim-llm-plus', 'autoround'].map((method): [string, QuantizeRequest] => [
+        `${method}, best, --bpw ${width}`,
+        { method, bpw: width },
+      ]),
+    ),
   stored: () => [2.1, 2.3, 2.6, 3.2, 4.2].map((bpw) => [`slim-llm, best, --bpw ${bpw}`, { bpw }]),
 };
 
@@ -111,9 +119,15 @@ async function perplexityAtLevel1(artifact: string, scratch: string, text: strin
   return scorer.score.perplexity;
 }
 
+const numbers = (list: string) => list.split(',').map(Number);
+
 const { values, positionals } = parseArgs({
   allowPositionals: true,
-  options: { bits: { type: 'string', default: '2,3,4' }, table: { type: 'string', default: 'methods' } },
+  options: {
+    bits: { type: 'string', default: '2,3,4' },
+    bpw: { type: 'string', default: '2.3,2.6' },
+    table: { type: 'string', default: 'methods' },
+  },
 });
 for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
   const { model, calibration, text, groupSize, sequenceLength } = CASES[name];
@@ -134,7 +148,7 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
     },
   ];
   for (const table of values.table.split(',')) {
-    for (const [label, options] of TABLES[table](values.bits.split(',').map(Number))) {
+    for (const [label, options] of TABLES[table](numbers(values.bits), numbers(values.bpw))) {
       const output = join(scratch, 'out');
       const needsText = options.method !== 'rtn';
       const request = {
@@ -169,7 +183,7 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
   await rm(scratch, { recursive: true, force: true });
   await writeResults(
     `quality-${name}${values.table === 'methods' ? '' : `-${values.table.replace(',', '-')}`}`,
-    `npx tsx bench/quality.ts ${name} --bits ${values.bits} --table ${values.table}`,
+    `npx tsx bench/quality.ts ${name} --table ${values.table} ${values.table === 'learned' ? `--bpw ${values.bpw}` : `--bits ${values.bits}`}`,
     rows,
   );
 }
