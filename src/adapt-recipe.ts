@@ -41,6 +41,7 @@ export interface AdaptRecipe {
   readonly maxMemory: number;
 }
 
+/** A request as it comes in: every field optional, values as a flag parser yields them. */
 export type AdaptRequest = { readonly [K in keyof AdaptRecipe]?: unknown };
 
 export const ADAPT_DEFAULTS = {

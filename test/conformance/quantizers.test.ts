@@ -111,9 +111,10 @@ describe.each(ALL)('%s, preset %s', (name, preset, quantizer) => {
     const w = weight.slice();
     const stats = fresh();
     const plan = await quantizer.decide(contextOf(options), site, weight, stats);
-    const once = await quantizer.apply(contextOf(options), site, weight, stats, Object.freeze(plan));
-    const again = await run(w.slice(), plan);
+    const { remainder: left, ...once } = await quantizer.apply(contextOf(options), site, weight, stats, Object.freeze(plan));
+    const { remainder: leftAgain, ...again } = await run(w.slice(), plan);
     expect(again).toEqual(once);
+    expect(leftAgain?.()).toEqual(left?.());
     expect(weight).toEqual(w);
     if (preset === 'paper') expect(stats.hessian).toEqual(fresh().hessian);
   });

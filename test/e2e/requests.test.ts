@@ -65,7 +65,7 @@ describe('wrong requests end with code 2', () => {
     ['--bits 9: must be within 1..8. To keep a layer as it is, use --skip.', quantize('model --bits 9 -o out')],
     ['--bits 2.5: must be a whole number under preset paper', quantize('model --bits 2.5 --preset paper -o out')],
     [
-      '--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory',
+      '--bits, --bpw: one budget at a time; give one of --bits, --bpw, --size, --runtime-memory, --max-loss',
       quantize('model --bits 2 --bpw 3 -o out'),
     ],
     [
