@@ -1,7 +1,9 @@
 /** `pcomp inspect ARTIFACT`: tensors, widths per site and group, sizes, and where the bytes went. */
 import { Command } from 'commander';
+import { FormatError, RecipeError } from '../src/errors.ts';
 import { type InspectedModule, type Inspection, inspect } from '../src/inspect.ts';
 import { formatSize } from '../src/size.ts';
+import { type Verification, verifyArtifact } from '../src/verify-artifact.ts';
 import { jsonOption } from './options.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
@@ -12,12 +14,29 @@ export function inspectCommand(signal: AbortSignal): Command {
     .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote')
     .option('--groups', 'also the width of every group')
     .option('--tensors', 'also every stored tensor')
+    .option('--verify', 'instead, hash the files of an artifact and compare them with its pcomp.json; code 1 if one differs')
     .addOption(jsonOption())
-    .action(async (path: string, flags: { groups?: boolean; tensors?: boolean; json?: boolean }) => {
+    .action(async (path: string, flags: { groups?: boolean; tensors?: boolean; verify?: boolean; json?: boolean }) => {
       const console = createConsole({ json: flags.json === true, quiet: true, signal });
+      if (flags.verify) {
+        if (flags.groups || flags.tensors) throw new RecipeError('--verify: goes without --groups and --tensors');
+        const verification = await verifyArtifact(path, signal);
+        console.result(verification, describeVerification(verification));
+        const { files, mismatches } = verification;
+        if (mismatches.length === 0) return;
+        throw new FormatError(
+          path,
+          'not-as-written',
+          `${mismatches.length} of ${files} files or their tensors differ from pcomp.json`,
+        );
+      }
       const inspection = await inspect(path);
       console.result(inspection, describe(inspection, flags));
     });
+}
+
+function describeVerification({ files, bytes, mismatches }: Verification): string {
+  return mismatches.length > 0 ? mismatches.join('\n') : `${files} files, ${formatSize(bytes)}: all are as they were written`;
 }
 
 function describe(inspection: Inspection, flags: { groups?: boolean; tensors?: boolean }): string {

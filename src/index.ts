@@ -10,3 +10,4 @@ export { type MergeRecipe, type MergeRequest, mergeRecipe } from './merge-recipe
 export { type QuantizeOutcome, quantize } from './quantize.ts';
 export { type QuantizeRecipe, type QuantizeRequest, quantizeRecipe } from './recipe.ts';
 export type { Progress, RunHooks } from './run.ts';
+export { type Verification, verifyArtifact } from './verify-artifact.ts';
