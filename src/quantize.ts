@@ -1,5 +1,7 @@
 /** `quantize`: a float checkpoint and a budget in, an artifact that runtimes load out. */
 import { explainDiskError } from './artifacts/durable.ts';
+import { assertFiniteTensors } from './artifacts/finite-tensors.ts';
+import { readGenerationConfig } from './artifacts/generation-config.ts';
 import { hashFolder, writeManifest, writeReport } from './artifacts/manifest.ts';
 import { openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
@@ -89,8 +91,11 @@ export async function quantize(
       `${source.model.unusedTensors.length} tensors of ${modelPath} have no place in a ${source.model.architecture}, "${first}" for one; they are left out of ONNX`,
     );
   }
+  // It is copied at the very end, and refused now.
+  await readGenerationConfig(source);
   const job = await prepareJob(source, recipe, tell);
   if (mode.dryRun) return dryRun(job, tell, notes);
+  await assertFiniteTensors(source.tensors, new Set(source.model.unusedTensors), tell.signal);
 
   const inputs = await describeInputs(job);
   await using output = await OutputFolder.open({ ...request, recipeHash: inputs.hash });

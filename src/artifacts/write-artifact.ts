@@ -1,22 +1,20 @@
 /** Writes a whole artifact into its folder from a run's parts: every format asked for, configuration, tokenizer; and reads it back. */
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { openCheckpoint } from '../../formats/checkpoint.ts';
 import { openOnnx } from '../../formats/onnx/reader.ts';
 import type { TensorSource } from '../../formats/tensor.ts';
-import { FormatError } from '../errors.ts';
 import type { Storage } from './accounting.ts';
 import { copyModelFiles } from './copied-files.ts';
 import { CorrectedSource } from './corrected-source.ts';
 import { embeddingModules } from './describe-modules.ts';
 import { explainDiskError } from './durable.ts';
+import { readGenerationConfig } from './generation-config.ts';
 import { gptqLoaders } from './gptq-config.ts';
 import { writeJson } from './manifest.ts';
 import type { ModelSource } from './model-source.ts';
 import { genaiConfig } from './onnx/genai-config.ts';
 import { OnnxTensors, onnxModules } from './onnx/onnx-modules.ts';
 import { type WrittenOnnxArtifact, writeOnnxArtifact } from './onnx/write-onnx.ts';
-import { errorCode } from './process-lock.ts';
 import type { LayoutName } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 import { storageOfModules } from './storage-of-modules.ts';
@@ -119,7 +117,7 @@ async function write({
   }
   await writeJson(join(folder, 'config.json'), { ...source.config, ...changes });
   await copyModelFiles(source.folder, folder);
-  const generation = await generationConfig(source);
+  const generation = await readGenerationConfig(source);
   await writeJson(join(folder, 'generation_config.json'), generation);
   if (onnx) {
     const genai = genaiConfig(model, onnx.graph, onnx.modelFile, generation);
@@ -155,24 +153,4 @@ function transformersJsConfig(config: Readonly<Record<string, unknown>>, onnx: W
 /** Makes readers that do not know the layout refuse it, instead of misreading it. */
 function planesConfig({ modules, averageBits, bitsPerWeight }: Storage): Record<string, unknown> {
   return { quant_method: 'pcomp-planes', version: 1, group_size: modules[0]?.groupSize, bits: averageBits, bpw: bitsPerWeight };
-}
-
-/** The source's generation_config.json; without one, the special tokens of its config.json. */
-async function generationConfig(source: ModelSource): Promise<Record<string, unknown>> {
-  const path = join(source.folder, 'generation_config.json');
-  let text: string;
-  try {
-    text = await readFile(path, 'utf8');
-  } catch (error) {
-    if (errorCode(error) !== 'ENOENT') throw error;
-    const tokens = ['bos_token_id', 'eos_token_id', 'pad_token_id'].filter((name) => source.config[name] !== undefined);
-    return { _from_model_config: true, ...Object.fromEntries(tokens.map((name) => [name, source.config[name]])) };
-  }
-  try {
-    const value: unknown = JSON.parse(text);
-    if (typeof value === 'object' && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
-  } catch (cause) {
-    throw new FormatError(path, 'generation-config-not-json', 'not JSON', { cause });
-  }
-  throw new FormatError(path, 'generation-config-not-an-object', 'must be a JSON object');
 }

@@ -2,8 +2,10 @@
 import { cpSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
+import { fromFloat32 } from '../../formats/dtype.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { folderTree } from '../support/folder-tree.ts';
+import type { MemorySource } from '../support/memory-source.ts';
 import { runCli } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 import { tinyLlama } from '../support/tiny-models.ts';
@@ -36,6 +38,10 @@ beforeAll(async () => {
   rmSync(join(copy('no-weights'), 'model.safetensors'));
   writeFileSync(join(copy('broken-config'), 'config.json'), '{');
   writeFileSync(join(copy('broken-weights'), 'model.safetensors'), 'short');
+  writeFileSync(join(copy('broken-generation'), 'generation_config.json'), '{"eos_token_id": 2,}');
+  const infinite = groupedLlama('infinite');
+  spoil(infinite.source, 'model.layers.1.mlp.down_proj.weight', 3 * 172 + 7, Number.NEGATIVE_INFINITY);
+  await saveCheckpoint(join(desk, 'infinite'), infinite);
   writeFileSync(join(desk, 'text.txt'), tinyText(300));
   writeFileSync(join(desk, 'empty.txt'), '');
   writeFileSync(join(desk, 'unknown.yaml'), 'bits: 2\nfrob: 4\n');
@@ -50,6 +56,14 @@ beforeAll(async () => {
   writeFileSync(join(desk, 'mine', 'diary.txt'), 'dear diary');
   before = folderTree(desk);
 });
+
+/** Puts a value into an F32 tensor. */
+function spoil(source: MemorySource, name: string, at: number, value: number): void {
+  const { dtype, shape } = source.tensors.get(name)!;
+  const values = source.values(name)!;
+  values[at] = value;
+  source.add(name, dtype, shape, fromFloat32('F32', values));
+}
 
 const quantize = (line: string, ...rest: string[]) => ['quantize', ...line.split(' '), ...rest];
 const SLIM = '--bits 2 --group-size 32';
@@ -118,6 +132,11 @@ describe('wrong requests end with code 2', () => {
     ["required option '--text <files...>' not specified", ['evaluate', 'model']],
     ['--sequence-length 1: must be within 2..1048576', ['evaluate', 'model', '--text', 'text.txt', '--sequence-length', '1']],
     [/^no-weights: no weights in this folder/, ['inspect', 'no-weights']],
+    [
+      /^infinite.model.safetensors: tensor "model.layers.1.mlp.down_proj.weight" holds -Infinity at \[3, 7\]; only finite weights can be quantized/,
+      quantize(`infinite ${rtn} -o out`),
+    ],
+    ['--verify: goes without --groups and --tensors', ['inspect', 'taken', '--verify', '--tensors']],
   ])('%s', async (expected, args) => {
     const { code, stdout, stderr } = await runCli([...args], { cwd: desk });
     expect({ code, stdout }).toEqual({ code: 2, stdout: '' });
@@ -134,6 +153,11 @@ describe('broken files and missing things end with code 1', () => {
       /^no-tokenizer.tokenizer.json: there is no such file.*\[tokenizer-missing\]/,
       quantize(`no-tokenizer ${SLIM} --calibration text.txt -o out`),
     ],
+    [
+      /^broken-generation.generation_config.json: not JSON \[generation-config-not-json\]/,
+      quantize(`broken-generation ${SLIM} --calibration text.txt --dry-run -o out`),
+    ],
+    [/^model.pcomp.json: no such file or folder/, ['inspect', 'model', '--verify']],
     ['missing.txt: cannot be read (ENOENT)', quantize(`model ${SLIM} --calibration missing.txt -o out`)],
     ['--plan missing.json: cannot be read (ENOENT)', quantize('model --plan missing.json -o out')],
     [/cannot be made \(E[A-Z]+\); choose another -o/, quantize(`model ${rtn} -o ${join('text.txt', 'out')}`)],
