@@ -64,6 +64,9 @@ const BEST: readonly [string, QuantizeRequest][] = [
   ['slim-llm, best', { method: 'slim-llm' }],
 ];
 
+/** What branches take of the bits where there are any. */
+const BRANCH_BPW = 0.1;
+
 /** What each row of a table asks for; `--table` chooses. */
 const TABLES: Readonly<Record<string, (bits: readonly number[], bpw: readonly number[]) => [string, QuantizeRequest][]>> = {
   methods: (bits) =>
@@ -79,14 +82,18 @@ const TABLES: Readonly<Record<string, (bits: readonly number[], bpw: readonly nu
       `slim-llm, best, ${width} bits, without ${step}`,
       { without: [step], bits: width },
     ]),
-  // The same bits, learned and not.
+  // The same bits: all in codes, a part of them in branches, and learned.
   learned: (_, bpw) =>
-    bpw.flatMap((width) =>
-      ['slim-llm', 'slim-llm-plus', 'autoround'].map((method): [string, QuantizeRequest] => [
+    bpw.flatMap((width) => [
+      ...['slim-llm', 'slim-llm-plus', 'autoround'].map((method): [string, QuantizeRequest] => [
         `${method}, best, --bpw ${width}`,
         { method, bpw: width },
       ]),
-    ),
+      ...['slim-llm', 'slim-llm-plus'].map((method): [string, QuantizeRequest] => [
+        `${method}, best, --bpw ${(width - BRANCH_BPW).toFixed(1)} --lowrank bpw=${BRANCH_BPW}`,
+        { method, bpw: width - BRANCH_BPW, lowrank: `bpw=${BRANCH_BPW}` },
+      ]),
+    ]),
   stored: () => [2.1, 2.3, 2.6, 3.2, 4.2].map((bpw) => [`slim-llm, best, --bpw ${bpw}`, { bpw }]),
 };
 

@@ -9,6 +9,7 @@ import { EnvironmentError, RecipeError } from '../src/errors.ts';
 import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
 import { TRANSFORMS } from '../src/methods/quantize/quantizer.ts';
+import { COMPENSATION_VARIANTS } from '../src/methods/rank/compensation.ts';
 import { type QuantizeOutcome, quantize } from '../src/quantize.ts';
 import {
   FORMATS,
@@ -91,6 +92,16 @@ export function quantizeCommand(signal: AbortSignal): Command {
       ]),
     )
     .option('--steps <count>', "slim-llm-plus, autoround: learning steps a block (default: the method's own)")
+    .option(
+      '--lowrank <budget>',
+      'low-rank branches that repair what codes lose, beside the budget: bpw=0.1, bytes=, params=, r=',
+    )
+    .option('--lowrank-outer <rounds>', `times that codes and branches are made for each other (default: ${D.lowrankOuter})`)
+    .addOption(
+      new Option('--lowrank-inputs <kind>', `what branches take inputs for (default: ${D.lowrankInputs})`).choices([
+        ...COMPENSATION_VARIANTS,
+      ]),
+    )
     .option('--no-compact', 'ONNX: store codes in operands of 2, 4 and 8 bits, as the runtime holds them')
     .option('--seed <seed>', `seed of the window crops (default: ${D.seed})`)
     .option('--plan <file>', "reuse the widths of a plan file or an artifact's pcomp.json; skips deciding")
@@ -202,6 +213,8 @@ function describe(outcome: QuantizeOutcome): string {
     formatSize(bytes),
     `${(outcome.sourceBytes / bytes).toFixed(2)}x`,
   ]);
+  const ranks = describeRanks(outcome);
+  if (ranks !== undefined) pairs.push(['low-rank', ranks]);
   const table = renderTable(['format', 'stored bpw', 'quantized', 'unquantized', 'files', 'source/files'], rows);
   if (outcome.run === undefined) {
     pairs.push(
@@ -214,6 +227,16 @@ function describe(outcome: QuantizeOutcome): string {
   const { seconds, peakBytes, device, output } = outcome.run;
   pairs.push(['time', formatDuration(seconds)], ['peak memory', formatSize(peakBytes)], ['device', device]);
   return `${renderPairs(pairs)}\n\n${table}\n\nWritten to ${output}`;
+}
+
+/** `37 of 42 layers, rank 1 to 19, 0.0998 bpw of the stored ones` */
+function describeRanks({ plan, artifacts, quantizedModules }: QuantizeOutcome): string | undefined {
+  const ranks = Object.values(plan.modules).flatMap(({ rank }) => (rank === undefined ? [] : [rank]));
+  if (ranks.length === 0) return undefined;
+  const [least, most] = [Math.min(...ranks), Math.max(...ranks)];
+  const range = least === most ? `rank ${least}` : `rank ${least} to ${most}`;
+  const { lowRankBitsPerWeight = 0 } = artifacts[0];
+  return `${range} in ${ranks.length} of ${quantizedModules} layers, ${lowRankBitsPerWeight.toFixed(4)} of the stored bpw`;
 }
 
 /** `2 bits in 84 groups, 3 bits in 6`, widest last; --json has every group. */

@@ -82,6 +82,8 @@ export interface SharedBudget {
   readonly predictedLoss: number;
   /** No allocation of this budget could be predicted to lose less. */
   readonly bound: number;
+  /** What a unit of each site's loss costs the model. */
+  readonly sensitivities: Readonly<Record<string, number>>;
 }
 
 /** Times a plan that turned out too large is made again. */
@@ -128,7 +130,9 @@ function shareOnce(
       plan.set(name, { groupSize, bits, ...(transform === 'none' ? {} : { transform }) });
     }
   }
-  return { shared: { unit: budget.unit, widths, sites, predictedLoss: allocation.loss, bound: allocation.bound }, plan };
+  const { loss: predictedLoss, bound } = allocation;
+  const sensitivities = Object.fromEntries(survey.sensitivities);
+  return { shared: { unit: budget.unit, widths, sites, predictedLoss, bound, sensitivities }, plan };
 }
 
 /** As methods take it. */

@@ -17,6 +17,7 @@ import type {
   SiteToLearn,
 } from './methods/quantize/quantizer.ts';
 import type { Block, LinearSite, Model, WeightReader } from './model/model.ts';
+import { addBranchTo, type BranchWork, type RankSpectrum, surveyRanks } from './quantize-branches.ts';
 import type { QuantizeProgress } from './quantize-progress.ts';
 import type { RunHooks } from './run.ts';
 
@@ -37,6 +38,8 @@ export interface BlocksRun {
   readonly measuring: Measuring;
   /** What a survey gave each site. */
   readonly allocation: BitAllocation | undefined;
+  /** What is done about low-rank branches; absent: nothing. */
+  readonly branches?: BranchWork | undefined;
   readonly kernels?: AsyncKernels;
   /** Called when a block is safely stored. */
   readonly onStored: () => Promise<void>;
@@ -60,6 +63,8 @@ export interface SiteDetails {
   readonly plan: SitePlan;
   /** Relative output error on the calibration text, `tr(dW H dW^T) / tr(W H W^T)`; absent for methods that do not know H. */
   readonly relativeError?: number;
+  /** What ranks would be worth, in a pass that asks. */
+  readonly spectrum?: RankSpectrum;
   /** What else the method tells of the layer. */
   readonly details?: Readonly<Record<string, number>>;
   readonly seconds: number;
@@ -107,12 +112,20 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
         const stats = measured?.get(input);
         const context = contextOf(run);
         const plan = run.given?.modules[site.name] ?? (await run.quantizer.decide(context, site, weight, stats));
-        const { quantized, relativeError, details } = await run.quantizer.apply(context, site, weight, stats, plan);
+        let result = await run.quantizer.apply(context, site, weight, stats, plan);
+        let spectrum: RankSpectrum | undefined;
+        if (run.branches && stats) {
+          const done = { context, quantizer: run.quantizer, site, weight, stats, plan, result };
+          if (run.branches.kind === 'survey') spectrum = await surveyRanks(done, run.branches.mostRank);
+          else result = await addBranchTo(done, run.branches.options);
+        }
+        const { quantized, relativeError, details } = result;
         finished.set(site.name, quantized);
         const seconds = (performance.now() - started) / 1000;
         sites[site.name] = {
-          plan,
+          plan: withRank(plan, quantized.lowRank?.rank),
           ...(relativeError === undefined ? {} : { relativeError }),
+          ...(spectrum && { spectrum }),
           ...(details && { details }),
           seconds,
         };
@@ -123,6 +136,11 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
   }
   const learning = await refineBlock(run, block, finished, sites);
   await run.parts.addBlock(block.index, finished, { sites, ...(learning && { learning }) } satisfies BlockDetails);
+}
+
+/** The plan with the rank that the layer came to have: fewer than asked for where more would be nothing. */
+function withRank({ rank: _, ...plan }: SitePlan, rank: number | undefined): SitePlan {
+  return rank === undefined ? plan : { ...plan, rank };
 }
 
 /** Lets a method that learns replace what is finished of the block by something better. */

@@ -3,6 +3,7 @@ import type { TensorSource } from '../formats/tensor.ts';
 import {
   codeBitsOf,
   gptqStoredBits,
+  lowRankBits,
   type ModuleStorage,
   onnxStorage,
   planesStoredBits,
@@ -23,6 +24,8 @@ export interface MemoryEstimateOptions {
   readonly tokens: number;
   /** Bound on buffered activations. */
   readonly maxMemory: number;
+  /** Whether low-rank branches are made. */
+  readonly branches?: boolean;
 }
 
 const RUNTIME_BYTES = 250e6;
@@ -39,7 +42,8 @@ export function estimatePeakBytes(model: Model, options: MemoryEstimateOptions):
     const weights = sum(block.sites.map(({ inFeatures, outFeatures }) => 4 * inFeatures * outFeatures));
     const largest = Math.max(0, ...sites.map(({ inFeatures, outFeatures }) => inFeatures * outFeatures));
     // A site at work: W twice in float32, its transpose, codes; with a target of its own, that too and what it is corrected by.
-    const work = (measuring?.drift ? 25 : 13) * largest;
+    // A branch is made of the error, its product with H, and the eigenvectors of the smaller side.
+    const work = ((measuring?.drift ? 25 : 13) + (options.branches ? 24 : 0)) * largest;
     if (!measuring) {
       peak = Math.max(peak, work);
       continue;
@@ -79,6 +83,8 @@ export interface ArtifactSizes {
   readonly averageBits: number;
   /** All stored bits of those modules over their weights. */
   readonly bitsPerWeight: number;
+  /** Those of low-rank branches among them; absent: there are none. */
+  readonly lowRankBitsPerWeight?: number;
   /** What quantized modules take in the weight files, embeddings included. */
   readonly quantizedBytes: number;
   /** Everything else in the weight files: float tensors, graph, headers, padding. */
@@ -91,11 +97,12 @@ export interface ArtifactSizes {
 
 /** Sizes of an artifact of `weightBytes` in weight files. */
 export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactFormat): ArtifactSizes {
-  const { modules, embeddings, averageBits, bitsPerWeight } = storage;
+  const { modules, embeddings, averageBits, bitsPerWeight, lowRankBitsPerWeight } = storage;
   const quantizedBytes = sum([...modules, ...embeddings].map((module) => module.storedBits)) / 8;
   return {
     averageBits,
     bitsPerWeight,
+    ...(lowRankBitsPerWeight > 0 && { lowRankBitsPerWeight }),
     quantizedBytes,
     unquantizedBytes: weightBytes - quantizedBytes,
     bytes: weightBytes,
@@ -127,8 +134,9 @@ export function predictSizes(
 
 function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat, compact: boolean): ModuleStorage[] {
   const inputs = new Set<string>();
-  const all = [...sites].map(([site, { groupSize, bits, transform: kind }]) => {
-    const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const };
+  const all = [...sites].map(([site, { groupSize, bits, transform: kind, rank }]) => {
+    const lowRank = rank === undefined ? {} : { lowRank: { rank, dtype: 'F16' as const } };
+    const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const, ...lowRank };
     const first = !inputs.has(site.input);
     inputs.add(site.input);
     const transform = kind && { permuted: true, hadamard: kind === 'perm-had' ? rotatedRun(groupSize, site.inFeatures) : 0 };
@@ -153,7 +161,10 @@ function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFor
       : undefined;
   return shapes.map(({ site, own, shape }) => {
     const bits = onnx?.get(site.name) ?? { storedBits: format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(own) };
-    return { ...shape, bits: [...shape.bits], codeBits: codeBitsOf(shape), ...bits };
+    const { lowRank, ...rest } = shape;
+    const dtype = format === 'onnx' && !compact ? 'F32' : 'F16';
+    const branch = lowRank && { rank: lowRank.rank, storedBits: lowRankBits({ ...shape, lowRank: { ...lowRank, dtype } }) };
+    return { ...rest, bits: [...shape.bits], codeBits: codeBitsOf(shape), ...(branch && { lowRank: branch }), ...bits };
   });
 }
 

@@ -36,11 +36,11 @@ function portableRecipe({ source, recipe }: QuantizeJob): Record<string, unknown
 }
 
 /** Names that mean something without this machine -> content. */
-async function hashInputs({ source, recipe, quantizer }: QuantizeJob): Promise<Record<string, HashedFile>> {
+async function hashInputs({ source, recipe, readsText }: QuantizeJob): Promise<Record<string, HashedFile>> {
   const files = new Map<string, string>();
   for (const { path } of source.files) files.set(`model/${basename(path)}`, path);
   files.set('model/config.json', source.configPath);
-  if (quantizer.needsCalibration) {
+  if (readsText) {
     for (const name of ['tokenizer.json', 'tokenizer_config.json']) {
       const path = join(source.folder, name);
       if (existsSync(path)) files.set(`model/${name}`, path);

@@ -10,13 +10,15 @@ import { RecipeError } from './errors.ts';
 import { quantizerOf } from './methods/quantize/index.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
 import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
+import { parseRankBudget, type SpendableBudget, spendable, uniformRank } from './methods/rank/rank-budget.ts';
 import type { LinearSite } from './model/model.ts';
 import { packageRoot } from './package-root.ts';
 import { embeddingGroups, embeddingSites } from './quantize-embeddings.ts';
 import { fixedCosts } from './quantize-estimate.ts';
-import type { QuantizeRecipe } from './recipe.ts';
+import { QUANTIZE_DEFAULTS, type QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import { checkPlanFits, readPlan, selectSites } from './site-selection.ts';
+import { parseSize } from './size.ts';
 
 export interface QuantizeJob {
   readonly source: ModelSource;
@@ -32,7 +34,13 @@ export interface QuantizeJob {
   readonly fixed: FixedCosts;
   /** Widths to follow instead of deciding. */
   readonly given: BitPlan | undefined;
-  /** Windows of calibration tokens; none for a method that needs no text. */
+  /** What `--lowrank` may spend on branches, to be shared out. */
+  readonly rankBudget: SpendableBudget | undefined;
+  /** Whether layers get branches: of a budget, or of the ranks of a given plan. */
+  readonly branches: boolean;
+  /** Whether the run reads text: for its method, or for branches. */
+  readonly readsText: boolean;
+  /** Windows of calibration tokens; none for a run that reads no text. */
   readonly windows: readonly Int32Array[];
   /** Windows a tolerable loss is measured on, which the others know nothing of; none without `--max-loss`. */
   readonly heldOut: readonly Int32Array[];
@@ -55,7 +63,7 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   });
   const nominalBits = given === undefined ? nominalBitsOf(recipe, source, sites) : 0;
   const expected = new Map(
-    sites.map((site) => [
+    sites.map((site): [LinearSite, SitePlan] => [
       site,
       given?.modules[site.name] ?? uniform(site, Math.max(1, Math.round(nominalBits)), recipe.groupSize),
     ]),
@@ -74,12 +82,85 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
       `--plan ${recipe.plan}: module "${transformed[0].name}" has transform ${transformed[1].transform}, and ${why}`,
     );
   }
+  const rankBudget = rankBudgetOf(recipe, sites, given);
+  const branches = rankBudget !== undefined || [...expected.values()].some(({ rank }) => rank !== undefined);
+  checkBranches(recipe, branches);
+  if (rankBudget) {
+    const rank = uniformRank(rankBudget, sites);
+    if (rank > 0) for (const [site, plan] of expected) expected.set(site, { ...plan, rank });
+  }
   checkFormats(recipe, expected);
-  const fixed = fixedCosts(source.tensors, expected, expectedEmbeddings, recipe.formats[0], recipe.compact);
+  const unbranched = fixedCosts(source.tensors, withoutRanks(expected), expectedEmbeddings, recipe.formats[0], recipe.compact);
+  const fixed = rankBudget && (recipe.size ?? recipe.runtimeMemory) ? withReserve(unbranched, recipe, rankBudget) : unbranched;
   const surveys = given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
   if (surveys) checkBudget(recipe, fixed, sites);
-  const text = quantizer.needsCalibration ? await readWindows(source, recipe, hooks) : { windows: [], heldOut: [] };
-  return { source, recipe, quantizer, selected, nominalBits, surveys, fixed, given, ...text, expected, expectedEmbeddings };
+  const readsText = quantizer.needsCalibration || branches;
+  const text = readsText ? await readWindows(source, recipe, hooks) : { windows: [], heldOut: [] };
+  const ranks = { rankBudget, branches, readsText };
+  return {
+    source,
+    recipe,
+    quantizer,
+    selected,
+    nominalBits,
+    surveys,
+    fixed,
+    given,
+    ...ranks,
+    ...text,
+    expected,
+    expectedEmbeddings,
+  };
+}
+
+/** Bits of a branch's parameter in the file that sizes are told of. */
+function branchBits({ formats, compact }: QuantizeRecipe): number {
+  return formats[0] === 'onnx' && !compact ? 32 : 16;
+}
+
+function rankBudgetOf(
+  recipe: QuantizeRecipe,
+  sites: readonly LinearSite[],
+  given: BitPlan | undefined,
+): SpendableBudget | undefined {
+  if (recipe.lowrank === undefined) return undefined;
+  const ranked = Object.entries(given?.modules ?? {}).find(([, { rank }]) => rank !== undefined);
+  if (ranked) {
+    throw new RecipeError(
+      `--lowrank ${recipe.lowrank}: the plan says the ranks ("${ranked[0]}" has ${ranked[1].rank}); give --lowrank or a plan without ranks`,
+    );
+  }
+  const budget = parseRankBudget(recipe.lowrank, parseSize, '--lowrank');
+  if (budget.kind === 'r' && (recipe.size !== undefined || recipe.runtimeMemory !== undefined))
+    throw new RecipeError(
+      `--lowrank ${recipe.lowrank}: inside a budget of bytes, ranks are counted by bpw=, bytes=, params= or pct=`,
+    );
+  return spendable(budget, sites, { parameterBits: branchBits(recipe), flag: '--lowrank' });
+}
+
+/** Refuses what goes with branches only, and where they cannot be. */
+function checkBranches({ method, formats, calibration, plan, lowrank, lowrankOuter }: QuantizeRecipe, branches: boolean): void {
+  const by = lowrank === undefined ? `--plan ${plan}` : `--lowrank ${lowrank}`;
+  if (branches && formats.includes('gptq')) throw new RecipeError(`${by}: --format gptq has no place for a low-rank branch`);
+  if (branches) return;
+  if (method === 'rtn' && calibration.length > 0)
+    throw new RecipeError(`--calibration: --method rtn reads text for low-rank branches only, and --plan ${plan} has none`);
+  if (lowrankOuter !== QUANTIZE_DEFAULTS.lowrankOuter)
+    throw new RecipeError(`--lowrank-outer ${lowrankOuter}: --plan ${plan} has no low-rank branches`);
+}
+
+function withoutRanks(plans: ReadonlyMap<LinearSite, SitePlan>): Map<LinearSite, SitePlan> {
+  return new Map([...plans].map(([site, { rank: _, ...plan }]) => [site, plan]));
+}
+
+/** A budget of bytes pays for the branches too: what they may take is kept for them. */
+function withReserve(fixed: FixedCosts, recipe: QuantizeRecipe, { total }: SpendableBudget): FixedCosts {
+  return {
+    ...fixed,
+    fileBytes: fixed.fileBytes + (total * branchBits(recipe)) / 8,
+    // The runtime multiplies in float32.
+    runtimeBytes: fixed.runtimeBytes + 4 * total,
+  };
 }
 
 /** Scales and zero points of a group, about, in bits a weight. */

@@ -1,5 +1,5 @@
 /** The work of a quantize run: share the budget out where the method allocates, then block after block into `parts`. */
-import type { PartStore } from './artifacts/parts.ts';
+import type { PartDetails, PartStore } from './artifacts/parts.ts';
 import { allocationOf, bitBudget, candidateWidths, type SharedBudget, shareBudget } from './bit-budget.ts';
 import { Calibration } from './calibration/calibration.ts';
 import type { Device, Engine } from './compute/engine.ts';
@@ -7,14 +7,16 @@ import { ENGINES } from './compute/engines.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { type LossSearch, searchLossBudget } from './loss-budget.ts';
 import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
-import { contextOf, quantizeBlocks } from './quantize-blocks.ts';
+import type { SpendableBudget } from './methods/rank/rank-budget.ts';
+import { type BlockDetails, contextOf, quantizeBlocks } from './quantize-blocks.ts';
+import { mostRank, type SharedRanks, shareRanks } from './quantize-branches.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
 import { predictSizes } from './quantize-estimate.ts';
 import type { QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
 import type { QuantizeRecipe } from './recipe.ts';
-import type { RunHooks } from './run.ts';
+import type { Progress, RunHooks } from './run.ts';
 import { SensitivityProbe } from './sensitivity-probe.ts';
 import { readSurvey, recordSurvey } from './survey-record.ts';
 import { scoreModel } from './window-scores.ts';
@@ -24,6 +26,8 @@ export interface Solved {
   readonly device: Device;
   readonly runtime: string;
   readonly shared?: SharedBudget | undefined;
+  /** How ranks were shared out, with `--lowrank`. */
+  readonly ranks?: SharedRanks | undefined;
   /** Where the finished blocks are. */
   readonly parts: PartStore;
   /** With `--max-loss`. */
@@ -40,7 +44,7 @@ function optionsOf(recipe: QuantizeRecipe, bits: number): QuantizeOptions {
 /** How the run measures for a method that reads text. @param bits mean code bits */
 export function measuringOf(quantizer: Quantizer, recipe: QuantizeRecipe, bits: number): Measuring {
   const own = quantizer.measuring?.(optionsOf(recipe, bits));
-  return own ?? { sequential: recipe.trueSequential, drift: false, replay: true };
+  return own ?? { sequential: recipe.trueSequential, drift: false, replay: quantizer.needsCalibration };
 }
 
 /** Quantizes what is not in `store` yet. @param onStored called when a part is safely stored */
@@ -57,7 +61,7 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
   const measuring = measuringOf(quantizer, recipe, job.nominalBits);
   const { surveys } = job;
   let progress = new QuantizeProgress(model, hooks, surveys, measuring.learns !== undefined);
-  await using calibration = quantizer.needsCalibration
+  await using calibration = job.readsText
     ? new Calibration({
         model,
         engine,
@@ -70,12 +74,53 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
         ...(hooks.signal && { signal: hooks.signal }),
       })
     : undefined;
-  const run = { model, weights, quantizer, options, blas, calibration, measuring, onStored };
+  const run = { model, weights, quantizer, options, blas, calibration, measuring, onStored, selected: job.selected };
   const survey = () => surveyOf(job, engine, contextOf({ ...run, hooks, allocation: undefined }), calibration, progress, hooks);
+  /** What ranks would be worth after codes, block by block, and who gets them. */
+  const rankPass = async (parts: PartStore, shared: SharedBudget | undefined, budget: SpendableBudget): Promise<SharedRanks> => {
+    const first = await parts.firstPass();
+    const told = { ...hooks, progress: (event: Progress) => hooks.progress?.({ ...event, phase: `ranks: ${event.phase}` }) };
+    progress = new QuantizeProgress(model, told);
+    const { learns: _, ...unlearned } = measuring;
+    const branches = { kind: 'survey', mostRank: mostRank(budget, [...job.expected.keys()]) } as const;
+    const allocation = shared && allocationOf(shared);
+    await quantizeBlocks({
+      ...run,
+      parts: first,
+      measuring: unlearned,
+      progress,
+      hooks: told,
+      given: job.given,
+      allocation,
+      branches,
+    });
+    const sites = model.blocks.flatMap((block) => {
+      const { sites: details } = first.blockDetails(block.index) as unknown as BlockDetails;
+      return block.sites.flatMap((site) => {
+        const { plan, spectrum } = details[site.name] ?? {};
+        return plan && spectrum ? [{ site, plan, spectrum }] : [];
+      });
+    });
+    progress = new QuantizeProgress(model, hooks, false, measuring.learns !== undefined);
+    return shareRanks(sites, budget, shared?.sensitivities);
+  };
+  let ranks: SharedRanks | undefined;
   const quantize = async (parts: PartStore, shared: SharedBudget | undefined, hooks: RunHooks) => {
     progress.startBlocks();
-    const allocation = shared && allocationOf(shared);
-    await quantizeBlocks({ ...run, parts, progress, hooks, selected: job.selected, given: job.given, allocation });
+    if (job.rankBudget) {
+      ranks = parts.ranks as unknown as SharedRanks | undefined;
+      if (ranks === undefined) {
+        ranks = await rankPass(parts, shared, job.rankBudget);
+        await parts.addRanks(ranks as unknown as PartDetails);
+        await onStored();
+      }
+    }
+    // Ranks were counted on these widths.
+    const given = ranks?.plan ?? job.given;
+    const allocation = given || !shared ? undefined : allocationOf(shared);
+    const { lowrankInputs: variant, lowrankOuter: rounds } = recipe;
+    const branches = job.branches ? ({ kind: 'add', options: { variant, rounds } } as const) : undefined;
+    await quantizeBlocks({ ...run, parts, progress, hooks, given, allocation, branches });
     if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
       await quantizeEmbeddings(weights, job.expectedEmbeddings, options, blas, parts, hooks);
     }
@@ -109,7 +154,7 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
     await onStored();
   }
   await quantize(store, shared, hooks);
-  return { device, runtime, shared, parts: store };
+  return { device, runtime, shared, ranks, parts: store };
 }
 
 /** One pass over the float model, and what errors in its layers do to the logits. */
@@ -123,7 +168,8 @@ async function surveyOf(
 ): Promise<ModelSurvey> {
   const { source, recipe, quantizer, selected, windows } = job;
   const { model, weights, path } = source;
-  const probes = calibration !== undefined && recipe.sensitivity === 'probe';
+  // A method that reads no text does not weigh by it either, even where branches will.
+  const probes = quantizer.needsCalibration && recipe.sensitivity === 'probe';
   await using probe = probes
     ? await SensitivityProbe.start({
         model,
@@ -141,7 +187,7 @@ async function surveyOf(
     weights,
     quantizer,
     context,
-    calibration,
+    calibration: quantizer.needsCalibration ? calibration : undefined,
     probe,
     selected,
     widths: candidateWidths(recipe),

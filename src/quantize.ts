@@ -13,6 +13,7 @@ import type { LossRound, LossSearch } from './loss-budget.ts';
 import type { BitPlan, Measuring } from './methods/quantize/quantizer.ts';
 import { packageVersion } from './package-root.ts';
 import type { BlockDetails, SiteDetails } from './quantize-blocks.ts';
+import type { SharedRanks } from './quantize-branches.ts';
 import { type ArtifactSizes, estimatePeakBytes, predictSizes, sizesOf } from './quantize-estimate.ts';
 import { describeInputs, type RunInputs } from './quantize-inputs.ts';
 import { prepareJob, type QuantizeJob } from './quantize-job.ts';
@@ -127,7 +128,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     const done = source.model.blocks.filter((block) => store.hasBlock(block.index)).length;
     hooks.note?.(`resuming: ${done} of ${source.model.blocks.length} blocks are finished`);
   }
-  const { device, runtime, shared, parts, search } = await solve(job, store, () => output.keepForResume(), hooks).catch(
+  const { device, runtime, shared, ranks, parts, search } = await solve(job, store, () => output.keepForResume(), hooks).catch(
     (error: unknown) => {
       // A request that nothing can meet is not met by resuming it.
       if (error instanceof RecipeError) output.abandon();
@@ -180,12 +181,18 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     threads: recipe.threads,
     resumed: output.resumed,
     ...(shared && { allocation: { unit: shared.unit, predictedLoss: shared.predictedLoss, bound: shared.bound } }),
+    ...(ranks && { ranks: { requested: recipe.lowrank, ...ranksReport(ranks) } }),
     ...learningOf(job, parts),
     sites: Object.fromEntries(sites),
   });
   hooks.signal?.throwIfAborted();
   await output.finalize();
   return outcome;
+}
+
+/** The plan says which layer has which. */
+function ranksReport({ total, spent, predicted }: SharedRanks) {
+  return { total, spent, predicted };
 }
 
 /** What learning did for each block that was learned. */
@@ -215,18 +222,18 @@ function detailsOf({ source, selected }: QuantizeJob, parts: PartStore): [string
 }
 
 /** Going through a block input by input is one pass; measuring all inputs and then moving on behind the quantized weights are two. */
-function forwardPasses({ sequential, drift }: Measuring, surveys: boolean): string {
-  const count = (surveys ? 1 : 0) + (sequential ? 1 : 2) + (drift ? 1 : 0);
+function forwardPasses({ sequential, drift }: Measuring, surveys: boolean, times: number): string {
+  const count = (surveys ? 1 : 0) + times * ((sequential ? 1 : 2) + (drift ? 1 : 0));
   return `${count} forward pass${count === 1 ? '' : 'es'}`;
 }
 
 function outlineOf(
-  { source, recipe, selected, quantizer, windows, surveys, nominalBits }: QuantizeJob,
+  { source, recipe, selected, quantizer, windows, surveys, nominalBits, readsText, branches, rankBudget }: QuantizeJob,
   plan: BitPlan,
   notes: readonly string[],
 ) {
   const tokens = windows.reduce((sum, window) => sum + window.length, 0);
-  const measuring = quantizer.needsCalibration ? measuringOf(quantizer, recipe, nominalBits) : undefined;
+  const measuring = readsText ? measuringOf(quantizer, recipe, nominalBits) : undefined;
   return {
     architecture: source.model.architecture,
     method: `${recipe.method}, preset ${recipe.preset}`,
@@ -236,9 +243,9 @@ function outlineOf(
     plan,
     notes,
     passes: measuring
-      ? `${forwardPasses(measuring, surveys)} over ${tokens} tokens in ${windows.length} windows`
+      ? `${forwardPasses(measuring, surveys && quantizer.needsCalibration, rankBudget ? 2 : 1)} over ${tokens} tokens in ${windows.length} windows`
       : 'none: the method reads no text',
-    predictedPeakBytes: estimatePeakBytes(source.model, { measuring, selected, tokens, maxMemory: recipe.maxMemory }),
+    predictedPeakBytes: estimatePeakBytes(source.model, { measuring, selected, tokens, maxMemory: recipe.maxMemory, branches }),
   };
 }
 

@@ -37,6 +37,9 @@ const READERS: Partial<Record<Key, Readers>> = {
   steps: { methods: LEARNED },
 };
 
+/** What text is read by. */
+const TEXT_KEYS: readonly Key[] = ['calibration', 'samples', 'sequenceLength'];
+
 const BUDGETS = ['bits', 'bpw', 'size', 'runtimeMemory', 'maxLoss'] as const satisfies readonly Key[];
 
 /** Throws RecipeError naming the option that does not fit, and what it fits. An option asked for at its default value fits everything. */
@@ -44,6 +47,8 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   for (const [key, { methods, preset }] of Object.entries(READERS) as [Key, Readers][]) {
     const asked = request[key] !== undefined && JSON.stringify(request[key]) !== JSON.stringify(defaults[key]);
     if (!asked) continue;
+    // Branches are made on text, whatever the codes were made on; whether a plan has any is seen when it is read.
+    if (TEXT_KEYS.includes(key) && (recipe.lowrank !== undefined || recipe.plan !== undefined)) continue;
     if (!methods.includes(recipe.method)) {
       throw new RecipeError(`${flag(key)}: --method ${recipe.method} does not use it; it goes with ${methods.join(', ')}`);
     }
@@ -52,6 +57,7 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
     }
   }
   checkBudget(recipe);
+  checkLowRank(recipe, request);
   if (recipe.plan !== undefined && request.groupSize !== undefined && recipe.embeddings === 'float') {
     throw new RecipeError(`--group-size ${recipe.groupSize}: the plan says the size of every group; give --group-size or --plan`);
   }
@@ -74,6 +80,14 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   if (recipe.runtimeMemory !== undefined && !recipe.formats.includes('onnx')) {
     throw new RecipeError('--runtime-memory: counts operands of onnxruntime, and no ONNX is written; use --size or --bpw');
   }
+}
+
+function checkLowRank({ lowrank, plan, maxLoss }: QuantizeRecipe, request: QuantizeRequest): void {
+  if (lowrank !== undefined && maxLoss !== undefined)
+    throw new RecipeError(`--lowrank ${lowrank}: --max-loss is met by widths alone; give a budget in bits or bytes`);
+  const alone = (['lowrankOuter', 'lowrankInputs'] as const).find((key) => request[key] !== undefined);
+  if (alone !== undefined && lowrank === undefined && plan === undefined)
+    throw new RecipeError(`${flag(alone)}: goes with --lowrank, which says what branches may cost`);
 }
 
 /** Whether widths differ inside a module, whatever the budget. */

@@ -6,8 +6,11 @@ import { RecipeError } from './errors.ts';
 import { BEST_STEPS, type BestStep } from './methods/quantize/best/steps.ts';
 import { QUANTIZERS } from './methods/quantize/index.ts';
 import { TRANSFORMS, type TransformKind } from './methods/quantize/quantizer.ts';
+import { COMPENSATION_VARIANTS, type CompensationVariant } from './methods/rank/compensation.ts';
+import { parseRankBudget } from './methods/rank/rank-budget.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, part, range, text } from './recipe-fields.ts';
 import { checkRecipe } from './recipe-rules.ts';
+import { parseSize } from './size.ts';
 
 export type { ArtifactFormat };
 
@@ -70,6 +73,12 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly sensitivity: (typeof SENSITIVITIES)[number];
   /** Learned methods: steps a block; absent: the method's own number. */
   readonly steps?: number;
+  /** What may be spent on low-rank branches beside the codes, such as `bpw=0.1`; absent: there are none. */
+  readonly lowrank?: string;
+  /** Times that codes and branch are made, each for what the other leaves. */
+  readonly lowrankOuter: number;
+  /** What branches take inputs for: `exact` for what they are. */
+  readonly lowrankInputs: CompensationVariant;
   /** ONNX: codes at their true width in the file, expanded when it is loaded. */
   readonly compact: boolean;
   /** A plan file, or an artifact's pcomp.json. */
@@ -103,6 +112,8 @@ export const QUANTIZE_DEFAULTS = {
   transform: 'auto',
   without: [],
   sensitivity: 'probe',
+  lowrankOuter: 2,
+  lowrankInputs: 'exact',
   compact: true,
   device: 'cpu',
   engine: 'ort',
@@ -146,6 +157,9 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     ...(given.alpha === undefined ? {} : { alpha: range('alpha', given.alpha, 0, 1) }),
     ...(given.steps === undefined ? {} : { steps: integer('steps', given.steps, 1, 1_000_000) }),
     sensitivity: oneOf('sensitivity', given.sensitivity, SENSITIVITIES),
+    ...(given.lowrank === undefined ? {} : { lowrank: rankBudget(text('lowrank', given.lowrank)) }),
+    lowrankOuter: integer('lowrankOuter', given.lowrankOuter, 1, 4),
+    lowrankInputs: oneOf('lowrankInputs', given.lowrankInputs, COMPENSATION_VARIANTS),
     compact: boolean('compact', given.compact),
     device: oneOf('device', given.device, DEVICES),
     engine: oneOf('engine', given.engine, Object.keys(ENGINES) as EngineName[]),
@@ -159,8 +173,14 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
 
 const KNOWN: ReadonlySet<string> = new Set([
   ...Object.keys(QUANTIZE_DEFAULTS),
-  ...['bits', 'bpw', 'size', 'runtimeMemory', 'maxLoss', 'alpha', 'steps', 'threads', 'plan'],
+  ...['bits', 'bpw', 'size', 'runtimeMemory', 'maxLoss', 'alpha', 'steps', 'lowrank', 'threads', 'plan'],
 ]);
+
+/** Checked here, and kept as it was written. */
+function rankBudget(written: string): string {
+  parseRankBudget(written, parseSize, '--lowrank');
+  return written;
+}
 
 function formats(names: readonly string[]): ArtifactFormat[] {
   const result = [...new Set(names.map((name) => oneOf('formats', name, FORMATS)))];

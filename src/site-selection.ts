@@ -51,18 +51,20 @@ function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
   }
   if (transform !== undefined && transform !== 'perm' && transform !== 'perm-had')
     throw fail('has a "transform" that is not perm or perm-had');
-  if (rank !== undefined) throw fail('has a "rank", but quantize adds no low-rank branches');
+  if (rank !== undefined && !(Number.isInteger(rank) && (rank as number) > 0))
+    throw fail('has a "rank" that is no whole number above 0');
   return {
     groupSize,
     bits: bits as number[],
     ...(transform && { transform }),
+    ...(rank !== undefined && { rank: rank as number }),
   };
 }
 
 /** Checks that the plan fits the model: known modules, a width for each selected one, and one per group. */
 export function checkPlanFits(path: string, plan: BitPlan, model: Model, selected: ReadonlySet<string>): void {
   const sites = new Map<string, LinearSite>(model.blocks.flatMap((block) => block.sites.map((site) => [site.name, site])));
-  for (const [name, { groupSize, bits }] of Object.entries(plan.modules)) {
+  for (const [name, { groupSize, bits, rank = 0 }] of Object.entries(plan.modules)) {
     const site = sites.get(name);
     if (site === undefined) throw new RecipeError(`--plan ${path}: the model has no module "${name}"`);
     const groups = groupCount(site.inFeatures, groupSize);
@@ -70,6 +72,9 @@ export function checkPlanFits(path: string, plan: BitPlan, model: Model, selecte
       throw new RecipeError(
         `--plan ${path}: module "${name}" has ${bits.length} widths, but ${site.inFeatures} inputs in groups of ${groupSize} make ${groups}`,
       );
+    }
+    if (rank > Math.min(site.inFeatures, site.outFeatures)) {
+      throw new RecipeError(`--plan ${path}: module "${name}" has rank ${rank}, but is ${site.outFeatures} x ${site.inFeatures}`);
     }
   }
   const byInput = new Map<string, string>();

@@ -88,13 +88,23 @@ interface Leading extends ErrorSpectrum {
   readonly vectors: Float64Array;
 }
 
+/** `tr(E R E^T)`: what an error (m, n) of a weight costs. */
+export async function errorEnergy(blas: Blas, error: Matrix, gram: Float64Array): Promise<number> {
+  return traceWith(error, await timesMoments(blas, error, gram));
+}
+
+/** `tr(A E^T)`, none negative. */
+function traceWith(error: Matrix, product: Matrix): number {
+  let total = 0;
+  for (let i = 0; i < product.data.length; i++) total += product.data[i] * error.data[i];
+  return Math.max(0, total);
+}
+
 async function leading(blas: Blas, error: Matrix, gram: Float64Array, wanted: number): Promise<Leading> {
   const { rows: m, columns: n } = error;
   const count = Math.min(wanted, m, n);
   const product = await timesMoments(blas, error, gram);
-  let total = 0;
-  for (let i = 0; i < product.data.length; i++) total += product.data[i] * error.data[i];
-  total = Math.max(0, total);
+  const total = traceWith(error, product);
   if (Math.min(m, n) > EXACT_SIZE) return { ...(await iterate(blas, error, product, count)), total };
   if (n < m) return { ...tall(error, gram, count), total };
   const square = Float64Array.from((await blas.gemm(product, error, { transposeB: true })).data);

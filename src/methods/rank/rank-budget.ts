@@ -14,21 +14,21 @@ export interface AdaptedShape {
   readonly inFeatures: number;
 }
 
-/** Bits of an adapter's parameter as it is stored. */
+/** Bits of an adapter's parameter as PEFT stores it. */
 const PARAMETER_BITS = 32;
 const KINDS = ['r', 'params', 'pct', 'bytes', 'bpw'] as const;
 const FACTORS: Readonly<Record<string, number>> = { '': 1, k: 1e3, M: 1e6, G: 1e9 };
 
-/** @param parseBytes reads a size as every flag does */
-export function parseRankBudget(text: string, parseBytes: (flag: string, text: string) => number): RankBudget {
+/** @param parseBytes reads a size as every flag does; @param flag whose value it is */
+export function parseRankBudget(text: string, parseBytes: (flag: string, text: string) => number, flag = '--budget'): RankBudget {
   const match = /^(\w+)=(.+)$/.exec(text.trim());
   const kind = KINDS.find((name) => name === match?.[1]);
   const refuse = (rule: string): never => {
-    throw new RecipeError(`--budget ${text}: ${rule}`);
+    throw new RecipeError(`${flag} ${text}: ${rule}`);
   };
   if (match === null || kind === undefined) return refuse('one of r=16, params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25 is expected');
   const [, , written] = match;
-  if (kind === 'bytes') return { kind, amount: parseBytes('--budget bytes', written) };
+  if (kind === 'bytes') return { kind, amount: parseBytes(`${flag} bytes`, written) };
   const number = /^(\d+(?:\.\d+)?|\.\d+)(k|M|G|%)?$/.exec(written);
   const suffix = number?.[2] ?? '';
   const fits = suffix === '' || (kind === 'pct' ? suffix === '%' : kind === 'params' && suffix !== '%');
@@ -48,20 +48,24 @@ export interface SpendableBudget {
 }
 
 /** @throws RecipeError for a budget that buys not even one rank of the cheapest layer */
-export function spendable({ kind, amount }: RankBudget, shapes: readonly AdaptedShape[]): SpendableBudget {
+export function spendable(
+  { kind, amount }: RankBudget,
+  shapes: readonly AdaptedShape[],
+  { parameterBits = PARAMETER_BITS, flag = '--budget' } = {},
+): SpendableBudget {
   const weights = shapes.reduce((sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures, 0);
   const total = {
     r: amount * shapes.length,
     params: amount,
     pct: (amount / 100) * weights,
-    bytes: (amount * 8) / PARAMETER_BITS,
-    bpw: (amount * weights) / PARAMETER_BITS,
+    bytes: (amount * 8) / parameterBits,
+    bpw: (amount * weights) / parameterBits,
   }[kind];
   const cost = kind === 'r' ? () => 1 : ({ outFeatures, inFeatures }: AdaptedShape) => outFeatures + inFeatures;
   const least = Math.min(...shapes.map(cost));
   if (total < least) {
     throw new RecipeError(
-      `--budget ${kind}=${amount}: is ${total} ${kind === 'r' ? 'ranks' : 'parameters'}, and one rank takes at least ${least}`,
+      `${flag} ${kind}=${amount}: is ${total} ${kind === 'r' ? 'ranks' : 'parameters'}, and one rank takes at least ${least}`,
     );
   }
   return { total, cost };
