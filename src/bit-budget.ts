@@ -3,6 +3,7 @@ import { type BudgetUnit, groupBits } from './artifacts/group-bits.ts';
 import { RecipeError } from './errors.ts';
 import { type Allocation, allocate } from './methods/quantize/allocation/allocate.ts';
 import { BudgetError } from './methods/quantize/allocation/frontier.ts';
+import type { Repair } from './methods/quantize/allocation/joint.ts';
 import type { BitAllocation, SitePlan, TransformKind } from './methods/quantize/quantizer.ts';
 import type { LinearSite } from './model/model.ts';
 import { choiceSets, type ModelSurvey } from './quantize-survey.ts';
@@ -73,11 +74,19 @@ function ceil4(value: number): string {
   return (Math.ceil(value * 1e4) / 1e4).toString();
 }
 
+interface SiteShare {
+  readonly transform: TransformKind;
+  /** For its codes. */
+  readonly budget: number;
+  /** Where ranks are paid from the same budget and it got some. */
+  readonly rank?: number;
+}
+
 /** A shared-out budget, as it is kept for a resumed run. */
 export interface SharedBudget {
   readonly unit: BudgetUnit;
   readonly widths: readonly number[];
-  readonly sites: Readonly<Record<string, { readonly transform: TransformKind; readonly budget: number }>>;
+  readonly sites: Readonly<Record<string, SiteShare>>;
   /** What the survey predicts, in nats where sensitivities were measured. */
   readonly predictedLoss: number;
   /** No allocation of this budget could be predicted to lose less. */
@@ -89,18 +98,19 @@ export interface SharedBudget {
 /** Times a plan that turned out too large is made again. */
 const ROUNDS = 6;
 
-/** Shares a budget out; `sizeOf` tells in bits what a plan takes in all, in the unit of the budget; absent: padding is not counted. Throws RecipeError with the nearest feasible budget. */
+/** Shares a budget out; `sizeOf` tells in bits what a plan takes in all, in the unit of the budget; absent: padding is not counted; `repairs`: ranks may be bought from it too. Throws RecipeError with the nearest feasible budget. */
 export function shareBudget(
   survey: ModelSurvey,
   widths: readonly number[],
   groupSize: number,
   budget: BitBudget,
   sizeOf?: (plan: ReadonlyMap<string, SitePlan>) => number,
+  repairs?: ReadonlyMap<string, Repair>,
 ): SharedBudget {
   // What rows and words are padded with depends on all widths together: what a plan really takes is only known when there is one.
   let bits = budget.bits;
   for (let round = 0; ; round++) {
-    const { shared, plan } = shareOnce(survey, widths, groupSize, { ...budget, bits });
+    const { shared, plan } = shareOnce(survey, widths, groupSize, { ...budget, bits }, repairs);
     const excess = budget.unit === 'code' || !sizeOf ? 0 : sizeOf(plan) - budget.bits;
     if (excess <= 0 || round === ROUNDS) return shared;
     bits -= excess + PADDING * budget.bits;
@@ -112,8 +122,9 @@ function shareOnce(
   widths: readonly number[],
   groupSize: number,
   budget: BitBudget,
+  repairs: ReadonlyMap<string, Repair> | undefined,
 ): { shared: SharedBudget; plan: Map<string, SitePlan> } {
-  const sets = choiceSets(survey, widths, groupSize, budget.unit);
+  const sets = choiceSets(survey, widths, groupSize, budget.unit, repairs);
   let allocation: Allocation;
   try {
     allocation = allocate(sets, budget.bits);
@@ -121,13 +132,14 @@ function shareOnce(
     if (!(error instanceof BudgetError)) throw error;
     throw outOfReach(budget, groupSize, error.least, error.most);
   }
-  const sites: Record<string, { transform: TransformKind; budget: number }> = {};
+  const sites: Record<string, SiteShare> = {};
   const plan = new Map<string, SitePlan>();
   for (const { label, members } of allocation.sets) {
     const transform = label as TransformKind;
-    for (const { name, size, bits } of members) {
-      sites[name] = { transform, budget: size };
-      plan.set(name, { groupSize, bits, ...(transform === 'none' ? {} : { transform }) });
+    for (const { name, size, bits, rank: own } of members) {
+      const rank = own === 0 ? {} : { rank: own };
+      sites[name] = { transform, budget: size, ...rank };
+      plan.set(name, { groupSize, bits, ...(transform === 'none' ? {} : { transform }), ...rank });
     }
   }
   const { loss: predictedLoss, bound } = allocation;

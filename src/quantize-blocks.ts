@@ -2,6 +2,7 @@
 import { fromFloat32, toFloat32 } from '../formats/dtype.ts';
 import type { PartStore } from './artifacts/parts.ts';
 import type { Calibration } from './calibration/calibration.ts';
+import type { CalibrationStats } from './calibration/statistics.ts';
 import type { Blas } from './compute/blas.ts';
 import type { AsyncKernels } from './compute/kernels/kernels.ts';
 import { dequantize, type QuantizedLinear } from './methods/quantize/quantized-linear.ts';
@@ -111,7 +112,7 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
         const weight = await run.weights.loadSite(site);
         const stats = measured?.get(input);
         const context = contextOf(run);
-        const plan = run.given?.modules[site.name] ?? (await run.quantizer.decide(context, site, weight, stats));
+        const plan = run.given?.modules[site.name] ?? (await decide(run, context, site, weight, stats));
         let result = await run.quantizer.apply(context, site, weight, stats, plan);
         let spectrum: RankSpectrum | undefined;
         if (run.branches && stats) {
@@ -136,6 +137,17 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
   }
   const learning = await refineBlock(run, block, finished, sites);
   await run.parts.addBlock(block.index, finished, { sites, ...(learning && { learning }) } satisfies BlockDetails);
+}
+
+async function decide(
+  { quantizer, branches }: BlocksRun,
+  context: QuantizeContext,
+  site: LinearSite,
+  weight: Float32Array,
+  stats: CalibrationStats | undefined,
+): Promise<SitePlan> {
+  const plan = await quantizer.decide(context, site, weight, stats);
+  return withRank(plan, branches?.kind === 'add' ? branches.ranks?.get(site.name) : undefined);
 }
 
 /** The plan with the rank that the layer came to have: fewer than asked for where more would be nothing. */

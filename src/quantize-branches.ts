@@ -1,5 +1,7 @@
 /** What a quantize run does about low-rank branches: see what ranks would make up for in each layer, share a budget of them out, add them (adapters.md, section 6). */
+import type { SharedBudget } from './bit-budget.ts';
 import type { CalibrationStats } from './calibration/statistics.ts';
+import type { Repair } from './methods/quantize/allocation/joint.ts';
 import { transformColumns, untransformColumns } from './methods/quantize/input-transform.ts';
 import { addBranch, type LowRankBranch, storedBranch } from './methods/quantize/low-rank.ts';
 import { decodeStored, type QuantizedLinear } from './methods/quantize/quantized-linear.ts';
@@ -19,7 +21,12 @@ export interface BranchOptions {
 /** What a pass over the blocks does about branches: see what each rank would be worth, up to some rank; or add those of the plan. */
 export type BranchWork =
   | { readonly kind: 'survey'; readonly mostRank: number }
-  | { readonly kind: 'add'; readonly options: BranchOptions };
+  | {
+      readonly kind: 'add';
+      readonly options: BranchOptions;
+      /** Where widths are decided anew; absent: the ranks of the plan that is followed. */
+      readonly ranks?: ReadonlyMap<string, number> | undefined;
+    };
 
 /** What each rank would take off a layer's loss `tr(E H E^T)`. */
 export interface RankSpectrum {
@@ -53,12 +60,42 @@ export function mostRank(budget: SpendableBudget, sites: readonly LinearSite[]):
 
 /** How ranks were shared out, as it is kept for a resumed run. */
 export interface SharedRanks {
-  /** The widths that were decided in the first pass, with ranks. */
-  readonly plan: BitPlan;
+  /** The widths that were decided in the first pass, with ranks; absent: they are decided anew, within the budget that paid for ranks as well. */
+  readonly plan?: BitPlan;
+  /** With `--joint`: that budget. */
+  readonly joint?: SharedBudget;
   readonly total: number;
   readonly spent: number;
   /** Loss of the model with the codes alone and with these branches as predicted, weighed by sensitivity: in nats where those were measured. */
   readonly predicted: { readonly before: number; readonly after: number };
+}
+
+/** A layer after the first pass. */
+export interface SurveyedSite {
+  readonly site: LinearSite;
+  readonly plan: SitePlan;
+  readonly spectrum: RankSpectrum;
+}
+
+/** Ranks and widths from one budget, `share` being what shares it out. @param rankBits of one parameter, as the budget counts */
+export function shareJointly(
+  sites: readonly SurveyedSite[],
+  budget: SpendableBudget,
+  rankBits: number,
+  before: number,
+  share: (repairs: ReadonlyMap<string, Repair>) => SharedBudget,
+): SharedRanks {
+  const repairs = new Map(
+    sites.flatMap(({ site, spectrum: { values, total } }): [string, Repair][] => {
+      if (!(total > 0)) return [];
+      const left = [1];
+      for (const value of values) left.push(Math.max(0, left[left.length - 1] - value / total));
+      return [[site.name, { left, rankSize: rankBits * (site.outFeatures + site.inFeatures) }]];
+    }),
+  );
+  const joint = share(repairs);
+  const spent = sites.reduce((sum, { site }) => sum + budget.cost(site) * (joint.sites[site.name].rank ?? 0), 0);
+  return { joint, total: budget.total, spent, predicted: { before, after: joint.predictedLoss } };
 }
 
 /**
@@ -66,7 +103,7 @@ export interface SharedRanks {
  * @param sensitivities what a unit of a layer's loss costs the model; absent: the same everywhere
  */
 export function shareRanks(
-  sites: readonly { readonly site: LinearSite; readonly plan: SitePlan; readonly spectrum: RankSpectrum }[],
+  sites: readonly SurveyedSite[],
   budget: SpendableBudget,
   sensitivities: Readonly<Record<string, number>> = {},
 ): SharedRanks {

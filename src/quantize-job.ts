@@ -114,7 +114,7 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
 }
 
 /** Bits of a branch's parameter in the file that sizes are told of. */
-function branchBits({ formats, compact }: QuantizeRecipe): number {
+export function branchBits({ formats, compact }: QuantizeRecipe): number {
   return formats[0] === 'onnx' && !compact ? 32 : 16;
 }
 

@@ -9,10 +9,10 @@ import { type LossSearch, searchLossBudget } from './loss-budget.ts';
 import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
 import type { SpendableBudget } from './methods/rank/rank-budget.ts';
 import { type BlockDetails, contextOf, quantizeBlocks } from './quantize-blocks.ts';
-import { mostRank, type SharedRanks, shareRanks } from './quantize-branches.ts';
+import { mostRank, type SharedRanks, shareJointly, shareRanks } from './quantize-branches.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
 import { predictSizes } from './quantize-estimate.ts';
-import type { QuantizeJob } from './quantize-job.ts';
+import { branchBits, type QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
 import type { QuantizeRecipe } from './recipe.ts';
@@ -33,6 +33,9 @@ export interface Solved {
   /** With `--max-loss`. */
   readonly search?: LossSearch;
 }
+
+/** The runtime multiplies in float32. */
+const RUNTIME_PARAMETER_BITS = 32;
 
 /** What a method is told of a recipe. */
 function optionsOf(recipe: QuantizeRecipe, bits: number): QuantizeOptions {
@@ -102,7 +105,16 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
       });
     });
     progress = new QuantizeProgress(model, hooks, false, measuring.learns !== undefined);
-    return shareRanks(sites, budget, shared?.sensitivities);
+    if (!recipe.joint || !shared) return shareRanks(sites, budget, shared?.sensitivities);
+    const surveyed = readSurvey(store.finding('survey')!, model);
+    const parameterBits = recipe.runtimeMemory === undefined ? branchBits(recipe) : RUNTIME_PARAMETER_BITS;
+    const codes = bitBudget(recipe, job.fixed);
+    const both = { ...codes, bits: codes.bits + parameterBits * budget.total };
+    const found = shareJointly(sites, budget, parameterBits, shared.predictedLoss, (repairs) =>
+      shareBudget(surveyed, candidateWidths(recipe), recipe.groupSize, both, (plan) => sizeOfPlan(job, plan), repairs),
+    );
+    if (found.spent === 0) hooks.note?.('--joint: no layer got a branch, since bits are worth more in all of them');
+    return found;
   };
   let ranks: SharedRanks | undefined;
   const quantize = async (parts: PartStore, shared: SharedBudget | undefined, hooks: RunHooks) => {
@@ -117,9 +129,13 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
     }
     // Ranks were counted on these widths.
     const given = ranks?.plan ?? job.given;
-    const allocation = given || !shared ? undefined : allocationOf(shared);
+    const joint = ranks?.joint;
+    const budget = joint ?? shared;
+    const allocation = given || !budget ? undefined : allocationOf(budget);
     const { lowrankInputs: variant, lowrankOuter: rounds } = recipe;
-    const branches = job.branches ? ({ kind: 'add', options: { variant, rounds } } as const) : undefined;
+    const own =
+      joint && new Map(Object.entries(joint.sites).flatMap(([name, { rank }]) => (rank ? [[name, rank] as const] : [])));
+    const branches = job.branches ? ({ kind: 'add', options: { variant, rounds }, ranks: own } as const) : undefined;
     await quantizeBlocks({ ...run, parts, progress, hooks, given, allocation, branches });
     if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
       await quantizeEmbeddings(weights, job.expectedEmbeddings, options, blas, parts, hooks);
@@ -149,12 +165,15 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
   let shared = store.allocation as unknown as SharedBudget | undefined;
   if (surveys && shared === undefined) {
     const budget = bitBudget(recipe, job.fixed);
-    shared = shareBudget(await survey(), candidateWidths(recipe), recipe.groupSize, budget, (plan) => sizeOfPlan(job, plan));
+    const surveyed = await survey();
+    // Asked again when it is known what ranks are worth.
+    if (recipe.joint && !store.finding('survey')) await store.addFinding('survey', recordSurvey(surveyed));
+    shared = shareBudget(surveyed, candidateWidths(recipe), recipe.groupSize, budget, (plan) => sizeOfPlan(job, plan));
     await store.addAllocation(shared as unknown as Record<string, unknown>);
     await onStored();
   }
   await quantize(store, shared, hooks);
-  return { device, runtime, shared, ranks, parts: store };
+  return { device, runtime, shared: ranks?.joint ?? shared, ranks, parts: store };
 }
 
 /** One pass over the float model, and what errors in its layers do to the logits. */

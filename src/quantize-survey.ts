@@ -3,6 +3,7 @@ import { type BudgetUnit, groupBits } from './artifacts/group-bits.ts';
 import type { Calibration } from './calibration/calibration.ts';
 import { frontier } from './methods/quantize/allocation/frontier.ts';
 import type { Choice, ChoiceSet } from './methods/quantize/allocation/hull.ts';
+import { type Repair, withRanks } from './methods/quantize/allocation/joint.ts';
 import type { InputSurvey, QuantizeContext, Quantizer, TransformCosts, Trial } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model, WeightReader } from './model/model.ts';
 import type { SensitivityProbe } from './sensitivity-probe.ts';
@@ -76,16 +77,17 @@ export async function surveyModel(run: SurveyRun): Promise<ModelSurvey> {
   };
 }
 
-/** The survey as the allocator takes it, sizes counted in `unit`. */
+/** The survey as the allocator takes it, sizes counted in `unit`. @param repairs what ranks would do for layers that may have some, by name */
 export function choiceSets(
   { inputs, sensitivities }: ModelSurvey,
   widths: readonly number[],
   groupSize: number,
   unit: BudgetUnit,
+  repairs?: ReadonlyMap<string, Repair>,
 ): ChoiceSet[] {
   return inputs.map(({ input, survey }) => ({
     name: input,
-    choices: survey.transforms.map((costs) => choiceOf(costs, sensitivities, widths, groupSize, unit)),
+    choices: survey.transforms.map((costs) => choiceOf(costs, sensitivities, widths, groupSize, unit, repairs)),
   }));
 }
 
@@ -95,6 +97,7 @@ function choiceOf(
   widths: readonly number[],
   groupSize: number,
   unit: BudgetUnit,
+  repairs: ReadonlyMap<string, Repair> | undefined,
 ): Choice {
   const { inFeatures } = sites[0].site;
   const fixedBits = transform === 'none' || unit === 'code' ? 0 : INDEX_BITS * inFeatures;
@@ -104,9 +107,11 @@ function choiceOf(
       const columns = Math.min(groupSize, inFeatures - g * groupSize);
       return widths.map((width) => groupBits(unit, site.outFeatures, columns, width));
     });
+    const codes = frontier({ widths, costs, sizes, monotone: transform !== 'none' });
+    const repair = repairs?.get(site.name);
     return {
       name: site.name,
-      frontier: frontier({ widths, costs, sizes, monotone: transform !== 'none' }),
+      frontier: repair ? withRanks(codes, repair) : codes,
       omega: handicap * (sensitivities.get(site.name) ?? 1),
     };
   });

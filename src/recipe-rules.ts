@@ -35,6 +35,7 @@ const READERS: Partial<Record<Key, Readers>> = {
   sensitivity: { methods: ['slim-llm', ...LEARNED], preset: 'best' },
   without: { methods: ['rtn', 'gptq', 'slim-llm', ...LEARNED], preset: 'best' },
   steps: { methods: LEARNED },
+  joint: { methods: ALLOCATING, preset: 'best' },
 };
 
 /** What text is read by. */
@@ -82,9 +83,15 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   }
 }
 
-function checkLowRank({ lowrank, plan, maxLoss }: QuantizeRecipe, request: QuantizeRequest): void {
+function checkLowRank({ lowrank, plan, maxLoss, joint, without }: QuantizeRecipe, request: QuantizeRequest): void {
   if (lowrank !== undefined && maxLoss !== undefined)
     throw new RecipeError(`--lowrank ${lowrank}: --max-loss is met by widths alone; give a budget in bits or bytes`);
+  if (joint && (lowrank === undefined || plan !== undefined))
+    throw new RecipeError('--joint: shares one budget out over widths and ranks; it goes with --lowrank, and not with --plan');
+  if (joint && without.includes('allocation'))
+    throw new RecipeError('--joint: shares a budget out, and --without allocation leaves that out');
+  if (joint && /^r=/.test(lowrank!.trim()))
+    throw new RecipeError(`--lowrank ${lowrank}: with --joint, ranks are counted by bpw=, bytes=, params= or pct=`);
   const alone = (['lowrankOuter', 'lowrankInputs'] as const).find((key) => request[key] !== undefined);
   if (alone !== undefined && lowrank === undefined && plan === undefined)
     throw new RecipeError(`${flag(alone)}: goes with --lowrank, which says what branches may cost`);

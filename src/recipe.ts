@@ -75,6 +75,8 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly steps?: number;
   /** What may be spent on low-rank branches beside the codes, such as `bpw=0.1`; absent: there are none. */
   readonly lowrank?: string;
+  /** Ranks and widths compete for one budget, the sum of both. */
+  readonly joint: boolean;
   /** Times that codes and branch are made, each for what the other leaves. */
   readonly lowrankOuter: number;
   /** What branches take inputs for: `exact` for what they are. */
@@ -112,6 +114,7 @@ export const QUANTIZE_DEFAULTS = {
   transform: 'auto',
   without: [],
   sensitivity: 'probe',
+  joint: false,
   lowrankOuter: 2,
   lowrankInputs: 'exact',
   compact: true,
@@ -158,6 +161,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     ...(given.steps === undefined ? {} : { steps: integer('steps', given.steps, 1, 1_000_000) }),
     sensitivity: oneOf('sensitivity', given.sensitivity, SENSITIVITIES),
     ...(given.lowrank === undefined ? {} : { lowrank: rankBudget(text('lowrank', given.lowrank)) }),
+    joint: boolean('joint', given.joint),
     lowrankOuter: integer('lowrankOuter', given.lowrankOuter, 1, 4),
     lowrankInputs: oneOf('lowrankInputs', given.lowrankInputs, COMPENSATION_VARIANTS),
     compact: boolean('compact', given.compact),

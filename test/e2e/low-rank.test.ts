@@ -31,6 +31,7 @@ interface Report {
     readonly spent: number;
     readonly predicted: { readonly before: number; readonly after: number };
   };
+  readonly allocation: { readonly predictedLoss: number };
   readonly sites: Readonly<Record<string, { readonly relativeError: number; readonly relativeErrorOfCodes?: number }>>;
 }
 
@@ -118,6 +119,24 @@ describe('a run with branches', () => {
     expect(artifacts[0].lowRankBitsPerWeight).toBeGreaterThan(1);
   });
 
+  it('shares one budget out over widths and ranks with --joint', async () => {
+    const output = join(scratch.path, 'joint');
+    const wanted = request({ bits: undefined, bpw: 3.5, joint: true, formats: ['safetensors'] });
+    const { artifacts, notes } = await runQuantize(llama, output, wanted);
+    expect(artifacts[0].bitsPerWeight).toBeLessThanOrEqual(5);
+    expect(artifacts[0].bitsPerWeight).toBeGreaterThan(4.5);
+    const { ranks, allocation } = reportOf(output);
+    expect(allocation.predictedLoss).toBe(ranks.predicted.after);
+    expect(ranks.predicted.after).toBeLessThan(ranks.predicted.before);
+    // A rank of layers this small costs more than a bit.
+    expect(ranks.spent).toBe(0);
+    expect(notes).toContainEqual(expect.stringMatching(/--joint: no layer got a branch/));
+    const again = join(scratch.path, 'joint-planned');
+    const repeat = { ...wanted, bpw: undefined, joint: undefined, lowrank: undefined, plan: join(output, 'pcomp.json') };
+    await runQuantize(llama, again, { ...repeat, groupSize: undefined });
+    expect(readFileSync(join(again, 'model.safetensors')).equals(readFileSync(join(output, 'model.safetensors')))).toBe(true);
+  });
+
   it('with several rounds never has a larger error than with one', async () => {
     const errors = async (label: string, lowrankOuter: number) => {
       const output = join(scratch.path, label);
@@ -136,6 +155,9 @@ describe('a request for branches', () => {
     [{ formats: ['gptq'], method: 'gptq' }, /--format gptq has no place for a low-rank branch/],
     [{ bits: undefined, maxLoss: '5%' }, /--max-loss is met by widths alone/],
     [{ lowrank: undefined, lowrankOuter: 2 }, /--lowrank-outer: goes with --lowrank/],
+    [{ lowrank: undefined, joint: true }, /--joint: .* goes with --lowrank/],
+    [{ joint: true, method: 'gptq' }, /--joint: --method gptq does not use it/],
+    [{ joint: true, lowrank: 'r=2' }, /with --joint, ranks are counted by/],
     [{ lowrankOuter: 5 }, /--lowrank-outer 5: must be within 1..4/],
     [{ bits: undefined, size: 90_000, lowrank: 'r=2' }, /--lowrank r=2: inside a budget of bytes/],
   ])('%j is refused before any work', async (changes, message) => {

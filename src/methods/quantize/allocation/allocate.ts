@@ -9,6 +9,8 @@ const WINDOW = 2;
 /** What one layer of a set was given. */
 export interface MemberPlan extends LayerPlan {
   readonly name: string;
+  /** Of its branch, which `size` does not count; 0: none. */
+  readonly rank: number;
 }
 
 /** What a set was given. */
@@ -17,7 +19,7 @@ export interface SetPlan {
   /** Label of the choice taken. */
   readonly label: string;
   readonly fixedBits: number;
-  /** Fixed bits and members together. */
+  /** Fixed bits and members together, branches included. */
   readonly size: number;
   /** In the order of the choice. */
   readonly members: readonly MemberPlan[];
@@ -113,8 +115,12 @@ function positionAt({ set, choices, vertices }: SetHull, index: number): Positio
 
 function planOf({ name, choices }: ChoiceSet, { choice, points }: Position): SetPlan {
   const { label, fixedBits, members } = choices[choice];
-  const plans = members.map(({ name, frontier: { layer, sizes } }, i) => ({ name, ...solveWithin(layer, sizes[points[i]]) }));
-  return { name, label, fixedBits, size: plans.reduce((total, { size }) => total + size, fixedBits), members: plans };
+  const plans = members.map(({ name, frontier: { layer, sizes, branches } }, i) => {
+    const { codeSize, rank } = branches?.[points[i]] ?? { codeSize: sizes[points[i]], rank: 0 };
+    return { name, rank, ...solveWithin(layer, codeSize) };
+  });
+  const size = members.reduce((total, { frontier }, i) => total + frontier.sizes[points[i]], fixedBits);
+  return { name, label, fixedBits, size, members: plans };
 }
 
 function lossOf({ choices }: ChoiceSet, { choice, points }: Position): number {

@@ -23,6 +23,8 @@ export interface Frontier {
   readonly costs: Float64Array;
   /** 0 when exact. Otherwise `costs[i]` is at most the true optimum of a budget smaller by `cell` per group. */
   readonly cell: number;
+  /** Where ranks may be bought too: the part of each size that is codes, and the rank that the rest is. */
+  readonly branches?: readonly { readonly codeSize: number; readonly rank: number }[];
 }
 
 /** One point of a frontier. */
