@@ -12,7 +12,8 @@
  *   factor        n^3 / 3 for the Cholesky factorization and n^3 / 3 for the triangular inverse per input, in fp64
  *   GPTQ          m n^2 per site
  * Preset best goes forward once in the float model to share the budget out, then once in the float and once in the quantized model, input
- * by input. It makes every Hessian twice, factors it four times (three transforms, then the one chosen), and has no allocation by outputs, but
+ * by input. It makes every Hessian twice, factors it four times (three transforms, then the one chosen, whose factor alone is inverted), and has no
+ * allocation by outputs, but
  *   drift         2 T n^2 per input for the moment between the two models (7/8 of the tokens), 4 m n^2 per site for the correction
  * Softmaxes, the search of scales, decoding, packing, hashing, reading and writing count as no work: they lower the share.
  */
@@ -184,7 +185,7 @@ function countFlops({ blocks, shape }: Model, tokens: number, sequence: number, 
       flops += outFeatures * inFeatures ** 2;
     }
     for (const features of new Map(block.sites.map((site) => [site.input, site.inFeatures])).values()) {
-      flops += (best ? 2 : 1) * tokens * features ** 2 + (best ? 4 : 1) * (2 / 3) * features ** 3;
+      flops += (best ? 2 : 1) * tokens * features ** 2 + ((best ? 5 : 2) / 3) * features ** 3;
       if (best) flops += (7 / 8) * 2 * tokens * features ** 2;
     }
     const last = block === blocks.at(-1);

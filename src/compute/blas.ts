@@ -31,6 +31,11 @@ export interface Blas {
    * (slim-llm, section 3.2). `hessian` is (n, n) symmetric, not modified. Throws NotPositiveDefiniteError.
    */
   inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array>;
+  /**
+   * `R_jj^2 = 1 / U_jj^2` alone, (n): what `inverseFactor` begins with, at half its work. `hessian` is not modified. Throws
+   * NotPositiveDefiniteError.
+   */
+  pivots(hessian: Float64Array, n: number): Promise<Float64Array>;
   /** Mean over rows of `KL(softmax(target row) || softmax(trial row))`, in nats; log-softmax in fp32 or better, no clamps. */
   meanKl(target: Matrix, trial: Matrix): Promise<number>;
   /**

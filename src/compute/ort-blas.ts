@@ -65,7 +65,26 @@ class EngineBlas implements Blas {
   }
 
   async inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array> {
-    if (hessian.length !== n * n) throw new Error(`inverseFactor: ${hessian.length} elements are not (${n}, ${n})`);
+    // With J the reversal, J H J = L L^T gives H = R R^T for R = J L J, upper triangular, and U = R^-1 = J L^-1 J.
+    const { lower, inverses, product } = await this.#factor('inverseFactor', hessian, n);
+    await invertBlocked(lower, inverses, product);
+    return reversedUpper(lower);
+  }
+
+  async pivots(hessian: Float64Array, n: number): Promise<Float64Array> {
+    const { lower } = await this.#factor('pivots', hessian, n);
+    const pivots = new Float64Array(n);
+    for (let j = 0; j < n; j++) {
+      const column = Math.floor(j / BLOCK);
+      const at = j - lower.start(column);
+      pivots[n - 1 - j] = lower.columns[column][at * lower.width(column) + at] ** 2;
+    }
+    return pivots;
+  }
+
+  /** L of the reversed matrix, the inverses of its diagonal blocks, and what multiplies on. */
+  async #factor(caller: string, hessian: Float64Array, n: number) {
+    if (hessian.length !== n * n) throw new Error(`${caller}: ${hessian.length} elements are not (${n}, ${n})`);
     const engine = await this.#exactEngine();
     const product: Product64 = async ({ a, b, c, rows, inner, columns, transposeB = false, subtract = false }) => {
       const scalars = subtract ? { alpha: -1, beta: 1 } : { alpha: 1, beta: 0 };
@@ -79,15 +98,13 @@ class EngineBlas implements Blas {
       } as const;
       await program.run(feeds, { into: { y } });
     };
-    // With J the reversal, J H J = L L^T gives H = R R^T for R = J L J, upper triangular, and U = R^-1 = J L^-1 J.
     const lower = reversedLower(hessian, n, BLOCK);
     try {
-      await invertBlocked(lower, await choleskyBlocked(lower, product), product);
+      return { lower, inverses: await choleskyBlocked(lower, product), product };
     } catch (error) {
       if (error instanceof NotPositiveDefiniteError) throw new NotPositiveDefiniteError(n - 1 - error.pivot, error.value);
       throw error;
     }
-    return reversedUpper(lower);
   }
 
   meanKl(target: Matrix, trial: Matrix): Promise<number> {

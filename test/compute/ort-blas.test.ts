@@ -229,6 +229,14 @@ describe('inverseFactor', () => {
     expect(largestDifference(own, await naive.inverseFactor(hessian, n))).toBeLessThan(1e-10);
   });
 
+  it.each([1, 2, 255, 256, 257, 530])('has the reciprocal squares of its diagonal as pivots for n = %d', async (n) => {
+    const hessian = await hessianOf(n);
+    const before = hessian.slice();
+    const pivots = await blas.pivots(hessian, n);
+    expect(hessian).toEqual(before);
+    expect(largestDifference(pivots, await naive.pivots(hessian, n))).toBeLessThan(1e-10);
+  });
+
   it('is upper triangular and gives the inverse: U H U^T = I', async () => {
     const n = 300;
     const hessian = await hessianOf(n);
@@ -271,6 +279,8 @@ describe('inverseFactor', () => {
     await expect(blas.inverseFactor(Float64Array.of(Number.NaN), 1)).rejects.toMatchObject({ pivot: 0 });
     await expect(blas.inverseFactor(Float64Array.of(1, 1, 1, 1), 2)).rejects.toMatchObject({ pivot: 0, value: 0 });
     await expect(blas.inverseFactor(new Float64Array(3), 2)).rejects.toThrow('3 elements are not (2, 2)');
+    await expect(blas.pivots(new Float64Array(3), 2)).rejects.toThrow('3 elements are not (2, 2)');
+    await expect(blas.pivots(Float64Array.of(1, 1, 1, 1), 2)).rejects.toMatchObject({ pivot: 0, value: 0 });
   });
 });
 

@@ -3,7 +3,7 @@ import { type Blas, type GramAccumulator, type KlTarget, type Matrix, NotPositiv
 
 /** A Blas without threads, sessions or blocking. Only for small matrices. */
 export function naiveBlas(): Blas {
-  return { gemm, gram, inverseFactor, meanKl, klTarget };
+  return { gemm, gram, inverseFactor, pivots, meanKl, klTarget };
 }
 
 async function gemm(a: Matrix, b: Matrix, options: Parameters<Blas['gemm']>[2] = {}): Promise<Matrix> {
@@ -73,6 +73,12 @@ async function inverseFactor(hessian: Float64Array, n: number): Promise<Float64A
     }
   }
   return u;
+}
+
+/** By the definition: the reciprocal squares of U's diagonal. */
+async function pivots(hessian: Float64Array, n: number): Promise<Float64Array> {
+  const u = await inverseFactor(hessian, n);
+  return Float64Array.from({ length: n }, (_, j) => 1 / u[j * n + j] ** 2);
 }
 
 async function meanKl(target: Matrix, trial: Matrix): Promise<number> {

@@ -15,7 +15,7 @@ import { requireStats } from '../require-stats.ts';
 import { correctForDrift } from './drift-target.ts';
 import { sampledEnergy } from './energy.ts';
 import { type PolishedGroup, polish } from './polish.ts';
-import { type PreparedInput, prepareInput } from './prepared-input.ts';
+import { type PreparedInput, prepareInput, type WeighedInput } from './prepared-input.ts';
 import type { BestStep } from './steps.ts';
 
 const SWEEPS = 3;
@@ -56,7 +56,7 @@ function without({ options }: QuantizeContext, step: BestStep): boolean {
 }
 
 /** W^T (features, outFeatures) in stored order. */
-export function storedColumns(site: LinearSite, weight: Float32Array, input: PreparedInput): Float32Array {
+export function storedColumns(site: LinearSite, weight: Float32Array, input: Pick<WeighedInput, 'transform'>): Float32Array {
   const { outFeatures, inFeatures } = site;
   const natural = columnRange(0, inFeatures);
   const stored = input.transform ? transformColumns(input.transform, weight, outFeatures, inFeatures) : weight;
@@ -125,7 +125,7 @@ export async function applyBest(
   }
   if (!without(context, 'polish')) await polish(blas, kernels, input.hessian, target, decoded, groups, SWEEPS);
   for (const { start, end, codes } of groups) builder.setCodes(columnRange(start, end), codes);
-  const error = decoded.map((value, i) => value - original[i]);
+  const error = difference(decoded, original);
   const [energy, loss] = await sampledEnergy(blas, input.hessian, [original, error], input.features);
   const decided = { ...builder.finish(), ...(input.transform && { transform: input.transform }) };
   const bias = centred(context, site, stats)
@@ -138,6 +138,13 @@ export async function applyBest(
     details: { alpha, shrinkage: input.shrinkage },
     remainder: () => ({ error: rowsOfDifference(target, decoded, m), gram: input.hessian }),
   };
+}
+
+/** `a - b`, element by element. */
+function difference(a: Float32Array, b: Float32Array): Float32Array {
+  const result = new Float32Array(a.length);
+  for (let i = 0; i < a.length; i++) result[i] = a[i] - b[i];
+  return result;
 }
 
 /** `a - b` of two W^T (features, rows), as (rows, features). */

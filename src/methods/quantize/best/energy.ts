@@ -23,13 +23,20 @@ export async function sampledEnergy(
   }
   const energies = matrices.map(() => 0);
   const all = { rows: features, columns: width, data };
+  const memory = new Float32Array(Math.min(STRIP, features) * features);
   for (let start = 0; start < features; start += STRIP) {
     const end = Math.min(start + STRIP, features);
-    const strip = Float32Array.from(hessian.subarray(start * features, end * features));
+    const strip = memory.subarray(0, (end - start) * features);
+    strip.set(hessian.subarray(start * features, end * features));
     const product = (await blas.gemm({ rows: end - start, columns: features, data: strip }, all)).data;
-    for (let i = 0; i < product.length; i++) {
-      energies[Math.floor((i % width) / count)] += product[i] * data[start * width + i];
-    }
+    for (const k of energies.keys()) energies[k] += dotOfPart(product, data.subarray(start * width), width, k * count, count);
   }
   return energies.map((energy) => (Math.max(0, energy) * rows) / count);
+}
+
+/** Sum of products over columns [first, first + count) of two matrices with rows of `width`; `a` says how many rows. */
+function dotOfPart(a: Float32Array, b: Float32Array, width: number, first: number, count: number): number {
+  let sum = 0;
+  for (let row = first; row < a.length; row += width) for (let i = row; i < row + count; i++) sum += a[i] * b[i];
+  return sum;
 }

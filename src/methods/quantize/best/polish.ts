@@ -34,26 +34,45 @@ export async function polish(
   const errors = new Float32Array(target.length);
   for (let i = 0; i < errors.length; i++) errors[i] = decoded[i] - target[i];
   const all = { rows: n, columns: rows, data: errors };
+  const widest = groups.reduce((most, { start, end }) => Math.max(most, end - start), 0);
+  const stripMemory = new Float32Array(widest * n);
+  const gradientMemory = new Float32Array(widest * rows);
   for (let sweep = 0; sweep < sweeps; sweep++) {
     let moved = false;
     for (const group of groups) {
       const { start, end, bits, grid } = group;
       if (bits === 0) continue;
       const width = end - start;
-      const strip = Float32Array.from(hessian.subarray(start * n, end * n));
-      const gradient = (await blas.gemm({ rows: width, columns: n, data: strip }, all)).data;
+      const strip = stripMemory.subarray(0, width * n);
+      strip.set(hessian.subarray(start * n, end * n));
+      const gradient = gradientMemory.subarray(0, width * rows);
+      await blas.gemm({ rows: width, columns: n, data: strip }, all, { out: { rows: width, columns: rows, data: gradient } });
       const own = new Float32Array(width * width);
       for (let j = 0; j < width; j++) own.set(strip.subarray(j * n + start, j * n + end), j * width);
       const values = decoded.slice(start * rows, end * rows);
       const { codes, changes } = await kernels.polish(values, gradient, own, bits, grid);
       group.codes = codes;
-      for (let i = 0, at = start * rows; i < changes.length; i++, at++) {
-        if (changes[i] === 0) continue;
-        moved = true;
-        decoded[at] = values[i];
-        errors[at] = values[i] - target[at];
-      }
+      const at = start * rows;
+      if (takeChanges(changes, values, decoded.subarray(at), target.subarray(at), errors.subarray(at))) moved = true;
     }
     if (!moved) return;
   }
+}
+
+/** Puts what changed into `decoded` and `errors`, at the same places; returns whether anything did. */
+function takeChanges(
+  changes: Float32Array,
+  values: Float32Array,
+  decoded: Float32Array,
+  target: Float32Array,
+  errors: Float32Array,
+): boolean {
+  let moved = false;
+  for (let i = 0; i < changes.length; i++) {
+    if (changes[i] === 0) continue;
+    moved = true;
+    decoded[i] = values[i];
+    errors[i] = values[i] - target[i];
+  }
+  return moved;
 }

@@ -13,16 +13,20 @@ import { shrink, shrinkageOf } from './shrinkage.ts';
 const RETRY_SHRINKAGE = 0.01;
 const RETRIES = 8;
 
-export interface PreparedInput {
+/** An input in stored order, and what its columns weigh. */
+export interface WeighedInput {
   readonly features: number;
   readonly transform: InputTransform | undefined;
   /** H in stored order, (features, features), shrunk. */
   readonly hessian: Float64Array;
-  /** Its factor; columns are visited in stored order. */
-  readonly factor: DampedFactor;
   /** `d_j = 1 / U_jj^2`: energy of stored column j that later ones do not explain, (features). */
   readonly energies: Float32Array;
   readonly shrinkage: number;
+}
+
+export interface PreparedInput extends WeighedInput {
+  /** U of H; columns are visited in stored order. */
+  readonly factor: DampedFactor;
 }
 
 /** What `kind` means for an input with this Hessian: columns by descending energy, and rotated in runs of `groupSize`. */
@@ -50,9 +54,42 @@ export async function prepareInput(
   groupSize: number,
   options: { readonly centred: boolean },
 ): Promise<PreparedInput> {
+  const { features: n } = stats;
+  const { made: upper, ...input } = await shrunk(context, site, stats, kind, groupSize, {
+    ...options,
+    factor: (hessian) => context.blas.inverseFactor(hessian, n),
+  });
+  const factor = new DampedFactor(upper, columnRange(0, n), new Set(), input.shrinkage);
+  return { ...input, factor, energies: Float32Array.from(factor.squaredDiagonal(), (value) => 1 / value) };
+}
+
+/** As `prepareInput` for one that is only looked at, at half the work: its factor is not inverted. */
+export async function weighInput(
+  context: QuantizeContext,
+  site: LinearSite,
+  stats: CalibrationStats,
+  kind: TransformKind,
+  groupSize: number,
+): Promise<WeighedInput> {
+  const { made: pivots, ...input } = await shrunk(context, site, stats, kind, groupSize, {
+    centred: false,
+    factor: (hessian) => context.blas.pivots(hessian, stats.features),
+  });
+  return { ...input, energies: Float32Array.from(pivots) };
+}
+
+/** Shrinks and transforms H, as much as `factor` asks for. */
+async function shrunk(
+  context: QuantizeContext,
+  site: LinearSite,
+  stats: CalibrationStats,
+  kind: TransformKind,
+  groupSize: number,
+  { centred, factor }: { readonly centred: boolean; readonly factor: (hessian: Float64Array) => Promise<Float64Array> },
+): Promise<Omit<WeighedInput, 'energies'> & { readonly made: Float64Array }> {
   const { features: n, hessian } = stats;
   checkDiagonal(site, hessian, n);
-  const mean = options.centred ? stats.drift?.means?.actual : undefined;
+  const mean = centred ? stats.drift?.means?.actual : undefined;
   if (mean) subtractMean(hessian, mean);
   let rho = shrinkageOf(hessian, n, stats.tokenCount);
   shrink(hessian, n, rho);
@@ -60,10 +97,8 @@ export async function prepareInput(
   if (transform) transformHessian(hessian, transform);
   for (let retry = 0; ; retry++) {
     try {
-      const upper = await context.blas.inverseFactor(hessian, n);
-      const factor = new DampedFactor(upper, columnRange(0, n), new Set(), rho);
-      const energies = Float32Array.from(factor.squaredDiagonal(), (value) => 1 / value);
-      return { features: n, transform, hessian, factor, energies, shrinkage: rho };
+      const made = await factor(hessian);
+      return { features: n, transform, hessian, shrinkage: rho, made };
     } catch (error) {
       if (!(error instanceof NotPositiveDefiniteError)) throw error;
       // What is left of the correlations is cut again, so that in all `rho` of them is gone.

@@ -10,7 +10,7 @@ import { requireStats } from '../require-stats.ts';
 import { storedColumns } from './best.ts';
 import { sampledEnergy } from './energy.ts';
 import { groupCosts } from './group-costs.ts';
-import { type PreparedInput, prepareInput } from './prepared-input.ts';
+import { type WeighedInput, weighInput } from './prepared-input.ts';
 
 /** Transforms worth a look. Each costs a factorization. */
 export function transformKinds({ options }: QuantizeContext): readonly TransformKind[] {
@@ -36,7 +36,7 @@ export async function surveyInput(
   for (const [i, transform] of kinds.entries()) {
     const last = i + 1 === kinds.length;
     const own = { ...stats, batches: () => stats.batches(), hessian: last ? stats.hessian : stats.hessian.slice() };
-    const input = await prepareInput(context, sites[0], own, transform, groupSize, { centred: false });
+    const input = await weighInput(context, sites[0], own, transform, groupSize);
     const costs: SiteCosts[] = [];
     for (const site of sites) {
       const columns = storedColumns(site, await loadSite(site), input);
@@ -59,7 +59,7 @@ async function tryOut(
   kernels: AsyncKernels,
   site: LinearSite,
   columns: Float32Array,
-  input: PreparedInput,
+  input: WeighedInput,
   width: number,
 ): Promise<Trial> {
   const { outFeatures: rows, inFeatures: n } = site;
