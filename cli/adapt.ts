@@ -11,6 +11,7 @@ import {
 } from '../src/adapt-recipe.ts';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { formatSize } from '../src/size.ts';
+import { adaptConvertCommand } from './adapt-convert.ts';
 import { expandFiles } from './files.ts';
 import { CORES, deviceOption, jsonOption, quietOption } from './options.ts';
 import { createConsole } from './ui/console.ts';
@@ -30,15 +31,17 @@ const D = ADAPT_DEFAULTS;
 const NOT_RECIPE = new Set(['output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
 
 export function adaptCommand(signal: AbortSignal): Command {
+  // What is needed is said by the recipe: options that commander requires would be required of `convert` too.
   return new Command('adapt')
+    .addCommand(adaptConvertCommand(signal))
     .description('Train a low-rank adapter of a model on text, within a budget.')
     .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote; it stays as it is')
-    .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
-    .requiredOption(
+    .option('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume', '')
+    .option(
       '--text <files...>',
       'text to train on: .txt, .jsonl[:field], .csv[:column]; globs allowed; the last 5 % are held out',
     )
-    .requiredOption('--budget <budget>', 'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25')
+    .option('--budget <budget>', 'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25')
     .addOption(new Option('--method <method>', `where ranks go (default: ${D.method})`).choices([...ADAPT_METHODS]))
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
     .option('--steps <steps>', 'steps of the optimizer; 0: ranks and first factors only, to train elsewhere (default: 0)')

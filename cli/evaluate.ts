@@ -13,6 +13,7 @@ import { renderPairs } from './ui/table.ts';
 interface Flags {
   readonly text: readonly string[];
   readonly against?: string;
+  readonly adapter?: string;
   readonly sequenceLength: string;
   readonly accuracy: 'exact' | 'fast';
   readonly device: DeviceRequest;
@@ -29,6 +30,7 @@ export function evaluateCommand(signal: AbortSignal): Command {
     .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote')
     .requiredOption('--text <files...>', 'held-out text: .txt, .jsonl[:field], .csv[:column]; globs allowed')
     .option('--against <original>', 'the float model: adds KL, top-1 agreement and the perplexity ratio')
+    .option('--adapter <folder>', 'a PEFT adapter, applied to the weights as they are read')
     .option('--sequence-length <tokens>', "tokens in a window, at most the model's context", '2048')
     .addOption(
       new Option(
@@ -52,6 +54,7 @@ export function evaluateCommand(signal: AbortSignal): Command {
           {
             text: await expandFiles('--text', flags.text),
             ...(flags.against === undefined ? {} : { against: flags.against }),
+            ...(flags.adapter === undefined ? {} : { adapter: flags.adapter }),
             sequenceLength: integer('sequenceLength', flags.sequenceLength, 2, 1_048_576),
             accuracy: flags.accuracy,
             device: flags.device,

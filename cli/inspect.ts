@@ -1,9 +1,11 @@
 /** `pcomp inspect ARTIFACT`: tensors, widths per site and group, sizes, and where the bytes went. */
 import { Command } from 'commander';
+import { inspectAdapter } from '../src/adapt-convert.ts';
 import { FormatError, RecipeError } from '../src/errors.ts';
 import { type InspectedModule, type Inspection, inspect } from '../src/inspect.ts';
 import { formatSize } from '../src/size.ts';
 import { type Verification, verifyArtifact } from '../src/verify-artifact.ts';
+import { renderAdapter } from './inspect-adapter.ts';
 import { jsonOption } from './options.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
@@ -11,7 +13,7 @@ import { renderPairs, renderTable } from './ui/table.ts';
 export function inspectCommand(signal: AbortSignal): Command {
   return new Command('inspect')
     .description('Show what is in a model or an artifact. Reads headers only.')
-    .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote')
+    .argument('<model>', 'Hugging Face folder, bare .safetensors file, an artifact that pcomp wrote, or an adapter')
     .option('--groups', 'also the width of every group')
     .option('--tensors', 'also every stored tensor')
     .option('--verify', 'instead, hash the files of an artifact and compare them with its pcomp.json; code 1 if one differs')
@@ -29,6 +31,13 @@ export function inspectCommand(signal: AbortSignal): Command {
           'not-as-written',
           `${mismatches.length} of ${files} files or their tensors differ from pcomp.json`,
         );
+      }
+      const adapter = await inspectAdapter(path);
+      if (adapter) {
+        if (flags.groups || flags.tensors)
+          throw new RecipeError(`${path}: is an adapter, which --groups and --tensors say nothing of`);
+        console.result({ path, ...adapter }, renderAdapter(adapter));
+        return;
       }
       const inspection = await inspect(path);
       console.result(inspection, describe(inspection, flags));

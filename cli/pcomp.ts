@@ -18,10 +18,15 @@ async function main(args: readonly string[]): Promise<number> {
     .description('Compresses trained models for deployment: 2-bit ONNX artifacts from Hugging Face checkpoints.')
     .version(packageVersion())
     .exitOverride()
+    // Options after the name of a command are that command's own.
+    .enablePositionalOptions()
     .configureOutput({ outputError: (text, write) => write(`pcomp: ${oneLine(text.replace(/^error: /, ''))}\n`) })
     .showSuggestionAfterError();
-  for (const command of [quantizeCommand, mergeCommand, adaptCommand, evaluateCommand, inspectCommand])
-    program.addCommand(command(abort.signal).copyInheritedSettings(program));
+  for (const command of [quantizeCommand, mergeCommand, adaptCommand, evaluateCommand, inspectCommand]) {
+    const made = command(abort.signal).copyInheritedSettings(program);
+    for (const inner of made.commands) inner.copyInheritedSettings(program);
+    program.addCommand(made);
+  }
 
   // The first Ctrl-C stops at the next safe point; the second at once. Both leave a state that --resume continues.
   process.on('SIGINT', () => {

@@ -5,11 +5,11 @@ import { loadCheckpoint, saveCheckpoint } from './adapt-checkpoint.ts';
 import type { AdaptRecipe } from './adapt-recipe.ts';
 import { surveyDirections } from './adapt-survey.ts';
 import { readTrainingText } from './adapt-text.ts';
-import { type Factors, Trainer } from './adapt-train.ts';
+import { Trainer } from './adapt-train.ts';
 import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
 import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
-import { writeAdapter } from './artifacts/peft.ts';
+import { padded, writeAdapter } from './artifacts/peft.ts';
 import { Spool } from './calibration/state-store.ts';
 import { parseTextFile } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
@@ -142,9 +142,10 @@ export async function adapt(
   if (steps === 0) note('nothing was trained: the adapter changes nothing until it is');
   else if (bestLook.nll >= before)
     note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
+  const most = Math.max(...[...best.values()].map(({ rank }) => rank));
   await writeAdapter(output.artifactPath, {
     base: basename(resolve(path)),
-    modules: modules.map(({ name }) => ({ name, ...(recipe.padRanks ? padded(best, name) : best.get(name)!) })),
+    modules: modules.map(({ name }) => ({ name, ...(recipe.padRanks ? padded(best.get(name)!, most) : best.get(name)!) })),
     saved: [],
     transposed: model.blocks.some(({ sites }) => sites.some(({ transposed }) => transposed)),
   });
@@ -267,18 +268,6 @@ function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly Train
 function endOfText({ eos_token_id: id }: Readonly<Record<string, unknown>>): number | undefined {
   const first: unknown = Array.isArray(id) ? id[0] : id;
   return typeof first === 'number' ? first : undefined;
-}
-
-function padded(all: ReadonlyMap<string, Factors>, name: string): Factors {
-  const { rank, loraA, loraB } = all.get(name)!;
-  const most = Math.max(...[...all.values()].map((factors) => factors.rank));
-  if (rank === 0 || rank === most) return all.get(name)!;
-  const [n, m] = [loraA.length / rank, loraB.length / rank];
-  const a = new Float32Array(most * n);
-  a.set(loraA);
-  const b = new Float32Array(m * most);
-  for (let j = 0; j < m; j++) b.set(loraB.subarray(j * rank, (j + 1) * rank), j * most);
-  return { rank: most, loraA: a, loraB: b };
 }
 
 /** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */

@@ -1,5 +1,6 @@
 /** `evaluate`: perplexity, size and speed of a model or artifact on text; against an original also KL and top-1 agreement. */
 
+import { withAdapter } from './adapter-weights.ts';
 import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
 import { parseTextFile, readText } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
@@ -19,6 +20,8 @@ export interface EvaluateOptions {
   readonly text: readonly string[];
   /** The float model to compare with. */
   readonly against?: string;
+  /** A PEFT folder to apply to the model. */
+  readonly adapter?: string;
   /** Tokens in a window, clipped to the model's context. */
   readonly sequenceLength: number;
   readonly accuracy: 'exact' | 'fast';
@@ -62,6 +65,8 @@ export async function evaluate(path: string, options: EvaluateOptions, hooks: Ru
   if (options.accuracy === 'fast' && source.onnxPath === undefined) {
     throw new RecipeError(`--accuracy fast: ${path} is no ONNX artifact; a ${source.kind} is evaluated with --accuracy exact`);
   }
+  if (options.accuracy === 'fast' && options.adapter !== undefined)
+    throw new RecipeError(`--adapter ${options.adapter}: is applied to decoded weights, with --accuracy exact`);
   await using original = options.against === undefined ? undefined : await openModelSource(options.against);
   if (original !== undefined && original.model.shape.vocabSize !== source.model.shape.vocabSize) {
     const sizes = `${source.model.shape.vocabSize} and ${original.model.shape.vocabSize}`;
@@ -82,11 +87,13 @@ export async function evaluate(path: string, options: EvaluateOptions, hooks: Ru
   });
   const blas = createBlas(engine);
   const ramBytes = original === undefined ? options.maxMemory : options.maxMemory / 2;
-  const open = (from: ModelSource): Promise<LogitsSource> => openLogits(from, { engine, blas, windows, hooks, ramBytes });
+  const open = (from: Pick<ModelSource, 'model' | 'weights' | 'path'>): Promise<LogitsSource> =>
+    openLogits(from, { engine, blas, windows, hooks, ramBytes });
+  const weights = options.adapter === undefined ? source.weights : await withAdapter(source, options.adapter, blas);
   await using own =
     options.accuracy === 'fast' && source.onnxPath !== undefined
       ? await ArtifactLogits.open({ model: source.model, engine, windows, hooks, onnxPath: source.onnxPath })
-      : await open(source);
+      : await open({ ...source, weights });
   await using reference = original === undefined ? undefined : await open(original);
 
   const scorer = await scoreWindows(own, windows, source.model, hooks, reference);
@@ -115,6 +122,9 @@ interface Machine {
   readonly ramBytes: number;
 }
 
-function openLogits(source: ModelSource, machine: Machine): Promise<LogitsSource> {
-  return BlockLogits.run({ ...machine, model: source.model, weights: source.weights, path: source.path });
+function openLogits(
+  { model, weights, path }: Pick<ModelSource, 'model' | 'weights' | 'path'>,
+  machine: Machine,
+): Promise<LogitsSource> {
+  return BlockLogits.run({ ...machine, model, weights, path });
 }

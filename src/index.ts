@@ -1,5 +1,6 @@
 /** pcomp as a library: the runs behind the commands, and the errors they throw. */
 export { type AdaptOutcome, adapt } from './adapt.ts';
+export { type ConvertOutcome, type ConvertRequest, convertAdapter } from './adapt-convert.ts';
 export { type AdaptRecipe, type AdaptRequest, adaptRecipe } from './adapt-recipe.ts';
 export type { Device, DeviceRequest } from './compute/engine.ts';
 export { EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from './errors.ts';

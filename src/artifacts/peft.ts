@@ -30,6 +30,20 @@ export interface AdapterFolder {
   readonly transposed: boolean;
 }
 
+type Factors = Pick<AdapterModule, 'rank' | 'loraA' | 'loraB'>;
+
+/** The same update with zero components up to `rank`; a module of rank 0 stays without any. */
+export function padded(factors: Factors, rank: number): Factors {
+  const { rank: own, loraA, loraB } = factors;
+  if (own === 0 || own === rank) return factors;
+  const [n, m] = [loraA.length / own, loraB.length / own];
+  const a = new Float32Array(rank * n);
+  a.set(loraA);
+  const b = new Float32Array(m * rank);
+  for (let j = 0; j < m; j++) b.set(loraB.subarray(j * own, (j + 1) * own), j * rank);
+  return { rank, loraA: a, loraB: b };
+}
+
 /** Writes adapter_model.safetensors and adapter_config.json into `folder`; returns their names. Modules of rank 0 are left out. */
 export async function writeAdapter(folder: string, { base, modules, saved, transposed }: AdapterFolder): Promise<string[]> {
   const used = modules.filter(({ rank }) => rank > 0);

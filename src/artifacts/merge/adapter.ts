@@ -33,11 +33,11 @@ const CHANGES_BASE = /^(pissa|olora|corda|loftq)/i;
 const PREFIXES = ['', 'model.', 'transformer.', 'language_model.'];
 
 /**
- * The origins of the base tensors that an adapter changes, by base name. Every tensor of the adapter is used, or it throws.
+ * The origins of the base tensors that an adapter changes, by base name; without a base, by the adapter's own names. Every tensor of the adapter is used, or it throws.
  * Throws UnsupportedError for what is no LoRA, FormatError for tensors that do not fit together, RecipeError for those that do not fit
  * the base.
  */
-export function readAdapter(input: AdapterInput, base: ReadonlyMap<string, TensorInfo>): Map<string, TensorOrigin> {
+export function readAdapter(input: AdapterInput, base?: ReadonlyMap<string, TensorInfo>): Map<string, TensorOrigin> {
   const settings = readSettings(input);
   const modules = new Map<string, Parts>();
   for (const tensor of input.tensors.values()) {
@@ -48,7 +48,7 @@ export function readAdapter(input: AdapterInput, base: ReadonlyMap<string, Tenso
     }
     modules.set(module, parts.set(part, tensor));
   }
-  const prefix = prefixOf([...modules.keys()], base);
+  const prefix = base ? prefixOf([...modules.keys()], base) : { add: '', strip: '' };
   const origins = new Map<string, TensorOrigin>();
   for (const [module, parts] of modules) {
     const name = rename(module, prefix);
@@ -169,7 +169,7 @@ function originsOf(
   input: AdapterInput,
   settings: Settings,
   { module, name, parts }: Module,
-  base: ReadonlyMap<string, TensorInfo>,
+  base: ReadonlyMap<string, TensorInfo> | undefined,
 ): [string, TensorOrigin][] {
   const origins: [string, TensorOrigin][] = [];
   for (const part of ['weight', 'bias']) {
@@ -196,7 +196,7 @@ function originsOf(
   const embedding = /\.lora_embedding_A/.test(a.name);
   const magnitude = parts.get('magnitude');
   const transposed = embedding || settings.transposed;
-  checkFactors(input, { module, a, b, e, magnitude, transposed }, base.get(target));
+  checkFactors(input, { module, a, b, e, magnitude, transposed }, base?.get(target));
   origins.push([
     target,
     {

@@ -1,0 +1,129 @@
+/** `adapt convert`: an adapter in another form: plain factors at unit scale, padded to one rank, or folded into its base. */
+import { createHash } from 'node:crypto';
+import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { basename, join, resolve } from 'node:path';
+import { type AdapterContents, readAdapterFolder, readListedAdapter } from './artifacts/adapter-reader.ts';
+import { hashFolder, writeJson } from './artifacts/manifest.ts';
+import { placesOf } from './artifacts/merge/merge-input.ts';
+import { openModelSource } from './artifacts/model-source.ts';
+import { OutputFolder } from './artifacts/output-folder.ts';
+import { padded, writeAdapter } from './artifacts/peft.ts';
+import { RecipeError, UnsupportedError } from './errors.ts';
+import { merge } from './merge.ts';
+import { mergeRecipe } from './merge-recipe.ts';
+import { packageVersion } from './package-root.ts';
+import type { RunHooks } from './run.ts';
+
+export const CONVERSIONS = ['peft', 'peft-padded', 'merged'] as const;
+
+export interface ConvertRequest {
+  readonly to: (typeof CONVERSIONS)[number];
+  /** The model that the adapter is of: needed to fold it in; else the adapter is checked against it. */
+  readonly base?: string;
+  readonly overwrite: boolean;
+  readonly threads: number;
+}
+
+/** What was converted. */
+export interface ConvertOutcome {
+  readonly to: ConvertRequest['to'];
+  readonly output: string;
+  /** What the adapter was stored as, and its layers; absent where it was folded in as it was. */
+  readonly adapter?: {
+    readonly layout: AdapterContents['layout'];
+    readonly modules: readonly AdaptedShape[];
+    readonly parameters: number;
+  };
+}
+
+/** A layer of an adapter. */
+export interface AdaptedShape {
+  readonly name: string;
+  readonly outFeatures: number;
+  readonly inFeatures: number;
+  readonly rank: number;
+}
+
+/** Throws RecipeError for a request that makes no sense, then as `readAdapterFolder` and `merge`. */
+export async function convertAdapter(
+  path: string,
+  output: string,
+  { to, base, overwrite, threads }: ConvertRequest,
+  hooks: RunHooks = {},
+): Promise<ConvertOutcome> {
+  if (output === '') throw new RecipeError('-o: the name of a folder to write is needed');
+  if (to === 'merged') {
+    if (base === undefined) throw new RecipeError('--base: --to merged needs the model that the adapter is of');
+    await refuseQuantized(base);
+    const listed = await readListedAdapter(path);
+    const recipe = mergeRecipe({ base, method: 'linear', threads }, threads);
+    const mode = { overwrite, resume: false, dryRun: false };
+    if (listed === undefined) {
+      await merge([path], output, recipe, mode, hooks);
+      return { to, output };
+    }
+    const scratch = await mkdtemp(join(tmpdir(), 'pcomp-convert-'));
+    try {
+      const plain = join(scratch, basename(resolve(path)));
+      await mkdir(plain);
+      await writeAdapter(plain, { ...listed, base });
+      await merge([plain], output, recipe, mode, hooks);
+    } finally {
+      await rm(scratch, { recursive: true, force: true });
+    }
+    return { to, output, adapter: outlineOf(listed) };
+  }
+  const contents = await readContents(path, base);
+  const recipe = { adapter: basename(resolve(path)), to, ...(base === undefined ? {} : { base: basename(resolve(base)) }) };
+  const inputs = await hashFolder(path);
+  const recipeHash = createHash('sha256')
+    .update(JSON.stringify([recipe, inputs, packageVersion()]))
+    .digest('hex');
+  await using folder = await OutputFolder.open({ path: output, overwrite, resume: false, recipeHash });
+  const most = Math.max(...contents.modules.map(({ rank }) => rank));
+  const modules = to === 'peft' ? contents.modules : contents.modules.map((module) => ({ ...module, ...padded(module, most) }));
+  await writeAdapter(folder.artifactPath, { ...contents, base: contents.base ?? recipe.base ?? '', modules });
+  await writeJson(join(folder.artifactPath, 'pcomp.json'), {
+    format: 1,
+    command: 'adapt convert',
+    recipe,
+    versions: { pcomp: packageVersion() },
+    inputs,
+    outputs: await hashFolder(folder.artifactPath),
+  });
+  await folder.finalize();
+  return { to, output, adapter: outlineOf({ ...contents, modules }) };
+}
+
+async function refuseQuantized(base: string): Promise<void> {
+  await using source = await openModelSource(base);
+  if (source.kind === 'float') return;
+  throw new UnsupportedError(
+    `--base ${base}: is quantized (layout ${source.kind}), and an adapter folded into it would be rounded away; fold it into the float model, and quantize that`,
+  );
+}
+
+async function readContents(path: string, base: string | undefined): Promise<AdapterContents> {
+  if (base === undefined) return await readAdapterFolder(path);
+  await using source = await openModelSource(base);
+  return await readAdapterFolder(path, source.tensors.tensors);
+}
+
+/** What layers an adapter has. */
+function outlineOf({ layout, modules }: AdapterContents): NonNullable<ConvertOutcome['adapter']> {
+  const shapes = modules.map(({ name, rank, loraA, loraB }) => ({
+    name,
+    outFeatures: loraB.length / rank,
+    inFeatures: loraA.length / rank,
+    rank,
+  }));
+  const parameters = shapes.reduce((sum, { rank, outFeatures, inFeatures }) => sum + rank * (outFeatures + inFeatures), 0);
+  return { layout, modules: shapes, parameters };
+}
+
+/** The layers of the adapter in the folder `path`; undefined for what is no adapter. */
+export async function inspectAdapter(path: string): Promise<NonNullable<ConvertOutcome['adapter']> | undefined> {
+  const [place] = await placesOf([path]);
+  return place.kind === 'adapter' ? outlineOf(await readAdapterFolder(path)) : undefined;
+}

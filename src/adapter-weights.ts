@@ -1,0 +1,60 @@
+/** A base with an adapter applied to its weights as they are read: nothing is written, and the base may be quantized. */
+
+import { type AdapterContents, readAdapterFolder } from './artifacts/adapter-reader.ts';
+import type { ModelSource } from './artifacts/model-source.ts';
+import type { Blas } from './compute/blas.ts';
+import { RecipeError } from './errors.ts';
+import type { LinearSite, WeightReader } from './model/model.ts';
+
+/** `source.weights` with the adapter in the folder `path` added. Throws as `readAdapterFolder`, and RecipeError for layers outside the blocks. */
+export async function withAdapter(
+  { path: basePath, model, tensors, weights }: ModelSource,
+  path: string,
+  blas: Blas,
+): Promise<WeightReader> {
+  const contents = await readAdapterFolder(path, tensors.tensors);
+  const sites = new Set(model.blocks.flatMap((block) => block.sites.map(({ name }) => name)));
+  const stray = contents.modules.find(({ name }) => !sites.has(name));
+  if (stray) throw new RecipeError(`--adapter ${path}: "${stray.name}" is no linear layer of a block of ${basePath}`);
+  return new AdapterWeights(weights, contents, blas);
+}
+
+class AdapterWeights implements WeightReader {
+  readonly #base: WeightReader;
+  readonly #blas: Blas;
+  readonly #modules: ReadonlyMap<string, AdapterContents['modules'][number]>;
+  readonly #saved: ReadonlyMap<string, AdapterContents['saved'][number]>;
+
+  constructor(base: WeightReader, { modules, saved }: AdapterContents, blas: Blas) {
+    this.#base = base;
+    this.#blas = blas;
+    this.#modules = new Map(modules.map((module) => [module.name, module]));
+    this.#saved = new Map(saved.map((module) => [`${module.name}.weight`, module]));
+  }
+
+  async loadSite(site: LinearSite): Promise<Float32Array> {
+    const weight = await this.#base.loadSite(site);
+    const module = this.#modules.get(site.name);
+    if (!module) return weight;
+    const { rank, loraA, loraB } = module;
+    const { outFeatures: rows, inFeatures: columns } = site;
+    const out = { rows, columns, data: weight.slice() };
+    const left = { rows, columns: rank, data: loraB };
+    return (await this.#blas.gemm(left, { rows: rank, columns, data: loraA }, { beta: 1, out })).data;
+  }
+
+  async load(name: string): Promise<Float32Array> {
+    return this.#saved.get(name)?.weight ?? this.#base.load(name);
+  }
+
+  async loadRows(name: string, start: number, end: number): Promise<Float32Array> {
+    const saved = this.#saved.get(name);
+    if (!saved) return this.#base.loadRows(name, start, end);
+    const [, columns] = saved.shape;
+    return saved.weight.subarray(start * columns, end * columns);
+  }
+
+  info(name: string) {
+    return this.#base.info(name);
+  }
+}
