@@ -46,6 +46,8 @@ export function adaptCommand(signal: AbortSignal): Command {
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
     .option('--steps <steps>', 'steps of the optimizer; 0: ranks and first factors only, to train elsewhere (default: 0)')
     .option('--targets <globs...>', 'layers to adapt, by name (default: all linear layers)')
+    .option('--against <model>', 'qerror: the float model that the base was quantized from')
+    .option('--invert', 'lamda++: more rank where the spectrum of a weight is steep')
     .option('--start-rank <rank>', 'rank of every layer before any is cut (default: 1.5 times the mean of the budget)')
     .option('--lr <rate>', 'learning rate (default: the one of the method)')
     .option('--alpha <alpha>', 'the update is multiplied by alpha / rank (default: a scale of the method)')
@@ -102,7 +104,7 @@ function describe(outcome: AdaptOutcome): string {
   const perplexity = (nll: number) => `${nll.toFixed(4)} nats a token (perplexity ${Math.exp(nll).toFixed(2)})`;
   pairs.push(
     ['held out, before', perplexity(run.heldOut.before)],
-    ...(run.losses.length === 0
+    ...(run.heldOut.best === run.heldOut.before
       ? []
       : [['held out, best', `${perplexity(run.heldOut.best)} after step ${run.heldOut.bestStep}`] as [string, string]]),
     ['time', `${formatDuration(run.seconds)} on ${run.device}`],

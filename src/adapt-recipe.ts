@@ -24,6 +24,10 @@ export interface AdaptRecipe {
   readonly rslora: boolean;
   /** What A starts as: random, or the principal directions of what enters the layer. */
   readonly init: (typeof ADAPT_INITS)[number];
+  /** qerror: the float model that the base was quantized from. */
+  readonly against?: string;
+  /** lamda++: more rank where a spectrum is steep. */
+  readonly invert: boolean;
   /** Rank of every layer before any is cut; absent: the method's own. */
   readonly startRank?: number;
   /** Absent: the method's own. */
@@ -44,6 +48,8 @@ export interface AdaptRecipe {
 /** A request as it comes in: every field optional, values as a flag parser yields them. */
 export type AdaptRequest = { readonly [K in keyof AdaptRecipe]?: unknown };
 
+const OWN_FACTORS: readonly string[] = ['gora', 'lamda++', 'qerror'];
+
 export const ADAPT_DEFAULTS = {
   method: 'uniform',
   steps: 0,
@@ -51,6 +57,7 @@ export const ADAPT_DEFAULTS = {
   preset: 'best',
   targets: [],
   rslora: false,
+  invert: false,
   batch: 8,
   sequenceLength: 512,
   patience: 0,
@@ -62,7 +69,7 @@ export const ADAPT_DEFAULTS = {
 
 /** Validates a request. Throws RecipeError naming the flag, the rule and the value. */
 export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
-  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'alpha', 'startRank', 'lr', 'threads']);
+  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'alpha', 'against', 'startRank', 'lr', 'threads']);
   const unknown = Object.keys(request).filter((key) => !known.has(key));
   if (unknown.length > 0) throw new RecipeError(`${unknown.map(flag).join(', ')}: pcomp adapt has no such option`);
   const given = { ...ADAPT_DEFAULTS, threads: cores, ...dropUndefined(request) } as Record<string, unknown>;
@@ -84,6 +91,8 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     ...(given['alpha'] === undefined ? {} : { alpha: positive('alpha') }),
     rslora: boolean('rslora', given['rslora']),
     init: oneOf('init', given['init'], ADAPT_INITS),
+    ...(given['against'] === undefined ? {} : { against: text('against', given['against']) }),
+    invert: boolean('invert', given['invert']),
     ...(given['startRank'] === undefined ? {} : { startRank: integer('startRank', given['startRank'], 1, 65_536) }),
     ...(given['lr'] === undefined ? {} : { lr: positive('lr') }),
     batch: integer('batch', given['batch'], 1, 65_536),
@@ -97,8 +106,19 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   };
   if (recipe.startRank !== undefined && recipe.method !== 'adalora')
     throw new RecipeError(`--start-rank: ${recipe.method} has the same ranks from start to end`);
-  if (recipe.init === 'eva' && recipe.method === 'adalora')
+  const { method } = recipe;
+  if (recipe.init === 'eva' && method === 'adalora')
     throw new RecipeError('--init eva: adalora starts from small random factors');
+  if (recipe.init === 'eva' && OWN_FACTORS.includes(method))
+    throw new RecipeError(`--init eva: ${method} starts from factors of its own`);
+  if (method === 'qerror' && recipe.against === undefined)
+    throw new RecipeError('--against: qerror needs the float model that the base was quantized from');
+  if (method !== 'qerror' && recipe.against !== undefined)
+    throw new RecipeError(`--against: ${method} compares with nothing; qerror does`);
+  if (recipe.invert && method !== 'lamda++')
+    throw new RecipeError(`--invert: ${method} looks at no spectra of weights; lamda++ does`);
+  if (method === 'lamda++' && recipe.steps > 0)
+    throw new RecipeError(`--steps ${recipe.steps}: lamda++ shares ranks out and starts factors; it is not trained here`);
   if (recipe.rslora && recipe.alpha === undefined)
     throw new RecipeError('--rslora: goes with --alpha, which it divides by the root of the rank');
   return recipe;

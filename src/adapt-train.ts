@@ -57,9 +57,10 @@ export class Trainer {
   readonly #forward: Forward;
   readonly #text: TrainingText;
   readonly #rules: TrainingRules;
+  readonly #base: WeightReader;
   readonly #weights: AdaptedWeights;
   readonly #byName: ReadonlyMap<string, TrainedModule>;
-  #head: NextTokenLoss | undefined;
+  #loaded: NextTokenLoss | undefined;
   #skippedInARow = 0;
 
   constructor(
@@ -73,6 +74,7 @@ export class Trainer {
     this.#forward = forward;
     this.modules = modules;
     this.schedule = schedule;
+    this.#base = base;
     this.#text = text;
     this.#rules = rules;
     this.#byName = new Map(modules.map((module) => [module.name, module]));
@@ -88,7 +90,12 @@ export class Trainer {
 
   /** Held-out nats per token as the model is now. */
   async heldOut(): Promise<number> {
-    return this.#loss(this.#text.heldOut);
+    return await this.#loss(this.#text.heldOut);
+  }
+
+  /** The same without any adapter. */
+  async heldOutOfBase(): Promise<number> {
+    return await this.#loss(this.#text.heldOut, this.#base);
   }
 
   /** One step, or none where the signal stops it; looks at the held-out text when it is time. Throws TrainingError when numbers stay infinite. */
@@ -136,7 +143,7 @@ export class Trainer {
     await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal });
     const hidden = await pass.forward(this.#weights);
     await using cotangent = spool.allocate(pass.tokenCount, model.shape.hiddenSize);
-    const loss = await this.#score(hidden, windows, cotangent);
+    const loss = await (await this.#head()).score(hidden, windows, cotangent);
     await pass.backward(this.#weights, cotangent, async (_, gradients) => {
       for (const [site, gradient] of gradients) {
         const module = this.#byName.get(site.name);
@@ -149,27 +156,16 @@ export class Trainer {
   }
 
   /** Is not interrupted: a stopped run must not have stepped without having looked. */
-  async #loss(windows: readonly Int32Array[]): Promise<number> {
+  async #loss(windows: readonly Int32Array[], weights: WeightReader = this.#weights): Promise<number> {
     const { model, engine, spool, path } = this.#forward;
     await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS });
-    return await this.#score(await pass.forward(this.#weights), windows);
+    return await (await this.#head()).score(await pass.forward(weights), windows);
   }
 
-  async #score(
-    hidden: Awaited<ReturnType<ModelGradient['forward']>>,
-    windows: readonly Int32Array[],
-    cotangent?: Parameters<NextTokenLoss['add']>[4],
-  ): Promise<number> {
+  async #head(): Promise<NextTokenLoss> {
     const { model, engine } = this.#forward;
-    this.#head ??= await NextTokenLoss.open(model, engine, this.#weights);
-    const predicted = windows.reduce((sum, { length }) => sum + length - 1, 0);
-    let loss = 0;
-    let first = 0;
-    for (const window of windows) {
-      loss += await this.#head.add(hidden, first, window.subarray(1), 1 / predicted, cotangent);
-      first += window.length;
-    }
-    return loss;
+    this.#loaded ??= await NextTokenLoss.open(model, engine, this.#weights);
+    return this.#loaded;
   }
 }
 

@@ -3,7 +3,7 @@ import { createHash } from 'node:crypto';
 import { basename, resolve } from 'node:path';
 import { loadCheckpoint, saveCheckpoint } from './adapt-checkpoint.ts';
 import type { AdaptRecipe } from './adapt-recipe.ts';
-import { surveyDirections } from './adapt-survey.ts';
+import { type FoundStart, findStart } from './adapt-start.ts';
 import { readTrainingText } from './adapt-text.ts';
 import { Trainer } from './adapt-train.ts';
 import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
@@ -17,10 +17,8 @@ import type { Device } from './compute/engine.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
-import { type Directions, evaRanks } from './methods/rank/eva.ts';
-import { type SpendableBudget, spendable, uniformRank } from './methods/rank/rank-budget.ts';
+import { spendable } from './methods/rank/rank-budget.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
-import type { AdapterStart } from './methods/rank/training/options.ts';
 import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
 import type { Model } from './model/model.ts';
 import { matchModules } from './module-glob.ts';
@@ -31,8 +29,8 @@ import type { RunHooks } from './run.ts';
 /** What came of a run, or would come of it. */
 export interface AdaptOutcome {
   readonly method: string;
-  /** What may be said of results: of the published method, of one with changes. */
-  readonly label: 'published' | 'published+changes';
+  /** What may be said of results: of the published method, of one with changes, of what is known of one, of pcomp's own. */
+  readonly label: 'published' | 'published+changes' | 'reconstructed' | 'own';
   readonly modules: readonly { readonly name: string; readonly rank: number; readonly scale: number }[];
   readonly parameters: number;
   readonly budget: { readonly requested: string; readonly total: number; readonly spent: number };
@@ -87,10 +85,13 @@ export async function adapt(
   await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
   await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
   const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
-  const surveys = method === 'eva' || recipe.init === 'eva';
-  const directions = surveys
-    ? await surveyDirections(forward, source.weights, modules, budget, text.training, hooks.progress)
-    : undefined;
+  if (method === 'qerror' && source.kind === 'float') {
+    throw new RecipeError(
+      `--method qerror: repairs what quantization lost, and ${path} is float; gora and eva are for float models`,
+    );
+  }
+  const job = { recipe, forward, weights: source.weights, modules, budget, training: text.training, progress: hooks.progress };
+  const start = await findStart(job);
   const schedule: TrainingSchedule = TRAINING_SCHEDULES[method]({
     steps,
     budget,
@@ -98,15 +99,18 @@ export async function adapt(
     seed,
     scale: scaleOf(recipe, modules),
     startRank: recipe.startRank,
-    start: directions && startOf(recipe, modules, budget, directions),
+    start,
   });
   schedule.init(modules);
+  const spent = modules.reduce((sum, module) => sum + module.rank * budget.cost(module), 0);
+  if (method === 'gora' && spent > budget.total)
+    note(`gora, preset paper: its least rank of every layer spends ${spent} of ${Math.floor(budget.total)}, as published`);
   const learningRate = recipe.lr ?? schedule.learningRate;
   const outcome = (): Omit<AdaptOutcome, 'run'> => {
     const ranks = schedule.ranks(modules);
     return {
       method: `${method}, preset ${preset}`,
-      label: preset === 'paper' || method !== 'adalora' ? 'published' : 'published+changes',
+      label: labelOf(recipe),
       modules: modules.map(({ name, scale }) => ({ name, rank: ranks.get(name)!, scale })),
       parameters: modules.reduce(
         (sum, { name, outFeatures, inFeatures }) => sum + ranks.get(name)! * (outFeatures + inFeatures),
@@ -131,16 +135,17 @@ export async function adapt(
   await using output = await OutputFolder.open({ ...request, recipeHash });
   const rules = { steps, batch: recipe.batch, learningRate, patience: recipe.patience, seed, keptBytes: recipe.maxMemory / 2 };
   const trainer = new Trainer(forward, source.weights, modules, schedule, text, rules);
-  const before = await trainer.heldOut();
+  const before = await trainer.heldOutOfBase();
+  const begun = await firstStep(trainer, start, before, note);
   if (output.resumed && (await loadCheckpoint(output.partsPath, trainer)))
     note(`resuming after step ${trainer.progress.step} of ${steps}`);
   await train(trainer, output, steps, hooks);
 
   const best = trainer.best ?? new Map(modules.map((module) => [module.name, schedule.factors(module)]));
   const { looks, losses, skipped } = trainer.progress;
-  const bestLook = trainer.progress.best ?? { step: 0, nll: before };
-  if (steps === 0) note('nothing was trained: the adapter changes nothing until it is');
-  else if (bestLook.nll >= before)
+  const bestLook = trainer.progress.best ?? { step: 0, nll: begun };
+  if (steps === 0) note(`nothing was trained${start?.loraB ? '' : ': the adapter changes nothing until it is'}`);
+  if (bestLook.nll > before || (steps > 0 && bestLook.nll === before))
     note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
   const most = Math.max(...[...best.values()].map(({ rank }) => rank));
   await writeAdapter(output.artifactPath, {
@@ -176,7 +181,7 @@ export async function adapt(
   });
   const run = {
     output: outputPath,
-    heldOut: { before, after: looks.at(-1)?.nll ?? before, best: bestLook.nll, bestStep: bestLook.step },
+    heldOut: { before, after: looks.at(-1)?.nll ?? begun, best: bestLook.nll, bestStep: bestLook.step },
     losses,
     looks,
     skippedSteps: skipped,
@@ -235,28 +240,6 @@ function modulesOf(model: Model, targets: readonly string[]): TrainedModule[] {
     }));
 }
 
-/** EVA's ranks and factors, or one rank for all with EVA's factors. */
-function startOf(
-  { method, preset, init }: AdaptRecipe,
-  modules: readonly TrainedModule[],
-  budget: SpendableBudget,
-  found: ReadonlyMap<string, Directions>,
-): AdapterStart {
-  const rank = uniformRank(budget, modules);
-  const layers = modules.map((module) => ({ ...module, ratios: found.get(module.name)!.ratios }));
-  const ranks = method === 'eva' ? evaRanks(layers, budget, preset) : new Map(modules.map(({ name }) => [name, rank]));
-  if (init !== 'eva' && method !== 'eva') return { ranks };
-  // A layer may have fewer directions than ranks: the rest of it stays at nothing, and learns.
-  const loraA = (name: string, own: number): Float32Array => {
-    const { directions, ratios } = found.get(name)!;
-    const n = directions.length / Math.max(1, ratios.length);
-    const rows = new Float32Array(own * n);
-    rows.set(directions.subarray(0, Math.min(own, ratios.length) * n));
-    return rows;
-  };
-  return { ranks, loraA };
-}
-
 /** alpha over the rank that the budget allows on average, or over its root. */
 function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly TrainedModule[]): number | undefined {
   if (alpha === undefined) return undefined;
@@ -265,19 +248,58 @@ function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly Train
   return alpha / (rslora ? Math.sqrt(rank) : rank);
 }
 
+function labelOf({ method, preset }: AdaptRecipe): AdaptOutcome['label'] {
+  if (method === 'qerror') return 'own';
+  if (method === 'lamda++') return 'reconstructed';
+  return preset === 'best' && (method === 'adalora' || method === 'gora') ? 'published+changes' : 'published';
+}
+
+/** Held-out loss of the start; where a method takes a first step, of the length of it that loses least. @param before that of the base */
+async function firstStep(
+  trainer: Trainer,
+  start: FoundStart | undefined,
+  before: number,
+  note: (message: string) => void,
+): Promise<number> {
+  if (!start?.loraB) return before;
+  const factors = trainer.modules.map(({ parameters }) => parameters.get('loraB')!.values);
+  const whole = factors.map((values) => values.slice());
+  const scaled = (length: number) => {
+    for (const [i, values] of factors.entries()) values.set(whole[i].map((value) => length * value));
+  };
+  const { steps = [1] } = start;
+  let best = { length: 0, nll: Infinity };
+  for (const length of steps) {
+    scaled(length);
+    const nll = length === 0 ? before : await trainer.heldOut();
+    if (nll < best.nll) best = { length, nll };
+  }
+  scaled(best.length);
+  if (start.steps)
+    note(
+      `first step: ${best.length} of the gradient's length, held-out loss ${before.toFixed(4)} before and ${best.nll.toFixed(4)} after`,
+    );
+  return best.nll;
+}
+
 function endOfText({ eos_token_id: id }: Readonly<Record<string, unknown>>): number | undefined {
   const first: unknown = Array.isArray(id) ? id[0] : id;
   return typeof first === 'number' ? first : undefined;
 }
 
 /** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
-function portable({ threads: _, maxMemory: __, device: ___, text, ...rest }: AdaptRecipe): Record<string, unknown> {
-  return { ...rest, text: text.map((file) => basename(file)) };
+function portable({ threads: _, maxMemory: __, device: ___, text, against, ...rest }: AdaptRecipe): Record<string, unknown> {
+  const original = against === undefined ? {} : { against: basename(resolve(against)) };
+  return { ...rest, ...original, text: text.map((file) => basename(file)) };
 }
 
-async function hashInputs({ files, configPath }: ModelSource, { text }: AdaptRecipe): Promise<Record<string, unknown>> {
+async function hashInputs({ files, configPath }: ModelSource, { text, against }: AdaptRecipe): Promise<Record<string, unknown>> {
   const inputs: Record<string, unknown> = { 'model/config.json': await hashFile(configPath) };
   for (const { path } of files) inputs[`model/${basename(path)}`] = await hashFile(path);
+  if (against !== undefined) {
+    await using original = await openModelSource(against);
+    for (const { path } of original.files) inputs[`against/${basename(path)}`] = await hashFile(path);
+  }
   for (const [i, file] of text.entries()) {
     const { path } = parseTextFile(file);
     inputs[`text/${i}/${basename(path)}`] = await hashFile(path);

@@ -9,8 +9,6 @@ export interface AdaptedWeightsOptions {
   readonly blas: Blas;
   /** Bytes of base weights that stay in memory once they are read. */
   readonly keptBytes: number;
-  /** Whether adapters count; without, it is the base. */
-  readonly enabled?: boolean;
 }
 
 /** `W + s B M A`, M by the adapter's form: nothing, a diagonal, or a square matrix. */

@@ -44,6 +44,18 @@ export class NextTokenLoss {
     return new NextTokenLoss(program, rows, model.shape, fixed);
   }
 
+  /** Mean loss of predicting every window's tokens from those before them; `hidden` holds the windows one after the other. */
+  async score(hidden: StateStore, windows: readonly Int32Array[], cotangent?: StateStore): Promise<number> {
+    const predicted = windows.reduce((sum, { length }) => sum + length - 1, 0);
+    let loss = 0;
+    let first = 0;
+    for (const window of windows) {
+      loss += await this.add(hidden, first, window.subarray(1), 1 / predicted, cotangent);
+      first += window.length;
+    }
+    return loss;
+  }
+
   /**
    * Loss of rows `[first, first + labels.length)` of `hidden`, row i having to say `labels[i]`: the sum times `weight`. Their cotangents go to the
    * same rows of `cotangent`.

@@ -5,9 +5,11 @@ import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { adapt } from '../../src/adapt.ts';
 import { adaptRecipe } from '../../src/adapt-recipe.ts';
+import { evaluate } from '../../src/evaluate.ts';
 import { saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { readWeights } from '../support/merge-models.ts';
 import { runCli, runCliJson } from '../support/run-cli.ts';
+import { runQuantize } from '../support/runs.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 import { tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
 
@@ -46,7 +48,7 @@ const run = (output: string, ...args: string[]) =>
 const requestOf = (more: object) =>
   adaptRecipe({ text: [at('text.txt')], sequenceLength: 32, batch: 4, lr: 5e-3, budget: 'r=2', ...more }, 2);
 
-describe.each([['uniform'], ['eva'], ['adalora']])('--method %s', (method) => {
+describe.each([['uniform'], ['eva'], ['gora'], ['adalora']])('--method %s', (method) => {
   it('lowers the loss on text it has not seen, within the budget', async () => {
     const {
       budget,
@@ -192,5 +194,79 @@ describe('what cannot be done', () => {
     expect(code).toBe(0);
     expect(stdout).toContain('Dry run: nothing was written.');
     expect(existsSync(at('dry'))).toBe(false);
+  });
+});
+
+describe('without steps', () => {
+  const heldOut = async (output: string, ...args: string[]) => {
+    const { run: made, ...outcome } = await run(output, '--steps', '0', ...args);
+    return { ...made.heldOut, ...outcome };
+  };
+
+  it('gora takes one step against the gradient, of the length that loses least', async () => {
+    const { before, best, budget } = await heldOut('gora-0', '--method', 'gora', '--budget', 'r=6');
+    expect(best).toBeLessThan(before);
+    expect(budget.spent).toBeLessThanOrEqual(budget.total);
+    const options = {
+      text: [at('text.txt')],
+      sequenceLength: 32,
+      accuracy: 'exact',
+      device: 'cpu',
+      threads: 1,
+      maxMemory: 2 ** 30,
+    } as const;
+    const [alone, adapted] = [
+      await evaluate(at('base'), options),
+      await evaluate(at('base'), { ...options, adapter: at('gora-0') }),
+    ];
+    expect(adapted.nll).toBeLessThan(alone.nll);
+  });
+
+  it('lamda++ shares ranks out by spectra, and changes nothing yet', async () => {
+    const { before, best, modules, budget } = await heldOut('lamda', '--method', 'lamda++', '--budget', 'r=4');
+    expect(best).toBe(before);
+    expect(budget.spent).toBe(budget.total);
+    const inverted = await heldOut('lamda-inverted', '--method', 'lamda++', '--budget', 'r=4', '--invert');
+    expect(inverted.modules).not.toEqual(modules);
+  });
+
+  it('qerror gives a quantized base back a part of what it lost', async () => {
+    await runQuantize(at('base'), at('q2'), { bits: 2, method: 'rtn', preset: 'paper', formats: ['safetensors'] });
+    const { modules } = await adapt(
+      at('q2'),
+      at('q2-repaired'),
+      requestOf({ method: 'qerror', against: at('base'), budget: 'r=6' }),
+      MODES,
+    );
+    expect(new Set(modules.map(({ rank }) => rank)).size).toBeGreaterThan(1);
+    const options = {
+      text: [at('text.txt')],
+      against: at('base'),
+      sequenceLength: 32,
+      accuracy: 'exact',
+      device: 'cpu',
+      threads: 1,
+      maxMemory: 2 ** 30,
+    } as const;
+    const [quantized, repaired] = [
+      await evaluate(at('q2'), options),
+      await evaluate(at('q2'), { ...options, adapter: at('q2-repaired') }),
+    ];
+    expect(repaired.kl!).toBeLessThan(0.9 * quantized.kl!);
+  });
+
+  it.each([
+    [{ method: 'qerror' }, /--against: qerror needs the float model/],
+    [{ method: 'gora', against: 'base' }, /--against: gora compares with nothing/],
+    [{ method: 'lamda++', steps: 5 }, /lamda\+\+ shares ranks out and starts factors; it is not trained here/],
+    [{ method: 'eva', invert: true }, /--invert: eva looks at no spectra of weights/],
+    [{ method: 'gora', init: 'eva' }, /--init eva: gora starts from factors of its own/],
+  ])('%j is refused', (changes, message) => {
+    expect(() => requestOf(changes)).toThrow(message);
+  });
+
+  it('qerror on a float base is refused, with what works there', async () => {
+    const request = requestOf({ method: 'qerror', against: at('base') });
+    await expect(adapt(at('base'), at('never'), request, MODES)).rejects.toThrow(/is float; gora and eva are for float models/);
   });
 });

@@ -30,7 +30,8 @@ export function lora({ budget, seed, scale, start }: ScheduleOptions): TrainingS
         module.scale = scale ?? SCALE / Math.sqrt(Math.max(1, rank));
         const loraA = start?.loraA?.(name, module.rank) ?? kaimingUniform(module.rank, n, seed, `${name} loraA`);
         place(module, 'loraA', [module.rank, n], loraA);
-        place(module, 'loraB', [m, module.rank], new Float32Array(m * module.rank));
+        const loraB = start?.loraB?.(name, module.rank).map((value) => value / module.scale);
+        place(module, 'loraB', [m, module.rank], loraB ?? new Float32Array(m * module.rank));
       }
     },
     before() {},

@@ -7,6 +7,8 @@ export interface AdapterStart {
   readonly ranks: ReadonlyMap<string, number>;
   /** (rank, inFeatures); absent: random. */
   loraA?(name: string, rank: number): Float32Array;
+  /** (outFeatures, rank), what A is multiplied by in the update, scale and all; absent: 0. */
+  loraB?(name: string, rank: number): Float32Array;
 }
 
 export interface ScheduleOptions {
