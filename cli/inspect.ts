@@ -68,17 +68,21 @@ function describe(inspection: Inspection, flags: { groups?: boolean; tensors?: b
   ];
   if (modules.length > 0) {
     const widest = Object.keys(widths);
+    const ranked = modules.some(({ rank }) => rank !== undefined);
     const rows = modules.map((module) => [
       module.name,
       `${module.outFeatures} x ${module.inFeatures}`,
       module.groupSize,
       ...widest.map((width) => module.bits.filter((bits) => String(bits) === width).length || ''),
+      ...(ranked ? [module.rank ?? ''] : []),
       module.averageBits.toFixed(3),
       module.bitsPerWeight.toFixed(3),
       formatSize(module.bytes),
     ]);
     const heads = widest.map((width) => `${width}-bit`);
-    sections.push(renderTable(['module', 'shape', 'group', ...heads, 'code bits', 'bpw', 'size'], rows));
+    sections.push(
+      renderTable(['module', 'shape', 'group', ...heads, ...(ranked ? ['rank'] : []), 'code bits', 'bpw', 'size'], rows),
+    );
   }
   if (flags.groups) sections.push(modules.map(groupLine).join('\n'));
   if (flags.tensors) {

@@ -19,6 +19,8 @@ export interface InspectedModule {
   readonly averageBits: number;
   readonly bitsPerWeight: number;
   readonly bytes: number;
+  /** Of a low-rank branch, whose bits are among the others; absent: it has none. */
+  readonly rank?: number;
 }
 
 /** What a model or artifact holds. Sizes in bytes. */
@@ -79,7 +81,7 @@ export async function inspect(path: string): Promise<Inspection> {
 }
 
 function describe(module: ModuleStorage): InspectedModule {
-  const { name, outFeatures, inFeatures, groupSize, bits, codeBits, storedBits } = module;
+  const { name, outFeatures, inFeatures, groupSize, bits, codeBits, storedBits, lowRank } = module;
   const weights = outFeatures * inFeatures;
   return {
     name,
@@ -90,6 +92,7 @@ function describe(module: ModuleStorage): InspectedModule {
     averageBits: codeBits / weights,
     bitsPerWeight: storedBits / weights,
     bytes: storedBits / 8,
+    ...(lowRank && { rank: lowRank.rank }),
   };
 }
 

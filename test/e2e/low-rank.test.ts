@@ -2,6 +2,7 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
+import { inspect } from '../../src/inspect.ts';
 import { quantize } from '../../src/quantize.ts';
 import { type QuantizeRequest, quantizeRecipe } from '../../src/recipe.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
@@ -49,6 +50,8 @@ describe.each(['llama', 'gpt2'] as const)('a %s', (name) => {
     for (const [name, { rank }] of Object.entries(plan.modules)) {
       if (rank !== undefined) expect(sites[name].relativeError).toBeLessThan(sites[name].relativeErrorOfCodes!);
     }
+    const inspected = (await inspect(output)).modules.map(({ name: own, rank }) => [own, rank]);
+    expect(inspected).toEqual(Object.entries(plan.modules).map(([own, { rank }]) => [own, rank]));
     for (const { lowRankBitsPerWeight } of artifacts) {
       expect(lowRankBitsPerWeight).toBeGreaterThan(1);
       expect(lowRankBitsPerWeight).toBeLessThanOrEqual(1.5);

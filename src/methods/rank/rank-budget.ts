@@ -65,7 +65,7 @@ export function spendable(
   const least = Math.min(...shapes.map(cost));
   if (total < least) {
     throw new RecipeError(
-      `${flag} ${kind}=${amount}: is ${total} ${kind === 'r' ? 'ranks' : 'parameters'}, and one rank takes at least ${least}`,
+      `${flag} ${kind}=${amount}: is ${Math.floor(total)} ${kind === 'r' ? 'ranks' : 'parameters'}, and one rank takes at least ${least}`,
     );
   }
   return { total, cost };
