@@ -4,6 +4,7 @@ import { allocationOf, bitBudget, candidateWidths, type SharedBudget, shareBudge
 import { Calibration } from './calibration/calibration.ts';
 import type { Device, Engine } from './compute/engine.ts';
 import { ENGINES } from './compute/engines.ts';
+import { openKernels } from './compute/kernels/kernel-pool.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { type LossSearch, searchLossBudget } from './loss-budget.ts';
 import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
@@ -59,6 +60,7 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
     threads: recipe.threads,
     onNote: (note) => hooks.note?.(note),
   });
+  await using kernels = openKernels(recipe.threads);
   const blas = createBlas(engine);
   const options = optionsOf(recipe, job.nominalBits);
   const measuring = measuringOf(quantizer, recipe, job.nominalBits);
@@ -77,7 +79,7 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
         ...(hooks.signal && { signal: hooks.signal }),
       })
     : undefined;
-  const run = { model, weights, quantizer, options, blas, calibration, measuring, onStored, selected: job.selected };
+  const run = { model, weights, quantizer, options, blas, kernels, calibration, measuring, onStored, selected: job.selected };
   const survey = () => surveyOf(job, engine, contextOf({ ...run, hooks, allocation: undefined }), calibration, progress, hooks);
   /** What ranks would be worth after codes, block by block, and who gets them. */
   const rankPass = async (parts: PartStore, shared: SharedBudget | undefined, budget: SpendableBudget): Promise<SharedRanks> => {
