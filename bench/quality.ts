@@ -16,7 +16,7 @@ import { parseTextFile, readText } from '../src/calibration/text.ts';
 import { loadTokenizer } from '../src/calibration/tokenizer.ts';
 import { evaluationWindows } from '../src/calibration/windows.ts';
 import { createEngine } from '../src/compute/ort.ts';
-import { evaluate, type QuantizeRequest, quantize, quantizeRecipe } from '../src/index.ts';
+import { evaluate, type QuantizeRequest, quantize, quantizeRecipe, RecipeError } from '../src/index.ts';
 import { ArtifactLogits } from '../src/logits-source.ts';
 import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
 import { Scorer } from '../src/scoring.ts';
@@ -126,6 +126,19 @@ async function perplexityAtLevel1(artifact: string, scratch: string, text: strin
   return scorer.score.perplexity;
 }
 
+/** Undefined for a budget that the model cannot meet, whose message says the nearest that it can. */
+async function quantizeIfFeasible(model: string, output: string, request: QuantizeRequest, infeasible: string[]) {
+  const mode = { overwrite: true, resume: false, dryRun: false };
+  try {
+    return await quantize(model, output, quantizeRecipe(request, threads), mode);
+  } catch (error) {
+    if (!(error instanceof RecipeError && error.message.startsWith('--bpw'))) throw error;
+    console.error(`left out: ${error.message}`);
+    infeasible.push(error.message);
+    return undefined;
+  }
+}
+
 const numbers = (list: string) => list.split(',').map(Number);
 
 const { values, positionals } = parseArgs({
@@ -154,6 +167,8 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
       perplexity: float.perplexity,
     },
   ];
+  /** Said below the table. */
+  const infeasible: string[] = [];
   for (const table of values.table.split(',')) {
     for (const [label, options] of TABLES[table](numbers(values.bits), numbers(values.bpw))) {
       const output = join(scratch, 'out');
@@ -163,11 +178,8 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
         groupSize,
         ...(needsText ? { calibration: [calibration], samples: 128, sequenceLength } : {}),
       };
-      const outcome = await quantize(model, output, quantizeRecipe(request, threads), {
-        overwrite: true,
-        resume: false,
-        dryRun: false,
-      });
+      const outcome = await quantizeIfFeasible(model, output, request, infeasible);
+      if (outcome === undefined) continue;
       const exact = await evaluate(output, { ...machine, text: [text], against: model, accuracy: 'exact' });
       const fast = await evaluate(output, { ...machine, text: [text], accuracy: 'fast' });
       const level1 = await perplexityAtLevel1(output, scratch, text, sequenceLength);
@@ -192,5 +204,6 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
     `quality-${name}${values.table === 'methods' ? '' : `-${values.table.replace(',', '-')}`}`,
     `npx tsx bench/quality.ts ${name} --table ${values.table} ${values.table === 'learned' ? `--bpw ${values.bpw}` : `--bits ${values.bits}`}`,
     rows,
+    infeasible.map((message) => `Left out: ${message}.`),
   );
 }
