@@ -8,7 +8,7 @@ import { Random } from './compute/random.ts';
 import { distances, type Forward, type Lesson, meanKl, middleBlock, type Teachers } from './expert-teachers.ts';
 import type { MergeWeights } from './merge-weights.ts';
 import { type Coefficients, chunkProducts } from './methods/merge/expert-merging/coefficients.ts';
-import type { WeightReader } from './model/model.ts';
+import type { HeadObjective, WeightReader } from './model/model.ts';
 
 /** Rows of logits that a piece of the head takes at once. */
 const HEAD_ROWS = 128;
@@ -17,6 +17,13 @@ const BATCH_TOKENS = 2048;
 /** Updates between two looks at the held-out samples. */
 const LOOK_EVERY = 5;
 
+/** Part of the rate at an update. */
+const SCHEDULES = {
+  cosine,
+  restarts: (update: number) => cosineWithRestarts(update, 50, 0.1),
+  constant: () => 1,
+} as const;
+
 export interface StageRules {
   /** `epoch`: every expert gives as many samples as the one with most, all shuffled, and each is seen once, as published. */
   readonly updates: number | 'epoch';
@@ -24,13 +31,13 @@ export interface StageRules {
   readonly batch: number;
   readonly learningRate: number;
   readonly weightDecay: number;
-  readonly schedule: 'cosine' | 'restarts';
+  readonly schedule: 'cosine' | 'restarts' | 'constant';
   /** Longest gradient by the parameters; absent: any. */
   readonly clipNorm?: number;
   readonly gamma: number;
   /** Weight of the hidden states' distance; 0: none. */
   readonly hiddenWeight: number;
-  readonly temperature: number;
+  readonly objective: HeadObjective;
   /** Keep the iterate with the least held-out divergence; otherwise the last. */
   readonly selects: boolean;
 }
@@ -65,7 +72,7 @@ export interface StageResult {
 export async function learnStage(stage: Stage, rules: StageRules): Promise<StageResult> {
   const { coefficients, forward } = stage;
   const optimizer = new AdamW(coefficients.parameters.length, rules);
-  const head = await Head.open(forward, stage.learned, rules.temperature);
+  const head = await Head.open(forward, stage.learned, rules.objective);
   const batches = lessonOrder(stage, rules.batch);
   const draws = rules.updates === 'epoch' ? epochOf(stage) : undefined;
   const updates = draws ? Math.ceil(draws.length / rules.batch) : Number(rules.updates);
@@ -93,7 +100,7 @@ export async function learnStage(stage: Stage, rules: StageRules): Promise<Stage
     losses.push(total);
     coefficients.toParameters(gradient);
     if (rules.clipNorm !== undefined) clipByNorm(gradient, rules.clipNorm);
-    const factor = rules.schedule === 'cosine' ? cosine(update, updates) : cosineWithRestarts(update, 50, 0.1);
+    const factor = SCHEDULES[rules.schedule](update, updates);
     optimizer.step(coefficients.parameters, gradient, factor);
     clamped += coefficients.clamp();
     stage.onUpdate(update + 1, updates, total);
@@ -214,10 +221,16 @@ async function addHidden(
 class Head {
   readonly #program: Program;
   readonly #hiddenSize: number;
-  readonly #vocabSize: number;
+  /** Columns of the teacher's logits; undefined: nobody is compared with. */
+  readonly #vocabSize: number | undefined;
   readonly #fixed: Readonly<Record<string, NdArray>>;
 
-  private constructor(program: Program, hiddenSize: number, vocabSize: number, fixed: Readonly<Record<string, NdArray>>) {
+  private constructor(
+    program: Program,
+    hiddenSize: number,
+    vocabSize: number | undefined,
+    fixed: Readonly<Record<string, NdArray>>,
+  ) {
     this.#program = program;
     this.#hiddenSize = hiddenSize;
     this.#vocabSize = vocabSize;
@@ -225,9 +238,9 @@ class Head {
   }
 
   /** Norm and head are not learned, so they are read once. */
-  static async open({ model, engine }: Forward, weights: WeightReader, temperature: number): Promise<Head> {
+  static async open({ model, engine }: Forward, weights: WeightReader, objective: HeadObjective): Promise<Head> {
     const { hiddenSize, vocabSize } = model.shape;
-    const { model: graph, key, weights: norm } = model.headGradient(HEAD_ROWS, temperature);
+    const { model: graph, key, weights: norm } = model.headGradient(HEAD_ROWS, objective);
     const program = await engine.compile(graph, { key });
     const fixed: Record<string, NdArray> = {
       head: { dtype: 'F32', shape: [vocabSize, hiddenSize], data: await weights.load(model.outputHead) },
@@ -236,7 +249,7 @@ class Head {
       const data = await weights.load(name);
       fixed[input] = { dtype: 'F32', shape: [data.length], data };
     }
-    return new Head(program, hiddenSize, vocabSize, fixed);
+    return new Head(program, hiddenSize, objective.kind === 'divergence' ? vocabSize : undefined, fixed);
   }
 
   /** Adds the cotangents of a lesson's states; returns its part of the loss, the mean over `count` lessons. */
@@ -258,11 +271,15 @@ class Head {
         return { dtype: 'F32', shape: [HEAD_ROWS, columns], data };
       };
       const weight = new Float32Array(end - start).fill(1 / (lesson.rows * count));
-      const teacher = await teachers.logits.read(lesson.firstRow + start, lesson.firstRow + end);
+      const columns = this.#vocabSize;
+      const teacher =
+        columns === undefined
+          ? {}
+          : { teacher: padded(await teachers.logits.read(lesson.firstRow + start, lesson.firstRow + end), columns) };
       const made = await this.#program.run({
         ...this.#fixed,
         hidden: padded(await hidden.read(from + start, from + end), this.#hiddenSize),
-        teacher: padded(teacher, this.#vocabSize),
+        ...teacher,
         weight: padded(weight, 1),
       });
       loss += made['loss'].data[0] as number;

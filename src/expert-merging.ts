@@ -17,14 +17,13 @@ import { MergeWeights } from './merge-weights.ts';
 import { evenChunks, floorChunks } from './methods/merge/expert-merging/chunk-budget.ts';
 import { type ChunkBounds, flatChunks, rowChunks } from './methods/merge/expert-merging/chunks.ts';
 import { type CoefficientRules, Coefficients, effectiveCoefficient } from './methods/merge/expert-merging/coefficients.ts';
-import type { LearnedMethod } from './methods/merge/learned.ts';
+import type { LearnedMethod, LearnedValues } from './methods/merge/learned.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
-import type { ParameterValues } from './methods/merge/merger.ts';
 import { createModel } from './model/architectures/index.ts';
 import type { Block, LinearSite } from './model/model.ts';
 import type { RunHooks } from './run.ts';
 
-type Values = ParameterValues<LearnedMethod['parameters']>;
+type Values = LearnedValues;
 
 /** Strengths of the pull to the start that are compared, and how many samples of each expert that takes. */
 const GAMMAS = [0.02, 0.1, 0.4, 1.5];
@@ -34,6 +33,12 @@ const UNVALIDATED_GAMMA = 0.8;
 const KEPT = 0.5;
 
 const BEST: CoefficientRules = { parametrization: 'linear', anchor: 0, range: [-1, 1.5] };
+/** AdaMerging: no bounds, and 0.3 of every expert to begin with. */
+const UNBOUNDED: CoefficientRules = {
+  parametrization: 'linear',
+  anchor: 0.3,
+  range: [Number.NEGATIVE_INFINITY, Number.POSITIVE_INFINITY],
+};
 const PAPER: CoefficientRules = { parametrization: 'sigmoid', anchor: 0.1, range: [0, 1] };
 
 /** How far the result is from each expert, on samples that were held out where there are enough. */
@@ -115,7 +120,7 @@ export async function learnMerge(
   const distance = (reader: ReturnType<typeof learnedBy>) => distances(forward, teachers, judges, labels.length, reader);
 
   const sites = model.blocks.flatMap((block) => block.sites.map((site) => ({ block, site })));
-  const rules = paper ? PAPER : BEST;
+  const rules = method.objective === 'entropy' ? UNBOUNDED : paper ? PAPER : BEST;
   const make = (bounds: (index: number) => ChunkBounds) =>
     new Coefficients(
       sites.map(({ site }, index) => ({ name: site.name, bounds: bounds(index) })),
@@ -145,7 +150,7 @@ export async function learnMerge(
       const [rest, judged] = [lessons.filter((_, i) => i % 2 !== fold), lessons.filter((_, i) => i % 2 === fold)];
       const coefficients = whole();
       const stage = stageOf(`gamma ${candidate}`, coefficients, rest, []);
-      await run(stage, { ...rulesOf(values, paper, candidate), selects: false });
+      await run(stage, { ...rulesOf(method, values, paper, candidate), selects: false });
       sum += meanKl(await distances(forward, teachers, judged, labels.length, learnedBy(coefficients)));
     }
     return sum;
@@ -158,14 +163,17 @@ export async function learnMerge(
     clamped: number;
   }[] = [];
   let coefficients = whole();
-  const first = await run(stageOf('coefficients per tensor', coefficients, lessons, looks), rulesOf(values, paper, gamma));
+  const first = await run(
+    stageOf('coefficients per tensor', coefficients, lessons, looks),
+    rulesOf(method, values, paper, gamma, labels.length),
+  );
   stages.push({ name: 'coefficients per tensor', coefficients: coefficients.parameters.length, ...first });
   if (method.chunked) {
     const bounds = await chunkBounds(values, paper, training.length / labels.length);
     const chunked = make((index) => bounds[index]);
     if (!paper)
       for (let l = 0; l < sites.length; l++) for (let k = 0; k < labels.length; k++) repeat(coefficients, chunked, l, k);
-    const own = { ...rulesOf(values, paper, gamma), ...(paper ? {} : { updates: values.chunk_updates }) };
+    const own = { ...rulesOf(method, values, paper, gamma), ...(paper ? {} : { updates: values.chunk_updates }) };
     const second = await run(stageOf('coefficients per chunk', chunked, lessons, looks), own);
     stages.push({ name: 'coefficients per chunk', coefficients: chunked.parameters.length, ...second });
     coefficients = chunked;
@@ -236,11 +244,20 @@ function repeat(from: Coefficients, to: Coefficients, tensor: number, expert: nu
   to.set(tensor, expert, new Array<number>(to.tensors[tensor].bounds.length - 1).fill(value));
 }
 
-function rulesOf(values: Values, paper: boolean, gamma: number): StageRules {
-  const common = { batch: 8, gamma, hiddenWeight: values.hidden, temperature: values.temperature };
+function rulesOf(method: LearnedMethod, values: Values, paper: boolean, gamma: number, experts = 1): StageRules {
+  const common = { gamma, hiddenWeight: values.hidden, weightDecay: 0 };
+  if (method.objective === 'entropy') {
+    const { updates } = values;
+    const objective = { kind: 'entropy' } as const;
+    // The same way in fewer steps, from which the one nearest to the experts is kept; published: all of them, sixteen samples of each expert.
+    return paper
+      ? { ...common, objective, batch: 16 * experts, updates, learningRate: 1e-3, schedule: 'constant', selects: false }
+      : { ...common, objective, batch: 8, updates, learningRate: 1e-2, schedule: 'cosine', selects: true };
+  }
+  const divergence = { ...common, batch: 8, objective: { kind: 'divergence', temperature: values.temperature } } as const;
   return paper
-    ? { ...common, updates: 'epoch', learningRate: 0.5, weightDecay: 1e-5, schedule: 'restarts', clipNorm: 1, selects: false }
-    : { ...common, updates: values.updates, learningRate: 0.05, weightDecay: 0, schedule: 'cosine', selects: true };
+    ? { ...divergence, updates: 'epoch', learningRate: 0.5, weightDecay: 1e-5, schedule: 'restarts', clipNorm: 1, selects: false }
+    : { ...divergence, updates: values.updates, learningRate: 0.05, schedule: 'cosine', selects: true };
 }
 
 /** The pull to the start that generalizes best, or the one asked for. */

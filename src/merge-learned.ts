@@ -7,9 +7,9 @@ import type { MergeInputs } from './merge-inputs.ts';
 import type { TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
-import type { LearnedMethod } from './methods/merge/learned.ts';
+import { completeValues, type LearnedMethod, type LearnedValues } from './methods/merge/learned.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
-import type { ParameterValues } from './methods/merge/merger.ts';
+import type { Declared } from './methods/merge/parameters.ts';
 import type { RunHooks } from './run.ts';
 
 export interface PlannedMerge {
@@ -21,8 +21,8 @@ export interface PlannedMerge {
 const FILE = 'plan.json';
 
 /** Settings of a learned method. Throws RecipeError for what it does not take. */
-export function learnedValues(method: LearnedMethod, recipe: MergeRecipe): ParameterValues<LearnedMethod['parameters']> {
-  return parametersOf(method, recipe, [], [])('') as ParameterValues<LearnedMethod['parameters']>;
+export function learnedValues(method: LearnedMethod, recipe: MergeRecipe): LearnedValues {
+  return completeValues(method, parametersOf(method as Declared, recipe, [], [])(''), recipe.preset);
 }
 
 /**

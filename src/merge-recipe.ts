@@ -144,13 +144,13 @@ function checkMethod({ method, base, calibration, plan, weights, set, compat }: 
   }
   if (!learned && mergerOf(method).statistics) {
     if (plan !== undefined)
-      throw new RecipeError(`--plan: --method ${method} learns nothing; ${Object.keys(LEARNED).join(' and ')} do`);
+      throw new RecipeError(`--plan: --method ${method} learns nothing; ${Object.keys(LEARNED).join(', ')} do`);
     if (calibration.length > 0) return;
     throw new RecipeError(`--calibration: ${method} measures every expert on text of its own; give label=FILE for each`);
   }
   if (!learned) {
     const [flag] = [...(calibration.length > 0 ? ['--calibration'] : []), ...(plan === undefined ? [] : ['--plan'])];
-    if (flag) throw new RecipeError(`${flag}: --method ${method} learns nothing; ${Object.keys(LEARNED).join(' and ')} do`);
+    if (flag) throw new RecipeError(`${flag}: --method ${method} learns nothing; ${Object.keys(LEARNED).join(', ')} do`);
     return;
   }
   if (calibration.length === 0 && plan === undefined) {

@@ -3,8 +3,6 @@ import type { StateStore } from './calibration/state-store.ts';
 import type { Engine, NdArray, Program } from './compute/engine.ts';
 import type { Model, WeightReader } from './model/model.ts';
 
-/** Logit of a token that is certain, among zeros: its softmax is a one and all others are zeros, exactly, in float32. */
-const CERTAIN = 1000;
 /** Rows of logits at once, in bytes of float32. */
 const LOGITS_BYTES = 16 * 2 ** 20;
 
@@ -12,19 +10,12 @@ export class NextTokenLoss {
   readonly #program: Program;
   readonly #rows: number;
   readonly #hiddenSize: number;
-  readonly #vocabSize: number;
   readonly #fixed: Readonly<Record<string, NdArray>>;
 
-  private constructor(
-    program: Program,
-    rows: number,
-    { hiddenSize, vocabSize }: Model['shape'],
-    fixed: Readonly<Record<string, NdArray>>,
-  ) {
+  private constructor(program: Program, rows: number, { hiddenSize }: Model['shape'], fixed: Readonly<Record<string, NdArray>>) {
     this.#program = program;
     this.#rows = rows;
     this.#hiddenSize = hiddenSize;
-    this.#vocabSize = vocabSize;
     this.#fixed = fixed;
   }
 
@@ -32,7 +23,7 @@ export class NextTokenLoss {
   static async open(model: Model, engine: Engine, weights: WeightReader): Promise<NextTokenLoss> {
     const { hiddenSize, vocabSize } = model.shape;
     const rows = Math.max(1, Math.min(256, Math.floor(LOGITS_BYTES / (4 * vocabSize))));
-    const { model: graph, key, weights: norm } = model.headGradient(rows, 1);
+    const { model: graph, key, weights: norm } = model.headGradient(rows, { kind: 'label' });
     const program = await engine.compile(graph, { key });
     const fixed: Record<string, NdArray> = {
       head: { dtype: 'F32', shape: [vocabSize, hiddenSize], data: await weights.load(model.outputHead) },
@@ -66,13 +57,13 @@ export class NextTokenLoss {
       const count = Math.min(this.#rows, labels.length - start);
       const states = new Float32Array(this.#rows * this.#hiddenSize);
       states.set(await hidden.read(first + start, first + start + count));
-      const teacher = new Float32Array(this.#rows * this.#vocabSize);
-      for (let i = 0; i < count; i++) teacher[i * this.#vocabSize + labels[start + i]] = CERTAIN;
+      const label = new Float32Array(this.#rows);
+      label.set(labels.subarray(start, start + count));
       const made = await this.#program.run(
         {
           ...this.#fixed,
           hidden: { dtype: 'F32', shape: [this.#rows, this.#hiddenSize], data: states },
-          teacher: { dtype: 'F32', shape: [this.#rows, this.#vocabSize], data: teacher },
+          label: { dtype: 'F32', shape: [this.#rows, 1], data: label },
           weight: { dtype: 'F32', shape: [this.#rows, 1], data: new Float32Array(this.#rows).fill(weight, 0, count) },
         },
         { outputs: cotangent ? ['loss', 'hidden_cotangent'] : ['loss'] },

@@ -13,6 +13,7 @@ import type {
   BlockLoss,
   DecoderLowering,
   HeadGradient,
+  HeadObjective,
   Model,
   ModelShape,
   NormGraph,
@@ -61,8 +62,8 @@ export class DecoderModel implements Model {
     return buildBlockLoss(this.#description, this.#description.blocks[block.index], size);
   }
 
-  headGradient(rows: number, temperature: number): HeadGradient {
-    return buildHeadGradient(this.#description, rows, temperature);
+  headGradient(rows: number, objective: HeadObjective): HeadGradient {
+    return buildHeadGradient(this.#description, rows, objective);
   }
 
   finalNormGraph(): NormGraph {

@@ -100,12 +100,22 @@ export interface BlockLoss {
   readonly sites: ReadonlyMap<string, string>;
 }
 
-/** Divergence of the logits from a teacher's, and what it does to the hidden states after the last block. */
+/**
+ * What a row of logits z loses, in nats; q is softmax(z).
+ * - `divergence`: `T^2 KL(softmax(teacher / T) || softmax(z / T))`, of an input `teacher` (rows, vocabSize)
+ * - `label`: `-log q[label]`, of an input `label` (rows, 1), tokens as float32
+ * - `entropy`: `-sum q log q`
+ */
+export type HeadObjective =
+  | { readonly kind: 'divergence'; readonly temperature: number }
+  | { readonly kind: 'label' }
+  | { readonly kind: 'entropy' };
+
+/** The loss of the logits, and what it does to the hidden states after the last block. */
 export interface HeadGradient {
   /**
-   * Inputs `hidden` (rows, hiddenSize), `head` (vocabSize, hiddenSize), `teacher` logits (rows, vocabSize), `weight` of each row (rows, 1)
-   * and the norm's tensors. Outputs `loss`, the weighted sum over rows of `T^2 KL(softmax(teacher / T) || softmax(logits / T))` in nats
-   * (1), and `hidden_cotangent` (rows, hiddenSize).
+   * Inputs `hidden` (rows, hiddenSize), `head` (vocabSize, hiddenSize), `weight` of each row (rows, 1), those of the objective
+   * and the norm's tensors. Outputs `loss`, the weighted sum over rows in nats (1), and `hidden_cotangent` (rows, hiddenSize).
    */
   readonly model: OnnxModel;
   readonly key: string;
@@ -156,7 +166,7 @@ export interface Model {
   /** The loss of a block's output and its derivative, for batches of `batch` rows of `sequence` tokens. */
   blockLoss(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockLoss;
   /** The loss at the output head and its derivative, for pieces of `rows` rows. */
-  headGradient(rows: number, temperature: number): HeadGradient;
+  headGradient(rows: number, objective: HeadObjective): HeadGradient;
   finalNormGraph(): NormGraph;
   /**
    * The whole decoder for runtimes: input_ids, attention_mask, past_key_values.* -> logits, present.* (onnx-runtime spec, section 7).

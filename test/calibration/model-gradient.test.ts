@@ -5,7 +5,7 @@ import { Spool, type StateStore } from '../../src/calibration/state-store.ts';
 import type { Engine, NdArray } from '../../src/compute/engine.ts';
 import { createEngine } from '../../src/compute/ort.ts';
 import { createModel } from '../../src/model/architectures/index.ts';
-import type { LinearSite, Model, WeightReader } from '../../src/model/model.ts';
+import type { HeadObjective, LinearSite, Model, WeightReader } from '../../src/model/model.ts';
 import { type TinyModel, tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
 
 /** A whole model in float32, second differences included. */
@@ -42,21 +42,23 @@ function readerOf(tiny: TinyModel, moved?: { readonly site: string; readonly by:
   };
 }
 
+const DIVERGENCE: HeadObjective = { kind: 'divergence', temperature: 1 };
 const weight = Float32Array.from({ length: TOKENS }, (_, t) => (t % 5 === 0 ? 0 : 1 / TOKENS));
 
+const teacherLogits = (vocabSize: number) => Float32Array.from({ length: TOKENS * vocabSize }, (_, i) => 2 * wave(i + 99));
+const labels = (vocabSize: number) => Float32Array.from({ length: TOKENS }, (_, t) => (7 * t + 3) % vocabSize);
+
 /** Loss of all rows at once, and the cotangent of the hidden states. */
-async function head(model: Model, weights: WeightReader, hidden: StateStore, temperature: number) {
+async function head(model: Model, weights: WeightReader, hidden: StateStore, objective: HeadObjective) {
   const { vocabSize, hiddenSize } = model.shape;
-  const { model: graph, key, weights: norm } = model.headGradient(TOKENS, temperature);
+  const { model: graph, key, weights: norm } = model.headGradient(TOKENS, objective);
   const program = await engine.compile(graph, { key });
   const array = (shape: number[], data: Float32Array): NdArray => ({ dtype: 'F32', shape, data });
   const feeds: Record<string, NdArray> = {
     hidden: array([TOKENS, hiddenSize], await hidden.read(0, TOKENS)),
     head: array([vocabSize, hiddenSize], await weights.load(model.outputHead)),
-    teacher: array(
-      [TOKENS, vocabSize],
-      Float32Array.from({ length: TOKENS * vocabSize }, (_, i) => 2 * wave(i + 99)),
-    ),
+    ...(objective.kind === 'divergence' && { teacher: array([TOKENS, vocabSize], teacherLogits(vocabSize)) }),
+    ...(objective.kind === 'label' && { label: array([TOKENS, 1], labels(vocabSize)) }),
     weight: array([TOKENS, 1], weight),
   };
   for (const [input, name] of norm) {
@@ -70,13 +72,13 @@ async function head(model: Model, weights: WeightReader, hidden: StateStore, tem
 async function lossOf(
   model: Model,
   weights: WeightReader,
-  temperature: number,
+  objective: HeadObjective,
   on?: (site: LinearSite, g: Float32Array) => void,
 ) {
   await using spool = new Spool();
   await using pass = new ModelGradient({ model, engine, path: 'tiny', spool, windows: WINDOWS, batchTokens: 16 });
   const hidden = await pass.forward(weights);
-  const { loss, cotangent } = await head(model, weights, hidden, temperature);
+  const { loss, cotangent } = await head(model, weights, hidden, objective);
   if (on) {
     const store = spool.allocate(TOKENS, model.shape.hiddenSize);
     await store.write(0, cotangent);
@@ -88,15 +90,17 @@ async function lossOf(
 }
 
 describe.each([
-  ['llama, shared key/value heads', () => tinyLlama('Llama with shared key/value heads'), 1],
-  ['llama, at temperature 2', () => tinyLlama('Llama'), 2],
-  ['gpt2', () => tinyGpt2('GPT-2'), 1],
-] as const)('%s', (_name, make, temperature) => {
+  ['llama, shared key/value heads', () => tinyLlama('Llama with shared key/value heads'), DIVERGENCE],
+  ['llama, at temperature 2', () => tinyLlama('Llama'), { kind: 'divergence', temperature: 2 }],
+  ['llama, next tokens', () => tinyLlama('Llama'), { kind: 'label' }],
+  ['llama, entropy', () => tinyLlama('Llama'), { kind: 'entropy' }],
+  ['gpt2', () => tinyGpt2('GPT-2'), DIVERGENCE],
+] as const)('%s', (_name, make, objective) => {
   it('every site’s gradient is the slope of the loss, along it and across', async () => {
     const tiny = make();
     const model = createModel(tiny.config, 'config.json', tiny.source);
     const gradients = new Map<LinearSite, Float32Array>();
-    await lossOf(model, readerOf(tiny), temperature, (site, g) => gradients.set(site, g));
+    await lossOf(model, readerOf(tiny), objective, (site, g) => gradients.set(site, g));
     expect(gradients.size).toBe(model.blocks.reduce((sum, { sites }) => sum + sites.length, 0));
     for (const [site, g] of gradients) {
       const norm = Math.hypot(...g);
@@ -104,7 +108,7 @@ describe.each([
       for (const direction of [g.map((value) => value / norm), other.map((value) => value / Math.hypot(...other))]) {
         const step = 0.02;
         const at = (sign: number) =>
-          lossOf(model, readerOf(tiny, { site: site.name, by: direction.map((value) => sign * step * value) }), temperature);
+          lossOf(model, readerOf(tiny, { site: site.name, by: direction.map((value) => sign * step * value) }), objective);
         const measured = ((await at(1)) - (await at(-1))) / (2 * step);
         const predicted = g.reduce((sum, value, i) => sum + value * direction[i], 0);
         expect(Math.abs(measured - predicted) / norm, site.name).toBeLessThan(TOLERANCE);
@@ -136,5 +140,39 @@ it('one batch and several give the same gradients', async () => {
   for (const [i, g] of whole.entries()) {
     const difference = Math.hypot(...g.map((value, j) => value - parts[i][j]));
     expect(difference / Math.hypot(...g)).toBeLessThan(1e-6);
+  }
+});
+
+it('losses at the head are what their definitions say', async () => {
+  const tiny = tinyLlama('Llama');
+  const model = createModel(tiny.config, 'config.json', tiny.source);
+  const { vocabSize, hiddenSize } = model.shape;
+  const weights = readerOf(tiny);
+  await using spool = new Spool();
+  const store = spool.allocate(TOKENS, hiddenSize);
+  const states = Float32Array.from({ length: TOKENS * hiddenSize }, (_, i) => wave(3 * i));
+  await store.write(0, states);
+  const [norm, matrix] = [await weights.load('model.norm.weight'), await weights.load(model.outputHead)];
+  const losses = { divergence: 0, label: 0, entropy: 0 };
+  for (let t = 0; t < TOKENS; t++) {
+    const row = states.subarray(t * hiddenSize, (t + 1) * hiddenSize);
+    const length = Math.sqrt(
+      row.reduce((sum, value) => sum + value ** 2, 0) / hiddenSize + Number(tiny.config['rms_norm_eps'] ?? 1e-6),
+    );
+    const z = Array.from({ length: vocabSize }, (_, v) =>
+      row.reduce((sum, value, j) => sum + (value / length) * norm[j] * matrix[v * hiddenSize + j], 0),
+    );
+    const logs = (all: readonly number[]) => {
+      const total = Math.log(all.reduce((sum, value) => sum + Math.exp(value), 0));
+      return all.map((value) => value - total);
+    };
+    const own = logs(z);
+    const teacher = logs([...teacherLogits(vocabSize).subarray(t * vocabSize, (t + 1) * vocabSize)]);
+    losses.divergence += weight[t] * teacher.reduce((sum, value, v) => sum + Math.exp(value) * (value - own[v]), 0);
+    losses.label -= weight[t] * own[labels(vocabSize)[t]];
+    losses.entropy -= weight[t] * own.reduce((sum, value) => sum + Math.exp(value) * value, 0);
+  }
+  for (const objective of [DIVERGENCE, { kind: 'label' }, { kind: 'entropy' }] as const) {
+    expect((await head(model, weights, store, objective)).loss, objective.kind).toBeCloseTo(losses[objective.kind], 4);
   }
 });

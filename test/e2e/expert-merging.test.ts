@@ -152,12 +152,38 @@ describe('expert-merging++, the default with texts', () => {
   );
 });
 
+describe('adamerging', () => {
+  it(
+    'learns one coefficient per tensor to be certain of what comes next, and says how near the experts that is',
+    async () => {
+      const args = ['merge', ...EXPERTS, ...TEXTS, '--method', 'adamerging', '--set', 'samples=8', 'length=24', 'updates=8'];
+      const { learning } = (await runCliJson([...args, '-o', 'certain'], { cwd })) as unknown as Learned;
+      const [{ losses }] = learning.stages;
+      expect(losses).toHaveLength(8);
+      expect(mean(losses.slice(-3))).toBeLessThan(mean(losses.slice(0, 3)));
+      const { plan } = JSON.parse(readFileSync(at('certain', 'pcomp.json'), 'utf8')) as {
+        plan: { tensors: Record<string, { coefficients: number[][] }> };
+      };
+      for (const { coefficients } of Object.values(plan.tensors)) expect(coefficients.map((own) => own.length)).toEqual([1, 1]);
+      const refused = await runCli([...args, 'gamma=1', '-o', 'never'], { cwd });
+      expect([refused.code, refused.stderr]).toEqual([
+        2,
+        expect.stringMatching(/gamma: adamerging has no such parameter; it has samples, length, updates/),
+      ]);
+    },
+    SETUP_MS,
+  );
+});
+
 describe('a request that cannot be learned from', () => {
   it.each([
     [['--calibration', 'code=code.txt'], /^pcomp: --calibration: no text for expert math; give math=FILE$/m],
     [['--calibration', 'physics=code.txt'], /--calibration physics=code\.txt: no expert is called physics; there are code, math/],
     [['--method', 'expert-merging'], /--calibration: expert-merging learns on text of every expert; give label=FILE for each/],
-    [['--method', 'ties', ...TEXTS], /--calibration: --method ties learns nothing; expert-merging and expert-merging\+\+ do/],
+    [
+      ['--method', 'ties', ...TEXTS],
+      /--calibration: --method ties learns nothing; expert-merging, expert-merging\+\+, adamerging do/,
+    ],
     [[...TEXTS, '--weights', '0.5'], /--weights: expert-merging\+\+ learns them/],
     [[...TEXTS, '--set', 'lambda=2'], /lambda: expert-merging\+\+ has no such parameter; it has samples, /],
     [[...TEXTS, '--set', '*.q_proj*:gamma=2'], /takes its parameters for all tensors and experts at once/],

@@ -1,6 +1,7 @@
 /** Merge methods that learn their coefficients on calibration text (merging.md, section 6): what can be set of them. */
 import { RecipeError } from '../../errors.ts';
-import type { NumberParameter, Parameters } from './merger.ts';
+import type { NumberParameter, Parameters, ParameterValues } from './merger.ts';
+import { resolveParameters } from './parameters.ts';
 
 export interface LearnedMethod {
   readonly name: string;
@@ -8,8 +9,14 @@ export interface LearnedMethod {
   readonly reference: string;
   /** A coefficient per chunk after one per tensor. */
   readonly chunked: boolean;
-  readonly parameters: typeof PARAMETERS;
+  /** What the merged model is asked for: to say what every expert says of its text, or to be certain of it. */
+  readonly objective: 'divergence' | 'entropy';
+  readonly parameters: Parameters;
+  /** Values of parameters that it has no choice of. */
+  readonly fixed: Partial<LearnedValues>;
 }
+
+export type LearnedValues = ParameterValues<typeof PARAMETERS>;
 
 const count = (summary: string, value: number): NumberParameter => ({
   type: 'number',
@@ -61,16 +68,43 @@ export const LEARNED = {
     formula: `${FORMULA}; one alpha per tensor`,
     reference: '2509.25712',
     chunked: false,
+    objective: 'divergence',
     parameters: PARAMETERS,
+    fixed: {},
   },
   'expert-merging++': {
     name: 'expert-merging++',
     formula: `${FORMULA}; then one per chunk, more where it matters`,
     reference: '2509.25712',
     chunked: true,
+    objective: 'divergence',
     parameters: PARAMETERS,
+    fixed: {},
+  },
+  adamerging: {
+    name: 'adamerging',
+    formula: 'base + sum_k lambda_k tau_k, one lambda per tensor, by descent on the entropy of what it predicts',
+    reference: '2310.02575',
+    chunked: false,
+    objective: 'entropy',
+    parameters: {
+      samples: { ...PARAMETERS.samples, paper: 64 },
+      length: PARAMETERS.length,
+      updates: { ...PARAMETERS.updates, summary: 'updates', default: 100, paper: 1000 },
+    },
+    fixed: { gamma: 0, hidden: 0, start: 'none', passive: 'base' },
   },
 } as const satisfies Record<string, LearnedMethod>;
+
+/** All values of a learned method: what was set, what it fixes, and the defaults of the rest. */
+export function completeValues(
+  method: LearnedMethod,
+  own: Readonly<Record<string, unknown>>,
+  preset: 'best' | 'paper',
+): LearnedValues {
+  const declared = { name: method.name, parameters: PARAMETERS };
+  return { ...resolveParameters(declared, { shared: {} }, [], preset), ...method.fixed, ...own };
+}
 
 /** The learned method of that name, mergekit's spelling included; undefined for any other. Throws RecipeError for a near miss. */
 export function learnedOf(name: string): LearnedMethod | undefined {
