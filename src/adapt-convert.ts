@@ -1,11 +1,9 @@
 /** `adapt convert`: an adapter in another form: plain factors at unit scale, padded to one rank, or folded into its base. */
 import { createHash } from 'node:crypto';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { basename, join, resolve } from 'node:path';
-import { type AdapterContents, readAdapterFolder, readListedAdapter } from './artifacts/adapter-reader.ts';
+import { type AdapterContents, readAdapterFolder } from './artifacts/adapter-reader.ts';
 import { hashFolder, writeJson } from './artifacts/manifest.ts';
-import { placesOf } from './artifacts/merge/merge-input.ts';
+import { ADAPTER_CONFIG, placesOf } from './artifacts/merge/merge-input.ts';
 import { openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
 import { padded, writeAdapter } from './artifacts/peft.ts';
@@ -29,7 +27,7 @@ export interface ConvertRequest {
 export interface ConvertOutcome {
   readonly to: ConvertRequest['to'];
   readonly output: string;
-  /** What the adapter was stored as, and its layers; absent where it was folded in as it was. */
+  /** What the adapter was stored as, and its layers; absent where it was folded in. */
   readonly adapter?: {
     readonly layout: AdapterContents['layout'];
     readonly modules: readonly AdaptedShape[];
@@ -56,23 +54,11 @@ export async function convertAdapter(
   if (to === 'merged') {
     if (base === undefined) throw new RecipeError('--base: --to merged needs the model that the adapter is of');
     await refuseQuantized(base);
-    const listed = await readListedAdapter(path);
+    const [place] = await placesOf([path]);
+    if (place.kind !== 'adapter') throw new RecipeError(`${path}: holds no ${ADAPTER_CONFIG}, so it is no adapter`);
     const recipe = mergeRecipe({ base, method: 'linear', threads }, threads);
-    const mode = { overwrite, resume: false, dryRun: false };
-    if (listed === undefined) {
-      await merge([path], output, recipe, mode, hooks);
-      return { to, output };
-    }
-    const scratch = await mkdtemp(join(tmpdir(), 'pcomp-convert-'));
-    try {
-      const plain = join(scratch, basename(resolve(path)));
-      await mkdir(plain);
-      await writeAdapter(plain, { ...listed, base });
-      await merge([plain], output, recipe, mode, hooks);
-    } finally {
-      await rm(scratch, { recursive: true, force: true });
-    }
-    return { to, output, adapter: outlineOf(listed) };
+    await merge([path], output, recipe, { overwrite, resume: false, dryRun: false }, hooks);
+    return { to, output };
   }
   const contents = await readContents(path, base);
   const recipe = { adapter: basename(resolve(path)), to, ...(base === undefined ? {} : { base: basename(resolve(base)) }) };

@@ -15,6 +15,7 @@ import {
   readJsonObject,
 } from './artifacts/merge/merge-input.ts';
 import { type NetworkNames, networkNames } from './artifacts/merge/network-names.ts';
+import { openExpert } from './artifacts/merge/plain-adapter.ts';
 import { requireSameConfig } from './artifacts/merge/same-config.ts';
 import { sameBytes } from './artifacts/merge/same-tensors.ts';
 import { requireSameVocabulary } from './artifacts/merge/same-vocabulary.ts';
@@ -92,7 +93,7 @@ async function openExperts(paths: readonly string[], opened: MergeInput[]): Prom
     let label = stem;
     for (let copy = 2; labels.has(label); copy++) label = `${stem}-${copy}`;
     labels.add(label);
-    opened.push(await openInput(place, label));
+    opened.push(await openExpert(place, label));
   }
   return [...opened].sort((a, b) => compareBytes(a.label, b.label));
 }

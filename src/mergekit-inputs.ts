@@ -1,6 +1,7 @@
 /** The models of a mergekit configuration: sources at the same place of every slice become one expert, its layers renumbered. */
 import { basename } from 'node:path';
-import { labelOf, type MergeInput, openInput, placesOf } from './artifacts/merge/merge-input.ts';
+import { labelOf, type MergeInput, placesOf } from './artifacts/merge/merge-input.ts';
+import { openExpert } from './artifacts/merge/plain-adapter.ts';
 import { requireSameConfig } from './artifacts/merge/same-config.ts';
 import { requireSameVocabulary } from './artifacts/merge/same-vocabulary.ts';
 import { type LayerRange, layerCountOf, StackedSource } from './artifacts/merge/stacked-source.ts';
@@ -47,7 +48,7 @@ export async function openMergekitInputs(config: MergekitConfig, opened: MergeIn
     const known = models.get(path);
     if (known) return known;
     const [place] = await placesOf([path]);
-    const input = await openInput(place, labelOf(place));
+    const input = await openExpert(place, labelOf(place));
     opened.push(input);
     models.set(path, input);
     return input;

@@ -5,7 +5,7 @@ import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
 import { RecipeError, UnsupportedError } from '../errors.ts';
 import { type Block, coreFactors, incrementalFactors, triangularFactors } from './adapter-lists.ts';
 import { readAdapter } from './merge/adapter.ts';
-import { ADAPTER_CONFIG, labelOf, openInput, placesOf } from './merge/merge-input.ts';
+import { ADAPTER_CONFIG, labelOf, type MergeInput, openInput, placesOf } from './merge/merge-input.ts';
 import type { AdapterModule, SavedModule } from './peft.ts';
 
 /** An adapter in memory: small beside any base. */
@@ -36,18 +36,18 @@ export async function readAdapterFolder(path: string, base?: ReadonlyMap<string,
   );
 }
 
-/** The same for layouts that a merge does not read; undefined for one that it does. */
-export async function readListedAdapter(path: string): Promise<AdapterContents | undefined> {
-  return await opened(path, async (tensors, about) => (isListed(tensors) ? await readLists(tensors, about) : undefined));
+/** An open adapter in lists of blocks or with a square core; undefined for what is stored as plain factors, or is no adapter. */
+export async function readListed({ place, tensors, adapter }: MergeInput): Promise<AdapterContents | undefined> {
+  if (adapter === undefined || !isListed(tensors)) return undefined;
+  return await readLists(tensors, aboutOf(place.path, adapter));
 }
 
 async function opened<T>(path: string, read: (tensors: TensorSource, about: About) => Promise<T>): Promise<T> {
   const [place] = await placesOf([path]);
   if (place.kind !== 'adapter') throw new RecipeError(`${path}: holds no ${ADAPTER_CONFIG}, so it is no adapter`);
   const { tensors, adapter } = await openInput(place, labelOf(place));
-  const config = adapter!;
   try {
-    return await read(tensors, { path, config, base: named(config['base_model_name_or_path']) });
+    return await read(tensors, aboutOf(path, adapter!));
   } finally {
     await tensors.close();
   }
@@ -70,6 +70,10 @@ interface About {
   readonly path: string;
   readonly config: Readonly<Record<string, unknown>>;
   readonly base: string | undefined;
+}
+
+function aboutOf(path: string, config: About['config']): About {
+  return { path, config, base: named(config['base_model_name_or_path']) };
 }
 
 async function readPlain(
@@ -130,6 +134,13 @@ async function readLists(tensors: TensorSource, { path, config, base }: About): 
   const { lora_alpha: alpha, fan_in_fan_out: transposed } = config;
   if (typeof alpha !== 'number' || !Number.isFinite(alpha))
     throw new RecipeError(`${path}: ${ADAPTER_CONFIG} gives no lora_alpha, which the scale is made of`);
+  for (const field of ['alpha_pattern', 'use_rslora', 'use_dora']) {
+    const value = config[field];
+    if (!value || (typeof value === 'object' && Object.keys(value).length === 0)) continue;
+    throw new UnsupportedError(
+      `${path}: ${ADAPTER_CONFIG} has ${field} ${JSON.stringify(value)}, which pcomp reads with plain LoRA factors only`,
+    );
+  }
   let layout: AdapterContents['layout'] = 'increlora';
   const factors = [...modules].map(([module, roles]) => {
     const blocks = new Map(

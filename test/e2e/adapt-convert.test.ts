@@ -306,6 +306,12 @@ describe('adapt convert', () => {
       /sigma.default.weight" is \[1, 1\], but the rank is 2/,
     ],
     [
+      'lists with patterns of scales',
+      wrap({ [`${Q}.lora_A.0`]: plain.a, [`${Q}.lora_B.0`]: plain.b, [`${Q}.lora_E.0`]: tensor([2, 1], [1, 1]) }),
+      { lora_alpha: 4, alpha_pattern: { q_proj: 2 } },
+      /has alpha_pattern .*, which pcomp reads with plain LoRA factors only/,
+    ],
+    [
       'an unknown tensor',
       wrap({ [`${Q}.lora_A.0`]: plain.a, [`${Q}.lora_B.0`]: plain.b, [`${Q}.lora_X`]: plain.b }),
       {},
