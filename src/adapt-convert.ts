@@ -15,6 +15,7 @@ import type { RunHooks } from './run.ts';
 
 export const CONVERSIONS = ['peft', 'peft-padded', 'merged'] as const;
 
+/** The form that is wanted, and how. */
 export interface ConvertRequest {
   readonly to: (typeof CONVERSIONS)[number];
   /** The model that the adapter is of: needed to fold it in; else the adapter is checked against it. */
