@@ -8,6 +8,7 @@ import {
   ADAPT_PRESETS,
   type AdaptRequest,
   adaptRecipe,
+  GROWTH_LAWS,
 } from '../src/adapt-recipe.ts';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { formatSize } from '../src/size.ts';
@@ -46,12 +47,25 @@ export function adaptCommand(signal: AbortSignal): Command {
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
     .option('--steps <steps>', 'steps of the optimizer; 0: ranks and first factors only, to train elsewhere (default: 0)')
     .option('--targets <globs...>', 'layers to adapt, by name (default: all linear layers)')
-    .option('--against <model>', 'qerror: the float model that the base was quantized from')
+    .option('--dora', 'train the lengths of the rows of a weight beside where they point')
+    .option('--against <model>', 'qerror, loftq: the float model that the base was quantized from')
     .option('--invert', 'lamda++: more rank where the spectrum of a weight is steep')
-    .option('--start-rank <rank>', 'rank of every layer before any is cut (default: 1.5 times the mean of the budget)')
+    .addOption(
+      new Option('--growth <law>', 'triadaptlora: how the number of layers that grow at once rises (default: linear)').choices([
+        ...GROWTH_LAWS,
+      ]),
+    )
+    .option(
+      '--start-rank <rank>',
+      'rank of every layer before any is cut or added (default: adalora 1.5 times the mean of the budget; increlora and triadaptlora 0, or 1 in preset paper)',
+    )
     .option('--lr <rate>', 'learning rate (default: the one of the method)')
     .option('--alpha <alpha>', 'the update is multiplied by alpha / rank (default: a scale of the method)')
-    .addOption(new Option('--init <init>', `what A starts as (default: ${D.init}; method eva: eva)`).choices([...ADAPT_INITS]))
+    .addOption(
+      new Option('--init <init>', `what the factors start as (default: ${D.init}, or what the method finds)`).choices([
+        ...ADAPT_INITS,
+      ]),
+    )
     .option('--rslora', 'by alpha over the root of the rank')
     .option('--batch <windows>', `windows of a step (default: ${D.batch})`)
     .option('--sequence-length <tokens>', `tokens of a window, at most the model's context (default: ${D.sequenceLength})`)

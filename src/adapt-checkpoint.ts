@@ -3,9 +3,10 @@ import { readFile, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { openSafetensors } from '../formats/safetensors/reader.ts';
 import { createSafetensorsSink } from '../formats/safetensors/writer.ts';
-import type { Factors, Progress, Trainer } from './adapt-train.ts';
+import type { Progress, Trainer } from './adapt-train.ts';
 import { writeDurably } from './artifacts/durable.ts';
 import { Parameter } from './compute/optim/parameter.ts';
+import type { TrainedFactors } from './methods/rank/training/schedule.ts';
 
 interface Checkpoint {
   /** File of the tensors. */
@@ -19,11 +20,13 @@ interface Checkpoint {
     readonly parameters: readonly {
       readonly name: string;
       readonly shape: readonly number[];
-      readonly born: number;
-      readonly frozen: readonly number[];
+      /** Absent where every value has its own, which is a tensor. */
+      readonly born?: number;
+      /** Some values stay; which is a tensor. */
+      readonly frozen: boolean;
     }[];
   }[];
-  readonly best: readonly { readonly name: string; readonly rank: number }[];
+  readonly best: readonly { readonly name: string; readonly rank: number; readonly turned: boolean }[];
 }
 
 const STATE = 'training.json';
@@ -34,9 +37,15 @@ export async function saveCheckpoint(folder: string, trainer: Trainer): Promise<
   const file = `training-${progress.step}.safetensors`;
   const tensors = new Map<string, Float32Array>();
   for (const { name, parameters } of modules) {
-    for (const [key, parameter] of parameters) for (const part of PARTS) tensors.set(`${name}/${key}/${part}`, parameter[part]);
+    for (const [key, parameter] of parameters) {
+      for (const part of PARTS) tensors.set(`${name}/${key}/${part}`, parameter[part]);
+      if (parameter.frozen) tensors.set(`${name}/${key}/frozen`, Float32Array.from(parameter.frozen));
+      // Counts of steps, exact in float32.
+      if (typeof parameter.born !== 'number') tensors.set(`${name}/${key}/born`, Float32Array.from(parameter.born));
+    }
   }
-  for (const [name, { rank, loraA, loraB }] of best ?? []) {
+  for (const [name, { rank, loraA, loraB, magnitude }] of best ?? []) {
+    if (magnitude) tensors.set(`${name}/best/magnitude`, magnitude);
     if (rank === 0) continue;
     tensors.set(`${name}/best/loraA`, loraA);
     tensors.set(`${name}/best/loraB`, loraB);
@@ -60,11 +69,11 @@ export async function saveCheckpoint(folder: string, trainer: Trainer): Promise<
       parameters: [...parameters].map(([key, { shape, born, frozen }]) => ({
         name: key,
         shape,
-        born,
-        frozen: frozen ? Array.from(frozen) : [],
+        ...(typeof born === 'number' ? { born } : {}),
+        frozen: frozen !== undefined,
       })),
     })),
-    best: [...(best ?? [])].map(([name, { rank }]) => ({ name, rank })),
+    best: [...(best ?? [])].map(([name, { rank, magnitude }]) => ({ name, rank, turned: magnitude !== undefined })),
   };
   await writeDurably(join(folder, STATE), JSON.stringify(state));
   if (previous && previous.file !== file) await rm(join(folder, previous.file), { force: true });
@@ -99,22 +108,24 @@ export async function loadCheckpoint(folder: string, trainer: Trainer): Promise<
         await read(`${kept.name}/${name}/values`, length),
         ...(await Promise.all(PARTS.slice(1).map((part) => read(`${kept.name}/${name}/${part}`, length)))),
       ];
-      const parameter = new Parameter(shape, values, born);
+      const births = born ?? Int32Array.from(await read(`${kept.name}/${name}/born`, length));
+      const parameter = new Parameter(shape, values, births);
       parameter.first.set(first);
       parameter.second.set(second);
-      if (frozen.length > 0) parameter.frozen = Uint8Array.from(frozen);
+      if (frozen) parameter.frozen = Uint8Array.from(await read(`${kept.name}/${name}/frozen`, length));
       module.parameters.set(name, parameter);
     }
   }
   trainer.schedule.restore(state.schedule);
   Object.assign(trainer.progress, state.progress);
-  const best = new Map<string, Factors>();
-  for (const { name, rank } of state.best) {
+  const best = new Map<string, TrainedFactors>();
+  for (const { name, rank, turned } of state.best) {
     const module = trainer.modules.find((candidate) => candidate.name === name)!;
     best.set(name, {
       rank,
       loraA: await read(`${name}/best/loraA`, rank * module.inFeatures),
       loraB: await read(`${name}/best/loraB`, rank * module.outFeatures),
+      ...(turned ? { magnitude: await read(`${name}/best/magnitude`, module.outFeatures) } : {}),
     });
   }
   if (best.size > 0) trainer.best = best;

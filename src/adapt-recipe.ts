@@ -7,7 +7,8 @@ import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, text
 import { parseSize } from './size.ts';
 
 export const ADAPT_PRESETS = ['best', 'paper'] as const;
-export const ADAPT_INITS = ['kaiming', 'eva'] as const;
+export const ADAPT_INITS = ['kaiming', 'eva', 'pissa', 'olora', 'loftq'] as const;
+export const GROWTH_LAWS = ['linear', 'exponential'] as const;
 export const ADAPT_METHODS = Object.keys(TRAINING_SCHEDULES) as (keyof typeof TRAINING_SCHEDULES)[];
 
 /** A validated request to adapt. Everything but threads, memory and device decides the output's bytes. */
@@ -22,13 +23,20 @@ export interface AdaptRecipe {
   /** Scale is alpha over the rank, or over its root with `rslora`; absent: the method's own. */
   readonly alpha?: number;
   readonly rslora: boolean;
-  /** What A starts as: random, or the principal directions of what enters the layer. */
+  /**
+   * What the factors start as. `kaiming`: A random, or what the method finds. `eva`: A the principal directions of what enters the layer. `pissa`, `olora`:
+   * the principal components of the weight, or a part of its QR factorization, taken out of it. `loftq`: the principal components of what quantization lost.
+   */
   readonly init: (typeof ADAPT_INITS)[number];
-  /** qerror: the float model that the base was quantized from. */
+  /** Trains the lengths of the weight's rows beside where they point. */
+  readonly dora: boolean;
+  /** qerror and loftq: the float model that the base was quantized from. */
   readonly against?: string;
   /** lamda++: more rank where a spectrum is steep. */
   readonly invert: boolean;
-  /** Rank of every layer before any is cut; absent: the method's own. */
+  /** triadaptlora: how the number of layers that grow at once rises over the run. */
+  readonly growth?: (typeof GROWTH_LAWS)[number];
+  /** Rank of every layer before any is cut or added; absent: the method's own. */
   readonly startRank?: number;
   /** Absent: the method's own. */
   readonly lr?: number;
@@ -48,12 +56,15 @@ export interface AdaptRecipe {
 /** A request as it comes in: every field optional, values as a flag parser yields them. */
 export type AdaptRequest = { readonly [K in keyof AdaptRecipe]?: unknown };
 
-const OWN_FACTORS: readonly string[] = ['gora', 'lamda++', 'qerror'];
+const OWN_FACTORS: readonly string[] = ['gora', 'lamda', 'lamda++', 'qerror'];
+/** Start from small random factors of ranks that change while they are trained. */
+const CHANGING: readonly string[] = ['adalora', 'increlora', 'triadaptlora'];
 
 export const ADAPT_DEFAULTS = {
   method: 'uniform',
   steps: 0,
   init: 'kaiming',
+  dora: false,
   preset: 'best',
   targets: [],
   rslora: false,
@@ -69,7 +80,17 @@ export const ADAPT_DEFAULTS = {
 
 /** Validates a request. Throws RecipeError naming the flag, the rule and the value. */
 export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
-  const known = new Set([...Object.keys(ADAPT_DEFAULTS), 'text', 'budget', 'alpha', 'against', 'startRank', 'lr', 'threads']);
+  const known = new Set([
+    ...Object.keys(ADAPT_DEFAULTS),
+    'text',
+    'budget',
+    'alpha',
+    'against',
+    'growth',
+    'startRank',
+    'lr',
+    'threads',
+  ]);
   const unknown = Object.keys(request).filter((key) => !known.has(key));
   if (unknown.length > 0) throw new RecipeError(`${unknown.map(flag).join(', ')}: pcomp adapt has no such option`);
   const given = { ...ADAPT_DEFAULTS, threads: cores, ...dropUndefined(request) } as Record<string, unknown>;
@@ -91,8 +112,10 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     ...(given['alpha'] === undefined ? {} : { alpha: positive('alpha') }),
     rslora: boolean('rslora', given['rslora']),
     init: oneOf('init', given['init'], ADAPT_INITS),
+    dora: boolean('dora', given['dora']),
     ...(given['against'] === undefined ? {} : { against: text('against', given['against']) }),
     invert: boolean('invert', given['invert']),
+    ...(given['growth'] === undefined ? {} : { growth: oneOf('growth', given['growth'], GROWTH_LAWS) }),
     ...(given['startRank'] === undefined ? {} : { startRank: integer('startRank', given['startRank'], 1, 65_536) }),
     ...(given['lr'] === undefined ? {} : { lr: positive('lr') }),
     batch: integer('batch', given['batch'], 1, 65_536),
@@ -104,21 +127,29 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     threads: integer('threads', given['threads'], 1, 1024),
     maxMemory: bytes('maxMemory', given['maxMemory']),
   };
-  if (recipe.startRank !== undefined && recipe.method !== 'adalora')
+  if (recipe.startRank !== undefined && !CHANGING.includes(recipe.method))
     throw new RecipeError(`--start-rank: ${recipe.method} has the same ranks from start to end`);
   const { method } = recipe;
-  if (recipe.init === 'eva' && method === 'adalora')
-    throw new RecipeError('--init eva: adalora starts from small random factors');
-  if (recipe.init === 'eva' && OWN_FACTORS.includes(method))
-    throw new RecipeError(`--init eva: ${method} starts from factors of its own`);
-  if (method === 'qerror' && recipe.against === undefined)
-    throw new RecipeError('--against: qerror needs the float model that the base was quantized from');
-  if (method !== 'qerror' && recipe.against !== undefined)
-    throw new RecipeError(`--against: ${method} compares with nothing; qerror does`);
+  const { init } = recipe;
+  if (init !== 'kaiming' && CHANGING.includes(method))
+    throw new RecipeError(`--init ${init}: ${method} starts from small random factors`);
+  if (recipe.growth !== undefined && method !== 'triadaptlora')
+    throw new RecipeError(`--growth: ${method} has no such law; triadaptlora does`);
+  if (init !== 'kaiming' && OWN_FACTORS.includes(method))
+    throw new RecipeError(`--init ${init}: ${method} starts from factors of its own`);
+  if ((init === 'pissa' || init === 'olora') && recipe.steps === 0)
+    throw new RecipeError(`--init ${init}: takes its start from the weights, so that nothing is left without --steps`);
+  if (recipe.dora && method !== 'uniform' && method !== 'eva')
+    throw new RecipeError(`--dora: goes with uniform and eva, and ${method} was asked for`);
+  if (recipe.dora && (init === 'pissa' || init === 'olora' || init === 'loftq'))
+    throw new RecipeError(`--dora: goes with --init kaiming and eva, and ${init} was asked for`);
+  const asks = method === 'qerror' ? 'qerror' : init === 'loftq' ? '--init loftq' : undefined;
+  if (asks !== undefined && recipe.against === undefined)
+    throw new RecipeError(`--against: ${asks} needs the float model that the base was quantized from`);
+  if (asks === undefined && recipe.against !== undefined)
+    throw new RecipeError(`--against: ${method} compares with nothing; qerror and --init loftq do`);
   if (recipe.invert && method !== 'lamda++')
     throw new RecipeError(`--invert: ${method} looks at no spectra of weights; lamda++ does`);
-  if (method === 'lamda++' && recipe.steps > 0)
-    throw new RecipeError(`--steps ${recipe.steps}: lamda++ shares ranks out and starts factors; it is not trained here`);
   if (recipe.rslora && recipe.alpha === undefined)
     throw new RecipeError('--rslora: goes with --alpha, which it divides by the root of the rank');
   return recipe;

@@ -1,7 +1,9 @@
 /** What an adapter begins with: ranks and first factors, as the method of the recipe finds them on the model and the text. */
 import type { AdaptRecipe } from './adapt-recipe.ts';
 import { surveyDirections, surveyErrors, surveyGradients, surveySpectra } from './adapt-survey.ts';
-import { openModelSource } from './artifacts/model-source.ts';
+import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
+import type { Matrix } from './compute/blas.ts';
+import { leadingQr, type QrFactors } from './compute/linalg/qr.ts';
 import { RecipeError } from './errors.ts';
 import type { Forward } from './expert-teachers.ts';
 import { type Directions, evaRanks } from './methods/rank/eva.ts';
@@ -11,7 +13,8 @@ import { lamdaRanks } from './methods/rank/lamda.ts';
 import { type SpendableBudget, uniformRank } from './methods/rank/rank-budget.ts';
 import type { AdapterStart } from './methods/rank/training/options.ts';
 import type { TrainedModule } from './methods/rank/training/schedule.ts';
-import type { WeightReader } from './model/model.ts';
+import type { LinearSite, WeightReader } from './model/model.ts';
+import { rowNorms } from './model/row-norms.ts';
 import type { RunHooks } from './run.ts';
 
 /** A start, and the lengths of its first step that are to be tried on held-out text, where the method takes one; absent: as it is. */
@@ -34,20 +37,83 @@ const MOST_OF_MEAN = 8;
 
 /** Undefined for a method that starts from random factors of ranks of its own. Throws RecipeError for a float model that does not fit. */
 export async function findStart(job: StartJob): Promise<FoundStart | undefined> {
+  const { init, dora } = job.recipe;
+  const found = await methodStart(job);
+  if (init === 'pissa' || init === 'olora' || init === 'loftq') return await weightStart(job, init, found?.ranks);
+  if (!dora) return found;
+  const norms = new Map<string, Float32Array>();
+  for await (const [site, weight] of weightsOf(job)) norms.set(site.name, Float32Array.from(rowNorms(weight, site.outFeatures)));
+  return { ranks: alike(job), ...found, magnitude: (name) => norms.get(name)!.slice() };
+}
+
+async function methodStart(job: StartJob): Promise<FoundStart | undefined> {
   const { method, init } = job.recipe;
   if (method === 'gora') return await goraStart(job);
-  if (method === 'lamda++') return await lamdaStart(job);
+  if (method === 'lamda++' || method === 'lamda') return await lamdaStart(job);
   if (method === 'qerror') return await errorStart(job);
   return method === 'eva' || init === 'eva' ? await evaStart(job) : undefined;
+}
+
+/** One rank for all layers. */
+function alike({ budget, modules }: Pick<StartJob, 'budget' | 'modules'>): Map<string, number> {
+  const rank = uniformRank(budget, modules);
+  return new Map(modules.map(({ name, outFeatures, inFeatures }) => [name, Math.min(rank, outFeatures, inFeatures)]));
+}
+
+async function* weightsOf({ forward, weights, modules }: StartJob): AsyncGenerator<[LinearSite, Float32Array]> {
+  const wanted = new Set(modules.map(({ name }) => name));
+  for (const { sites } of forward.model.blocks) {
+    forward.signal?.throwIfAborted();
+    for (const site of sites) if (wanted.has(site.name)) yield [site, await weights.loadSite(site)];
+  }
+}
+
+/**
+ * Factors out of the weights themselves, one rank for all or the ranks that the method found. PiSSA (arXiv 2404.02948): U sqrt(S) and sqrt(S) V^T of the
+ * weight. OLoRA (arXiv 2406.01775): the first columns of Q and rows of R. LoftQ (arXiv 2310.08659), one round on the base as it is: as PiSSA, of what
+ * quantization lost, which is added and not taken out.
+ */
+async function weightStart(
+  job: StartJob,
+  init: 'pissa' | 'olora' | 'loftq',
+  found: ReadonlyMap<string, number> | undefined,
+): Promise<FoundStart> {
+  const { recipe, forward, weights, modules, progress } = job;
+  const ranks = found ?? alike(job);
+  const most = Math.max(1, ...ranks.values());
+  if (init === 'olora') {
+    const factors = new Map<string, QrFactors>();
+    for await (const [{ name, outFeatures, inFeatures }, data] of weightsOf(job))
+      factors.set(name, leadingQr({ rows: outFeatures, columns: inFeatures, data }, ranks.get(name)!));
+    return {
+      ranks,
+      subtracted: true,
+      loraA: (name) => factors.get(name)!.r.slice(),
+      loraB: (name) => factors.get(name)!.q.slice(),
+    };
+  }
+  await using original = init === 'loftq' ? await openOriginal(recipe.against!, modules) : undefined;
+  const spectra = await surveySpectra(forward, weights, modules, most, progress, original?.weights);
+  return {
+    ranks,
+    subtracted: init === 'pissa',
+    loraA: (name, rank) => {
+      const { values } = spectra.get(name)!;
+      const n = modules.find((module) => module.name === name)!.inFeatures;
+      return firstRows(spectra.get(name)!, rank).map((value, i) => value * Math.sqrt(values[Math.floor(i / n)] ?? 0));
+    },
+    loraB: (name, rank) => {
+      const { values, left } = spectra.get(name)!;
+      return firstColumns(left, rank).map((value, i) => value * Math.sqrt(values[i % rank] ?? 0));
+    },
+  };
 }
 
 /** EVA's ranks and factors, or one rank for all with EVA's factors. */
 async function evaStart({ recipe, forward, weights, modules, budget, training, progress }: StartJob): Promise<FoundStart> {
   const found = await surveyDirections(forward, weights, modules, budget, training, progress);
   const layers = modules.map((module) => ({ ...module, ratios: found.get(module.name)!.ratios }));
-  const rank = uniformRank(budget, modules);
-  const ranks =
-    recipe.method === 'eva' ? evaRanks(layers, budget, recipe.preset) : new Map(modules.map(({ name }) => [name, rank]));
+  const ranks = recipe.method === 'eva' ? evaRanks(layers, budget, recipe.preset) : alike({ budget, modules });
   return { ranks, loraA: (name, own) => firstRows(found.get(name)!, own) };
 }
 
@@ -57,6 +123,12 @@ function firstRows({ directions, ratios }: Directions, rank: number): Float32Arr
   const rows = new Float32Array(rank * n);
   rows.set(directions.subarray(0, Math.min(rank, ratios.length) * n));
   return rows;
+}
+
+function firstColumns({ rows, columns, data }: Matrix, rank: number): Float32Array {
+  const kept = new Float32Array(rows * rank);
+  for (let i = 0; i < rows; i++) kept.set(data.subarray(i * columns, i * columns + Math.min(rank, columns)), i * rank);
+  return kept;
 }
 
 async function goraStart({ recipe, forward, weights, modules, budget, training, progress }: StartJob): Promise<FoundStart> {
@@ -95,20 +167,36 @@ async function lamdaStart({ recipe, forward, weights, modules, budget, progress 
       energy: (rank: number) => ratios.slice(0, rank).reduce((sum, value) => sum + value, 0),
     };
   });
-  return { ranks: lamdaRanks(layers, budget, recipe.invert), loraA: (name, rank) => firstRows(found.get(name)!, rank) };
+  return {
+    ranks: recipe.method === 'lamda' ? alike({ budget, modules }) : lamdaRanks(layers, budget, recipe.invert),
+    loraA: (name, own) => firstRows(found.get(name)!, own),
+    // Untrained, the left directions would change the model.
+    ...(recipe.steps > 0 ? { loraB: (name: string, own: number) => firstColumns(found.get(name)!.left, own) } : {}),
+  };
+}
+
+/** The float model that the base was quantized from. Throws RecipeError for one that is quantized, or of other shapes. */
+async function openOriginal(against: string, modules: readonly TrainedModule[]): Promise<ModelSource> {
+  const original = await openModelSource(against);
+  try {
+    if (original.kind !== 'float')
+      throw new RecipeError(`--against ${against}: is quantized itself (layout ${original.kind}); give the float model`);
+    const shapes = new Map(original.model.blocks.flatMap(({ sites }) => sites.map((site) => [site.name, site])));
+    for (const { name, outFeatures, inFeatures } of modules) {
+      const site = shapes.get(name);
+      if (site?.outFeatures === outFeatures && site.inFeatures === inFeatures) continue;
+      const other = site ? `${site.outFeatures} x ${site.inFeatures}` : 'not there';
+      throw new RecipeError(`--against ${against}: "${name}" is ${outFeatures} x ${inFeatures}, but ${other} in it`);
+    }
+    return original;
+  } catch (error) {
+    await original[Symbol.asyncDispose]();
+    throw error;
+  }
 }
 
 async function errorStart({ recipe, forward, weights, modules, budget, training, progress }: StartJob): Promise<FoundStart> {
-  await using original = await openModelSource(recipe.against!);
-  if (original.kind !== 'float')
-    throw new RecipeError(`--against ${recipe.against}: is quantized itself (layout ${original.kind}); give the float model`);
-  const shapes = new Map(original.model.blocks.flatMap(({ sites }) => sites.map((site) => [site.name, site])));
-  for (const { name, outFeatures, inFeatures } of modules) {
-    const site = shapes.get(name);
-    if (site?.outFeatures === outFeatures && site.inFeatures === inFeatures) continue;
-    const other = site ? `${site.outFeatures} x ${site.inFeatures}` : 'not there';
-    throw new RecipeError(`--against ${recipe.against}: "${name}" is ${outFeatures} x ${inFeatures}, but ${other} in it`);
-  }
+  await using original = await openOriginal(recipe.against!, modules);
   const most = mostRank(budget, modules);
   const found = await surveyErrors(forward, weights, original.weights, modules, most, training, progress);
   const choices = modules.map((module) => ({
@@ -124,12 +212,7 @@ async function errorStart({ recipe, forward, weights, modules, budget, training,
     },
     loraB: (name, rank) => {
       const { gains, loraB } = found.get(name)!;
-      const m = loraB.length / Math.max(1, gains.length);
-      const columns = new Float32Array(m * rank);
-      for (let i = 0; i < m; i++) {
-        columns.set(loraB.subarray(i * gains.length, i * gains.length + Math.min(rank, gains.length)), i * rank);
-      }
-      return columns;
+      return firstColumns({ rows: loraB.length / Math.max(1, gains.length), columns: gains.length, data: loraB }, rank);
     },
   };
 }

@@ -4,6 +4,7 @@ import { surveyWindows } from './adapt-text.ts';
 import { Calibration } from './calibration/calibration.ts';
 import type { MeasuredInput } from './calibration/measured.ts';
 import { ModelGradient } from './calibration/model-gradient.ts';
+import type { Matrix } from './compute/blas.ts';
 import type { Forward } from './expert-teachers.ts';
 import { compensate } from './methods/rank/compensation.ts';
 import { type Directions, EVA_RATIO, principalDirections } from './methods/rank/eva.ts';
@@ -52,25 +53,51 @@ export async function surveyGradients(
   });
 }
 
-/** Squared singular values of every layer's weight, descending, up to `most`, and the right directions as rows (most, inFeatures). */
+/** The spectrum of a layer's weight. */
+export interface WeightSpectrum {
+  /** Squared singular values, in parts of all of them, descending. */
+  readonly ratios: Float64Array;
+  /** Singular values. */
+  readonly values: Float64Array;
+  /** Right singular vectors as rows, (ranks, inFeatures). */
+  readonly directions: Float32Array;
+  /** Left ones as columns, (outFeatures, ranks). */
+  readonly left: Matrix;
+}
+
+/** The spectrum of every layer's weight, or of what it lacks of an `original`, up to `most` ranks. */
 export async function surveySpectra(
   { model, blas, signal }: Forward,
   weights: WeightReader,
   modules: readonly TrainedModule[],
   most: number,
   progress: RunHooks['progress'],
-): Promise<Map<string, { readonly ratios: Float64Array; readonly directions: Float32Array }>> {
+  original?: WeightReader,
+): Promise<Map<string, WeightSpectrum>> {
   const wanted = new Set(modules.map(({ name }) => name));
-  const found = new Map<string, { readonly ratios: Float64Array; readonly directions: Float32Array }>();
+  const found = new Map<string, WeightSpectrum>();
   for (const block of model.blocks) {
     signal?.throwIfAborted();
     progress?.({ phase: `spectra of ${block.name}`, done: block.index, total: model.blocks.length });
     for (const site of block.sites.filter(({ name }) => wanted.has(name))) {
       const { outFeatures: rows, inFeatures: columns } = site;
-      const weight = { rows, columns, data: await weights.loadSite(site) };
-      const { values, total, loraA, rank } = await compensate(blas, weight, whiteMoments(columns), Math.min(most, rows, columns));
-      const directions = loraA.map((value, i) => value / Math.sqrt(Math.sqrt(values[Math.floor(i / columns)])));
-      found.set(site.name, { ratios: values.slice(0, rank).map((value) => (total > 0 ? value / total : 0)), directions });
+      const data = await weights.loadSite(site);
+      const lost = (await original?.loadSite(site))?.map((value, i) => value - data[i]);
+      const weight = { rows, columns, data: lost ?? data };
+      const { values, total, loraA, loraB, rank } = await compensate(
+        blas,
+        weight,
+        whiteMoments(columns),
+        Math.min(most, rows, columns),
+      );
+      // Both factors hold the root of the singular value.
+      const roots = values.map((value) => Math.sqrt(Math.sqrt(value)) || 1);
+      found.set(site.name, {
+        ratios: values.slice(0, rank).map((value) => (total > 0 ? value / total : 0)),
+        values: values.slice(0, rank).map(Math.sqrt),
+        directions: loraA.map((value, i) => value / roots[Math.floor(i / columns)]),
+        left: { rows, columns: rank, data: loraB.map((value, i) => value / roots[i % rank]) },
+      });
     }
   }
   return found;

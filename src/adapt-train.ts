@@ -1,13 +1,13 @@
 /** Trains the adapters of a model: next-token loss on the gradient engine, AdamW, warm-up and cosine, the best held-out iterate kept. */
 
 import { batchOf, type TrainingText } from './adapt-text.ts';
-import { AdaptedWeights, pullBack } from './adapted-weights.ts';
+import { AdaptedWeights } from './adapted-weights.ts';
 import { ModelGradient } from './calibration/model-gradient.ts';
 import { cosine } from './compute/optim/schedule.ts';
 import { TrainingError } from './errors.ts';
 import type { Forward } from './expert-teachers.ts';
 import { addOrthogonality } from './methods/rank/training/orthogonality.ts';
-import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
+import type { TrainedFactors, TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
 import type { WeightReader } from './model/model.ts';
 import { NextTokenLoss } from './next-token-loss.ts';
 
@@ -31,12 +31,6 @@ export interface TrainingRules {
   readonly keptBytes: number;
 }
 
-export interface Factors {
-  readonly rank: number;
-  readonly loraA: Float32Array;
-  readonly loraB: Float32Array;
-}
-
 /** What a stopped run needs to go on as if nothing had happened, besides the tensors. */
 export interface Progress {
   step: number;
@@ -53,7 +47,7 @@ export class Trainer {
   readonly schedule: TrainingSchedule;
   readonly progress: Progress = { step: 0, losses: [], looks: [], best: undefined, skipped: 0 };
   /** Factors at the best look. */
-  best: Map<string, Factors> | undefined;
+  best: Map<string, TrainedFactors> | undefined;
   readonly #forward: Forward;
   readonly #text: TrainingText;
   readonly #rules: TrainingRules;
@@ -114,7 +108,7 @@ export class Trainer {
       const usual = cosine(t - 1, steps, { warmUp });
       for (const { parameters } of modules) {
         for (const parameter of parameters.values()) {
-          parameter.update(t, learningRate * (schedule.rateFactor?.(t, parameter) ?? usual));
+          parameter.update(t, (born) => learningRate * (schedule.rateFactor?.(t, born) ?? usual));
         }
       }
       schedule.after(t, modules);
@@ -132,7 +126,8 @@ export class Trainer {
     const { progress, modules, schedule } = this;
     const nll = await this.heldOut();
     progress.looks.push({ step: progress.step, nll });
-    if (progress.step < schedule.finalFrom || (progress.best && progress.best.nll <= nll)) return;
+    const final = progress.step >= schedule.finalFrom || progress.step === this.#rules.steps;
+    if (!final || (progress.best && progress.best.nll <= nll)) return;
     progress.best = { step: progress.step, nll };
     this.best = new Map(modules.map((module) => [module.name, schedule.factors(module)]));
   }
@@ -148,8 +143,8 @@ export class Trainer {
       for (const [site, gradient] of gradients) {
         const module = this.#byName.get(site.name);
         if (!module) continue;
-        if (this.schedule.needsWeightGradient) module.weightGradient = gradient.slice();
-        await pullBack(module, gradient, blas);
+        await this.schedule.observe?.(module, gradient, blas);
+        await this.#weights.pullBack(site, gradient);
       }
     });
     return loss;

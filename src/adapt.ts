@@ -85,9 +85,9 @@ export async function adapt(
   await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
   await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
   const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
-  if (method === 'qerror' && source.kind === 'float') {
+  if ((method === 'qerror' || recipe.init === 'loftq') && source.kind === 'float') {
     throw new RecipeError(
-      `--method qerror: repairs what quantization lost, and ${path} is float; gora and eva are for float models`,
+      `${method === 'qerror' ? '--method qerror' : '--init loftq'}: repairs what quantization lost, and ${path} is float; gora and eva are for float models`,
     );
   }
   const job = { recipe, forward, weights: source.weights, modules, budget, training: text.training, progress: hooks.progress };
@@ -99,6 +99,7 @@ export async function adapt(
     seed,
     scale: scaleOf(recipe, modules),
     startRank: recipe.startRank,
+    growth: recipe.growth,
     start,
   });
   schedule.init(modules);
@@ -148,6 +149,10 @@ export async function adapt(
   if (bestLook.nll > before || (steps > 0 && bestLook.nll === before))
     note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
   const most = Math.max(...[...best.values()].map(({ rank }) => rank));
+  if (start?.subtracted)
+    note(`--init ${recipe.init}: stored with twice the ranks, what was learned less the start, to go on the base as it is`);
+  if (recipe.dora)
+    note('a DoRA adapter: PEFT reads it; many servers and ONNX exporters do not; adapt convert --to merged folds it');
   await writeAdapter(output.artifactPath, {
     base: basename(resolve(path)),
     modules: modules.map(({ name }) => ({ name, ...(recipe.padRanks ? padded(best.get(name)!, most) : best.get(name)!) })),
@@ -167,7 +172,7 @@ export async function adapt(
       modules: Object.fromEntries(
         modules.map((module) => {
           const { name, outFeatures, inFeatures } = module;
-          const rank = best.get(name)!.rank;
+          const rank = schedule.ranks(modules).get(name)!;
           return [name, { outFeatures, inFeatures, rank, cost: rank * budget.cost(module) }];
         }),
       ),
@@ -248,10 +253,13 @@ function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly Train
   return alpha / (rslora ? Math.sqrt(rank) : rank);
 }
 
+/** Methods that preset best does not follow to the letter. */
+const CHANGED_BY_BEST: readonly string[] = ['adalora', 'gora', 'increlora', 'triadaptlora'];
+
 function labelOf({ method, preset }: AdaptRecipe): AdaptOutcome['label'] {
   if (method === 'qerror') return 'own';
-  if (method === 'lamda++') return 'reconstructed';
-  return preset === 'best' && (method === 'adalora' || method === 'gora') ? 'published+changes' : 'published';
+  if (method === 'lamda++' || method === 'lamda') return 'reconstructed';
+  return preset === 'best' && CHANGED_BY_BEST.includes(method) ? 'published+changes' : 'published';
 }
 
 /** Held-out loss of the start; where a method takes a first step, of the length of it that loses least. @param before that of the base */

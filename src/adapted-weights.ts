@@ -1,7 +1,9 @@
 /** A frozen model with trainable low-rank updates: what a forward pass reads, and how a gradient of a weight becomes one of the factors. */
 import type { Blas, Matrix } from './compute/blas.ts';
+import type { Parameter } from './compute/optim/parameter.ts';
 import type { TrainedModule } from './methods/rank/training/schedule.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
+import { rowNorms, turnTo } from './model/row-norms.ts';
 
 export interface AdaptedWeightsOptions {
   readonly base: WeightReader;
@@ -11,7 +13,10 @@ export interface AdaptedWeightsOptions {
   readonly keptBytes: number;
 }
 
-/** `W + s B M A`, M by the adapter's form: nothing, a diagonal, or a square matrix. */
+/**
+ * `W + s B M A`, M by the adapter's form: nothing, a diagonal `e`, or a square `core`. Where there are `initialA` and `initialB`, less `s initialB initialA`;
+ * where there is a `magnitude`, each row is then given that length (DoRA, arXiv 2402.09353).
+ */
 export class AdaptedWeights implements WeightReader {
   readonly #options: AdaptedWeightsOptions;
   readonly #kept = new Map<string, Float32Array>();
@@ -24,11 +29,68 @@ export class AdaptedWeights implements WeightReader {
 
   async loadSite(site: LinearSite): Promise<Float32Array> {
     const module = this.#options.modules.get(site.name);
-    const weight = await this.#base(site);
-    if (module === undefined || module.rank === 0) return weight;
-    const { left, right } = factors(module);
-    const out: Matrix = { rows: site.outFeatures, columns: site.inFeatures, data: weight.slice() };
-    return (await this.#options.blas.gemm(left, right, { alpha: module.scale, beta: 1, out })).data;
+    if (module === undefined) return await this.#base(site);
+    const weight = await this.#updated(site, module);
+    const magnitude = module.parameters.get('magnitude');
+    if (magnitude) turnTo(weight, magnitude.values, rowNorms(weight, site.outFeatures));
+    return weight;
+  }
+
+  /** Adds the gradients of a layer's factors that follow from that of its weight, (outFeatures, inFeatures), which may be overwritten. */
+  async pullBack(site: LinearSite, gradient: Float32Array): Promise<void> {
+    const module = this.#options.modules.get(site.name);
+    if (module === undefined) return;
+    const magnitude = module.parameters.get('magnitude');
+    if (magnitude) {
+      const weight = await this.#updated(site, module);
+      const norms = rowNorms(weight, site.outFeatures);
+      for (let i = 0; i < site.outFeatures; i++) {
+        let along = 0;
+        for (let j = i * site.inFeatures; j < (i + 1) * site.inFeatures; j++) along += gradient[j] * weight[j];
+        if (norms[i] > 0) magnitude.gradient[i] += along / norms[i];
+      }
+      turnTo(gradient, magnitude.values, norms);
+    }
+    await this.#pullFactors(module, gradient);
+  }
+
+  async #pullFactors(module: TrainedModule, gradient: Float32Array): Promise<void> {
+    const { blas } = this.#options;
+    const { rank, inFeatures: n, outFeatures: m, scale, parameters } = module;
+    if (rank === 0) return;
+    const g = { rows: m, columns: n, data: gradient };
+    const { left, right } = await factors(module, blas);
+    // d/dL <G, s L A> = s G A^T, with L = B, B diag(e) or B C.
+    const ofLeft = (await blas.gemm(g, right, { transposeB: true, alpha: scale })).data;
+    addTo(parameters.get('loraA')!.gradient, (await blas.gemm(left, g, { transposeA: true, alpha: scale })).data);
+    const [b, e, core] = [parameters.get('loraB')!, parameters.get('e'), parameters.get('core')];
+    if (core) {
+      const outer = { rows: m, columns: rank, data: ofLeft };
+      addTo(b.gradient, (await blas.gemm(outer, square(core, rank), { transposeB: true })).data);
+      addTo(core.gradient, (await blas.gemm({ rows: m, columns: rank, data: b.values }, outer, { transposeA: true })).data);
+    } else if (e) {
+      for (let at = 0; at < ofLeft.length; at++) {
+        b.gradient[at] += ofLeft[at] * e.values[at % rank];
+        e.gradient[at % rank] += ofLeft[at] * b.values[at];
+      }
+    } else addTo(b.gradient, ofLeft);
+  }
+
+  /** The weight with its update, in memory of its own. */
+  async #updated(site: LinearSite, module: TrainedModule): Promise<Float32Array> {
+    const { blas } = this.#options;
+    const { rank, scale, parameters } = module;
+    const { outFeatures: rows, inFeatures: columns } = site;
+    const out: Matrix = { rows, columns, data: (await this.#base(site)).slice() };
+    if (rank === 0) return out.data;
+    const [initialA, initialB] = [parameters.get('initialA'), parameters.get('initialB')];
+    if (initialA && initialB) {
+      const left = { rows, columns: rank, data: initialB.values };
+      await blas.gemm(left, { rows: rank, columns, data: initialA.values }, { alpha: -scale, beta: 1, out });
+    }
+    const { left, right } = await factors(module, blas);
+    await blas.gemm(left, right, { alpha: scale, beta: 1, out });
+    return out.data;
   }
 
   async load(name: string): Promise<Float32Array> {
@@ -57,37 +119,20 @@ export class AdaptedWeights implements WeightReader {
   }
 }
 
-function factors({ rank, inFeatures: n, outFeatures: m, parameters }: TrainedModule): { left: Matrix; right: Matrix } {
+/** B M and A. */
+async function factors(module: TrainedModule, blas: Blas): Promise<{ left: Matrix; right: Matrix }> {
+  const { rank, inFeatures: n, outFeatures: m, parameters } = module;
   const right = { rows: rank, columns: n, data: parameters.get('loraA')!.values };
   const b = parameters.get('loraB')!.values;
+  const core = parameters.get('core');
+  if (core) return { left: await blas.gemm({ rows: m, columns: rank, data: b }, square(core, rank)), right };
   const e = parameters.get('e')?.values;
   const data = e ? b.map((value, i) => value * e[i % rank]) : b;
   return { left: { rows: m, columns: rank, data }, right };
 }
 
-/** Adds the gradients of a layer's factors that follow from that of its weight, (outFeatures, inFeatures). */
-export async function pullBack(module: TrainedModule, gradient: Float32Array, blas: Blas): Promise<void> {
-  const { rank, inFeatures: n, outFeatures: m, scale, parameters } = module;
-  if (rank === 0) return;
-  const g = { rows: m, columns: n, data: gradient };
-  const { left, right } = factors(module);
-  // d/dL <G, s L A> = s G A^T, with L = B or B diag(e).
-  const ofLeft = (await blas.gemm(g, right, { transposeB: true, alpha: scale })).data;
-  const ofA = (await blas.gemm(left, g, { transposeA: true, alpha: scale })).data;
-  addTo(parameters.get('loraA')!.gradient, ofA);
-  const b = parameters.get('loraB')!;
-  const e = parameters.get('e');
-  if (e === undefined) {
-    addTo(b.gradient, ofLeft);
-    return;
-  }
-  for (let j = 0; j < m; j++) {
-    for (let k = 0; k < rank; k++) {
-      const at = j * rank + k;
-      b.gradient[at] += ofLeft[at] * e.values[k];
-      e.gradient[k] += ofLeft[at] * b.values[at];
-    }
-  }
+function square({ values }: Parameter, rank: number): Matrix {
+  return { rows: rank, columns: rank, data: values };
 }
 
 function addTo(sum: Float32Array, values: Float32Array): void {

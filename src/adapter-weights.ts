@@ -5,6 +5,7 @@ import type { ModelSource } from './artifacts/model-source.ts';
 import type { Blas } from './compute/blas.ts';
 import { RecipeError } from './errors.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
+import { rowNorms, turnTo } from './model/row-norms.ts';
 
 /** `source.weights` with the adapter in the folder `path` added. Throws as `readAdapterFolder`, and RecipeError for layers outside the blocks. */
 export async function withAdapter(
@@ -36,11 +37,13 @@ class AdapterWeights implements WeightReader {
     const weight = await this.#base.loadSite(site);
     const module = this.#modules.get(site.name);
     if (!module) return weight;
-    const { rank, loraA, loraB } = module;
+    const { rank, loraA, loraB, magnitude } = module;
     const { outFeatures: rows, inFeatures: columns } = site;
     const out = { rows, columns, data: weight.slice() };
     const left = { rows, columns: rank, data: loraB };
-    return (await this.#blas.gemm(left, { rows: rank, columns, data: loraA }, { beta: 1, out })).data;
+    await this.#blas.gemm(left, { rows: rank, columns, data: loraA }, { beta: 1, out });
+    if (magnitude) turnTo(out.data, magnitude, rowNorms(out.data, rows));
+    return out.data;
   }
 
   async load(name: string): Promise<Float32Array> {

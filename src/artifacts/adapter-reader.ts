@@ -99,7 +99,6 @@ async function readPlain(
       continue;
     }
     if (origin.kind !== 'low-rank') throw refuse('is no LoRA');
-    if (origin.magnitude !== undefined) throw refuse('is a DoRA');
     if (/\.lora_embedding_A/.test(origin.a)) throw refuse('is an embedding');
     const [a, b] = [await load(tensors, origin.a), await load(tensors, origin.b)];
     const e = origin.e === undefined ? undefined : (await load(tensors, origin.e)).values;
@@ -109,6 +108,7 @@ async function readPlain(
       rank,
       loraA: a.values,
       loraB: b.values.map((value, i) => value * origin.scale * (e ? e[i % rank] : 1)),
+      ...(origin.magnitude === undefined ? {} : { magnitude: (await load(tensors, origin.magnitude)).values }),
     });
     transposed ||= origin.transposed;
   }

@@ -12,6 +12,8 @@ export interface AdapterModule {
   readonly loraA: Float32Array;
   /** (outFeatures, rank) */
   readonly loraB: Float32Array;
+  /** (outFeatures): the length that each row of the updated weight is given (DoRA). */
+  readonly magnitude?: Float32Array;
 }
 
 /** A module that is replaced as a whole. */
@@ -30,7 +32,7 @@ export interface AdapterFolder {
   readonly transposed: boolean;
 }
 
-type Factors = Pick<AdapterModule, 'rank' | 'loraA' | 'loraB'>;
+type Factors = Pick<AdapterModule, 'rank' | 'loraA' | 'loraB' | 'magnitude'>;
 
 /** The same update with zero components up to `rank`; a module of rank 0 stays without any. */
 export function padded(factors: Factors, rank: number): Factors {
@@ -41,16 +43,19 @@ export function padded(factors: Factors, rank: number): Factors {
   a.set(loraA);
   const b = new Float32Array(m * rank);
   for (let j = 0; j < m; j++) b.set(loraB.subarray(j * own, (j + 1) * own), j * rank);
-  return { rank, loraA: a, loraB: b };
+  return { ...factors, rank, loraA: a, loraB: b };
 }
 
 /** Writes adapter_model.safetensors and adapter_config.json into `folder`; returns their names. Modules of rank 0 are left out. */
 export async function writeAdapter(folder: string, { base, modules, saved, transposed }: AdapterFolder): Promise<string[]> {
   const used = modules.filter(({ rank }) => rank > 0);
   const tensors = [
-    ...used.flatMap(({ name, rank, loraA, loraB }) => [
+    ...used.flatMap(({ name, rank, loraA, loraB, magnitude }) => [
       { name: `base_model.model.${name}.lora_A.weight`, shape: [rank, loraA.length / rank], values: loraA },
       { name: `base_model.model.${name}.lora_B.weight`, shape: [loraB.length / rank, rank], values: loraB },
+      ...(magnitude
+        ? [{ name: `base_model.model.${name}.lora_magnitude_vector`, shape: [magnitude.length], values: magnitude }]
+        : []),
     ]),
     ...saved.map(({ name, shape, weight }) => ({ name: `base_model.model.${name}.weight`, shape, values: weight })),
   ];
@@ -77,7 +82,7 @@ export async function writeAdapter(folder: string, { base, modules, saved, trans
     bias: 'none',
     fan_in_fan_out: transposed,
     use_rslora: false,
-    use_dora: false,
+    use_dora: used.some(({ magnitude }) => magnitude !== undefined),
     inference_mode: true,
     target_modules: used.map(({ name }) => name),
     modules_to_save: saved.length === 0 ? null : saved.map(({ name }) => name.slice(name.lastIndexOf('.') + 1)),

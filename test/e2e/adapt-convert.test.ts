@@ -280,16 +280,6 @@ describe('adapt convert', () => {
 
   it.each<[string, Weights, object, RegExp]>([
     [
-      'a DoRA',
-      wrap({
-        [`${Q}.lora_A.weight`]: plain.a,
-        [`${Q}.lora_B.weight`]: plain.b,
-        [`${Q}.lora_magnitude_vector`]: randomTensor([OUT], 3),
-      }),
-      { use_dora: true },
-      /module ".*q_proj" is a DoRA, which plain factors cannot say; --to merged/,
-    ],
-    [
       'one of another shape',
       wrap({ [`${Q}.lora_A.weight`]: randomTensor([2, IN + 8], 1), [`${Q}.lora_B.weight`]: plain.b }),
       {},

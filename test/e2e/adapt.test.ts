@@ -1,10 +1,11 @@
 /** `pcomp adapt` as a user runs it: the adapter is what was trained, whoever applies it, and a stopped run loses nothing. */
-import { copyFileSync, existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { adapt } from '../../src/adapt.ts';
 import { adaptRecipe } from '../../src/adapt-recipe.ts';
+import { openModelSource } from '../../src/artifacts/model-source.ts';
 import { evaluate } from '../../src/evaluate.ts';
 import { saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { readWeights } from '../support/merge-models.ts';
@@ -48,38 +49,87 @@ const run = (output: string, ...args: string[]) =>
 const requestOf = (more: object) =>
   adaptRecipe({ text: [at('text.txt')], sequenceLength: 32, batch: 4, lr: 5e-3, budget: 'r=2', ...more }, 2);
 
-describe.each([['uniform'], ['eva'], ['gora'], ['adalora']])('--method %s', (method) => {
-  it('lowers the loss on text it has not seen, within the budget', async () => {
-    const {
-      budget,
-      parameters,
-      modules,
-      run: made,
-    } = await run(`${method}`, '--method', method, '--budget', 'params=1.5k', '--steps', '40');
-    expect(made.heldOut.best).toBeLessThan(made.heldOut.before - 0.03);
-    expect(budget.spent).toBeLessThanOrEqual(1500);
-    expect(parameters).toBe(budget.spent);
-    expect(modules.some(({ rank }) => rank > 0)).toBe(true);
-    // The update is nothing at the start.
-    expect(made.losses[0]).toBeGreaterThan(made.heldOut.before - 0.5);
-  });
+describe.each([['uniform'], ['eva'], ['gora'], ['lamda'], ['lamda++'], ['adalora'], ['increlora'], ['triadaptlora']])(
+  '--method %s',
+  (method) => {
+    it('lowers the loss on text it has not seen, within the budget', async () => {
+      const {
+        budget,
+        parameters,
+        modules,
+        run: made,
+      } = await run(`${method}`, '--method', method, '--budget', 'params=1.5k', '--steps', '80');
+      expect(made.heldOut.best).toBeLessThan(made.heldOut.before - 0.03);
+      expect(budget.spent).toBeLessThanOrEqual(1500);
+      expect(parameters).toBe(budget.spent);
+      expect(modules.some(({ rank }) => rank > 0)).toBe(true);
+      // The update is nothing at the start.
+      expect(made.losses[0]).toBeGreaterThan(made.heldOut.before - 0.5);
+    });
 
-  it('writes what was trained: merged into the base, the loss is the one that was measured', async () => {
-    const { run: made } = await run(`${method}-last`, '--method', method, '--budget', 'r=2', '--steps', '40');
-    const merged = await runCli(
-      ['merge', `${method}-last`, '--base', 'base', '--method', 'task-arithmetic', '-o', `${method}-merged`, '--quiet'],
-      { cwd },
-    );
-    expect(merged).toMatchObject({ code: 0 });
-    // The text that was held out, as the run cuts it, is evaluated by running zero-rate steps on the merged model.
-    const again = await adapt(at(`${method}-merged`), at(`${method}-again`), requestOf({ steps: 1, lr: 1e-12 }), MODES);
+    it('writes what was trained: merged into the base, the loss is the one that was measured', async () => {
+      const { run: made } = await run(`${method}-last`, '--method', method, '--budget', 'r=2', '--steps', '40');
+      const merged = await runCli(
+        ['merge', `${method}-last`, '--base', 'base', '--method', 'task-arithmetic', '-o', `${method}-merged`, '--quiet'],
+        { cwd },
+      );
+      expect(merged).toMatchObject({ code: 0 });
+      // The text that was held out, as the run cuts it, is evaluated by running zero-rate steps on the merged model.
+      const again = await adapt(at(`${method}-merged`), at(`${method}-again`), requestOf({ steps: 1, lr: 1e-12 }), MODES);
+      expect(Math.abs(again.run!.heldOut.before - made.heldOut.best)).toBeLessThan(1e-4);
+    });
+  },
+);
+
+describe.each([
+  ['pissa', ['--init', 'pissa']],
+  ['olora', ['--init', 'olora']],
+  ['dora', ['--dora']],
+] as const)('a start or a form of another kind: %s', (name, flags) => {
+  it('learns from exactly the base, and the adapter is what was trained', async () => {
+    const { run: made } = await run(name, ...flags, '--budget', 'r=2', '--steps', '40', '--lr', '2e-3');
+    expect(made.heldOut.best).toBeLessThan(made.heldOut.before - 0.03);
+    expect(made.losses[0]).toBeGreaterThan(made.heldOut.before - 0.5);
+    expect(
+      await runCli(['adapt', 'convert', name, '--to', 'merged', '--base', 'base', '-o', `${name}-merged`, '--quiet'], { cwd }),
+    ).toMatchObject({ code: 0 });
+    const again = await adapt(at(`${name}-merged`), at(`${name}-again`), requestOf({ steps: 1, lr: 1e-12 }), MODES);
     expect(Math.abs(again.run!.heldOut.before - made.heldOut.best)).toBeLessThan(1e-4);
+    const options = {
+      text: [at('text.txt')],
+      sequenceLength: 32,
+      accuracy: 'exact',
+      device: 'cpu',
+      threads: 1,
+      maxMemory: 2 ** 30,
+    } as const;
+    const [merged, applied] = [
+      await evaluate(at(`${name}-merged`), options),
+      await evaluate(at('base'), { ...options, adapter: at(name) }),
+    ];
+    expect(Math.abs(merged.nll - applied.nll)).toBeLessThan(1e-5);
+    expect(
+      await runCli(['adapt', 'convert', name, '--to', 'peft-padded', '-o', `${name}-peft`, '--quiet'], { cwd }),
+    ).toMatchObject({
+      code: 0,
+    });
+    const converted = await evaluate(at('base'), { ...options, adapter: at(`${name}-peft`) });
+    expect(Math.abs(converted.nll - applied.nll)).toBeLessThan(1e-6);
   });
 });
 
 describe('a run that is stopped', () => {
-  it('goes on to the same bytes', async () => {
-    const recipe = requestOf({ steps: 24, method: 'adalora' });
+  it.each([
+    { method: 'adalora' },
+    { method: 'increlora' },
+    { method: 'increlora', preset: 'paper' },
+    { method: 'triadaptlora', preset: 'paper' },
+    { method: 'lamda++' },
+    { init: 'pissa' },
+    { dora: true },
+  ])('goes on to the same bytes: $method $preset', async (request) => {
+    for (const name of ['whole', 'stopped']) rmSync(at(name), { recursive: true, force: true });
+    const recipe = requestOf({ steps: 24, ...request });
     await adapt(at('base'), at('whole'), recipe, MODES);
     const abort = new AbortController();
     let seen = 0;
@@ -223,7 +273,7 @@ describe('without steps', () => {
   });
 
   it('lamda++ shares ranks out by spectra, and changes nothing yet', async () => {
-    const { before, best, modules, budget } = await heldOut('lamda', '--method', 'lamda++', '--budget', 'r=4');
+    const { before, best, modules, budget } = await heldOut('lamda-start', '--method', 'lamda++', '--budget', 'r=4');
     expect(best).toBe(before);
     expect(budget.spent).toBe(budget.total);
     const inverted = await heldOut('lamda-inverted', '--method', 'lamda++', '--budget', 'r=4', '--invert');
@@ -255,10 +305,37 @@ describe('without steps', () => {
     expect(repaired.kl!).toBeLessThan(0.9 * quantized.kl!);
   });
 
+  it('loftq starts from the principal part of what a quantized base lost', async () => {
+    await runQuantize(at('base'), at('q3'), { bits: 2, method: 'rtn', preset: 'paper', formats: ['safetensors'] });
+    const request = requestOf({ init: 'loftq', against: at('base'), budget: 'r=4' });
+    await adapt(at('q3'), at('loftq'), request, MODES);
+    const adapter = await readWeights(at('loftq', 'adapter_model.safetensors'));
+    await using original = await openModelSource(at('base'));
+    await using quantized = await openModelSource(at('q3'));
+    const [site] = original.model.blocks[0].sites;
+    const lost = (await original.weights.loadSite(site)).slice();
+    for (const [i, value] of (await quantized.weights.loadSite(site)).entries()) lost[i] -= value;
+    const square = (values: Iterable<number>) => [...values].reduce((sum, value) => sum + value * value, 0);
+    const [a, b] = ['A', 'B'].map((side) => adapter.get(`base_model.model.${site.name}.lora_${side}.weight`)!.values);
+    const left = lost.slice();
+    const n = site.inFeatures;
+    for (let i = 0; i < site.outFeatures; i++)
+      for (let k = 0; k < 4; k++) for (let j = 0; j < n; j++) left[i * n + j] -= b[i * 4 + k] * a[k * n + j];
+    // The best approximation of rank 4: what is left is at right angles to it, so that squares add up.
+    expect(square(left)).toBeLessThan(0.9 * square(lost));
+    expect(Math.abs(square(left) + square(lost.map((value, i) => value - left[i])) - square(lost))).toBeLessThan(
+      1e-4 * square(lost),
+    );
+  });
+
   it.each([
     [{ method: 'qerror' }, /--against: qerror needs the float model/],
     [{ method: 'gora', against: 'base' }, /--against: gora compares with nothing/],
-    [{ method: 'lamda++', steps: 5 }, /lamda\+\+ shares ranks out and starts factors; it is not trained here/],
+    [{ method: 'uniform', growth: 'linear' }, /--growth: uniform has no such law; triadaptlora does/],
+    [{ method: 'increlora', init: 'eva' }, /--init eva: increlora starts from small random factors/],
+    [{ init: 'pissa' }, /--init pissa: takes its start from the weights, so that nothing is left without --steps/],
+    [{ init: 'loftq', steps: 5 }, /--against: --init loftq needs the float model/],
+    [{ method: 'adalora', dora: true, steps: 20 }, /--dora: goes with uniform and eva, and adalora/],
     [{ method: 'eva', invert: true }, /--invert: eva looks at no spectra of weights/],
     [{ method: 'gora', init: 'eva' }, /--init eva: gora starts from factors of its own/],
   ])('%j is refused', (changes, message) => {

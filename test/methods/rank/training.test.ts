@@ -3,12 +3,17 @@ import { describe, expect, it } from 'vitest';
 import { cosine } from '../../../src/compute/optim/schedule.ts';
 import { parseRankBudget, spendable, uniformRank } from '../../../src/methods/rank/rank-budget.ts';
 import { adalora, cubicBudget } from '../../../src/methods/rank/training/adalora.ts';
+import { grownByThreshold, grownExactly } from '../../../src/methods/rank/training/growth.ts';
+import { restartFactor, updateSensitivity } from '../../../src/methods/rank/training/increlora.ts';
 import { TRAINING_SCHEDULES } from '../../../src/methods/rank/training/index.ts';
 import { normal } from '../../../src/methods/rank/training/initial.ts';
+import { frozenColumns, lamda } from '../../../src/methods/rank/training/lamda.ts';
 import { addOrthogonality, orthogonality } from '../../../src/methods/rank/training/orthogonality.ts';
 import type { TrainedModule, TrainingSchedule } from '../../../src/methods/rank/training/schedule.ts';
 import { Sensitivity } from '../../../src/methods/rank/training/sensitivity.ts';
+import { growingLayers } from '../../../src/methods/rank/training/triadaptlora.ts';
 import { parseSize } from '../../../src/size.ts';
+import { naiveBlas } from '../../support/naive-blas.ts';
 
 describe('sensitivity', () => {
   it('is smoothed, and its deviation is from the mean that has just been updated', () => {
@@ -126,7 +131,7 @@ class Planted {
   readonly #drawn = new Map<string, readonly [Float32Array, Float32Array]>();
   readonly #steps: number;
 
-  constructor(method: keyof typeof TRAINING_SCHEDULES, seed: number, steps: number) {
+  constructor(method: keyof typeof TRAINING_SCHEDULES, seed: number, steps: number, preset: 'best' | 'paper' = 'best') {
     const ranks = [0, 1, 2, 3, 4, 6];
     this.#seed = seed;
     this.#steps = steps;
@@ -136,7 +141,7 @@ class Planted {
     this.schedule = TRAINING_SCHEDULES[method]({
       steps,
       budget,
-      preset: 'best',
+      preset,
       seed,
       scale: 8,
       ...(method === 'adalora' ? { startRank: 8 } : {}),
@@ -144,7 +149,7 @@ class Planted {
     this.schedule.init(this.modules);
   }
 
-  step(t: number): void {
+  async step(t: number): Promise<void> {
     for (const [i, module] of this.modules.entries()) {
       for (const { gradient } of module.parameters.values()) gradient.fill(0);
       const [x, noise] = this.#draw(t % 16, i);
@@ -158,10 +163,12 @@ class Planted {
         }
       }
       pull(module, gradient);
+      await this.schedule.observe?.(module, Float32Array.from(gradient), naiveBlas());
     }
     addOrthogonality(this.modules, this.schedule.regulariser);
     this.schedule.before(t, this.modules);
-    const rate = 2e-3 * cosine(t - 1, this.#steps, { warmUp: 25 });
+    const usual = cosine(t - 1, this.#steps, { warmUp: 25 });
+    const rate = (born: number) => 2e-3 * (this.schedule.rateFactor?.(t, born) ?? usual);
     for (const { parameters } of this.modules) for (const parameter of parameters.values()) parameter.update(t, rate);
     this.schedule.after(t, this.modules);
   }
@@ -215,18 +222,46 @@ function orthonormal(count: number, length: number, name: string): number[][] {
 
 function updateOf({ rank, inFeatures: n, outFeatures: m, scale, parameters }: TrainedModule): Float64Array {
   const [a, b] = ['loraA', 'loraB'].map((key) => parameters.get(key)!.values);
-  const e = parameters.get('e')?.values;
+  const [e, core] = ['e', 'core'].map((key) => parameters.get(key)?.values);
   const update = new Float64Array(m * n);
   for (let i = 0; i < m; i++) {
     for (let k = 0; k < rank; k++) {
-      const factor = scale * b[i * rank + k] * (e ? e[k] : 1);
+      let factor = scale * b[i * rank + k] * (e ? e[k] : 1);
+      if (core) {
+        factor = 0;
+        for (let l = 0; l < rank; l++) factor += scale * b[i * rank + l] * core[l * rank + k];
+      }
       for (let j = 0; j < n; j++) update[i * n + j] += factor * a[k * n + j];
     }
   }
   return update;
 }
 
-function pull({ rank, inFeatures: n, outFeatures: m, scale, parameters }: TrainedModule, gradient: Float64Array): void {
+/** The update's derivatives, component by component. */
+function pull(module: TrainedModule, gradient: Float64Array): void {
+  if (module.parameters.has('core')) pullCore(module, gradient);
+  else pullDiagonal(module, gradient);
+}
+
+function pullCore({ rank, inFeatures: n, outFeatures: m, scale, parameters }: TrainedModule, gradient: Float64Array): void {
+  const [a, b, core] = ['loraA', 'loraB', 'core'].map((key) => parameters.get(key)!);
+  for (let k = 0; k < rank; k++) {
+    for (let i = 0; i < m; i++) {
+      // Along row k of A: d/d(B C)_ik.
+      let along = 0;
+      let outer = 0;
+      for (let j = 0; j < n; j++) along += scale * gradient[i * n + j] * a.values[k * n + j];
+      for (let l = 0; l < rank; l++) {
+        outer += b.values[i * rank + l] * core.values[l * rank + k];
+        b.gradient[i * rank + l] += along * core.values[l * rank + k];
+        core.gradient[l * rank + k] += along * b.values[i * rank + l];
+      }
+      for (let j = 0; j < n; j++) a.gradient[k * n + j] += scale * outer * gradient[i * n + j];
+    }
+  }
+}
+
+function pullDiagonal({ rank, inFeatures: n, outFeatures: m, scale, parameters }: TrainedModule, gradient: Float64Array): void {
   const [a, b, e] = ['loraA', 'loraB', 'e'].map((key) => parameters.get(key));
   for (let k = 0; k < rank; k++) {
     const factor = e ? e.values[k] : 1;
@@ -243,11 +278,11 @@ function pull({ rank, inFeatures: n, outFeatures: m, scale, parameters }: Traine
 }
 
 describe('adalora on layers whose ranks are known', () => {
-  it('finds the ranks and the layers', () => {
+  it('finds the ranks and the layers', async () => {
     const problem = new Planted('adalora', 1, 1000);
     expect(problem.ranks).toEqual([8, 8, 8, 8, 8, 8]);
     expect(problem.loss).toBeGreaterThan(8);
-    for (let t = 1; t <= 1000; t++) problem.step(t);
+    for (let t = 1; t <= 1000; t++) await problem.step(t);
     expect(problem.ranks).toEqual([0, 1, 2, 3, 4, 6]);
     expect(problem.loss).toBeLessThan(0.05);
     const { trace } = problem.schedule;
@@ -255,17 +290,17 @@ describe('adalora on layers whose ranks are known', () => {
     for (let i = 1; i < trace.length; i++) expect(trace[i].totalRank).toBeLessThanOrEqual(trace[i - 1].totalRank);
   }, 60_000);
 
-  it('beats one rank for all', () => {
+  it('beats one rank for all', async () => {
     const problem = new Planted('uniform', 1, 400);
-    for (let t = 1; t <= 400; t++) problem.step(t);
+    for (let t = 1; t <= 400; t++) await problem.step(t);
     expect(problem.ranks).toEqual([2, 2, 2, 2, 2, 2]);
     expect(problem.loss).toBeGreaterThan(2);
   }, 60_000);
 
-  it('goes on from a saved state as if it had not stopped', () => {
+  it('goes on from a saved state as if it had not stopped', async () => {
     const [whole, first, second] = [0, 1, 2].map(() => new Planted('adalora', 2, 40));
-    for (let t = 1; t <= 40; t++) whole.step(t);
-    for (let t = 1; t <= 17; t++) first.step(t);
+    for (let t = 1; t <= 40; t++) await whole.step(t);
+    for (let t = 1; t <= 17; t++) await first.step(t);
     second.schedule.restore(JSON.parse(JSON.stringify(first.schedule.state())));
     for (const [i, { parameters }] of first.modules.entries()) {
       for (const [key, { values, first: m, second: v }] of parameters) {
@@ -275,10 +310,131 @@ describe('adalora on layers whose ranks are known', () => {
         other.second.set(v);
       }
     }
-    for (let t = 18; t <= 40; t++) second.step(t);
+    for (let t = 18; t <= 40; t++) await second.step(t);
     expect(second.ranks).toEqual(whole.ranks);
     expect(second.modules.map((module) => [...updateOf(module)])).toEqual(whole.modules.map((module) => [...updateOf(module)]));
   }, 60_000);
+});
+
+describe('methods that add ranks, on layers whose ranks are known', () => {
+  it.each(['increlora', 'triadaptlora'] as const)(
+    '%s meets the budget and comes close',
+    async (method) => {
+      const problem = new Planted(method, 2, 2000);
+      expect(problem.ranks).toEqual([0, 0, 0, 0, 0, 0]);
+      for (let t = 1; t <= 2000; t++) await problem.step(t);
+      expect(problem.ranks.reduce((sum, rank) => sum + rank, 0)).toBe(16);
+      expect(problem.loss).toBeLessThan(1);
+      const { trace, finalFrom } = problem.schedule;
+      expect(trace.at(-1)).toMatchObject({ totalRank: 16, step: finalFrom });
+      for (let i = 1; i < trace.length; i++) expect(trace[i].totalRank).toBeGreaterThan(trace[i - 1].totalRank);
+    },
+    120_000,
+  );
+
+  it.each(['increlora', 'triadaptlora'] as const)('%s changes nothing at the moment it grows', async (method) => {
+    for (const preset of ['best', 'paper'] as const) {
+      const problem = new Planted(method, 1, 40, preset);
+      for (let t = 1; t <= 40; t++) {
+        const before = problem.modules.map((module) => ({ rank: module.rank, scale: module.scale, update: updateOf(module) }));
+        const [{ scale }] = before;
+        problem.schedule.before(t, problem.modules);
+        for (const [i, module] of problem.modules.entries()) {
+          // The published IncreLoRA divides its scale by the rank without making up for it.
+          const factor = method === 'increlora' && preset === 'paper' ? module.scale / before[i].scale : 1;
+          const reserve = method === 'increlora' && preset === 'paper' ? 1e-4 : 1e-6;
+          for (const [j, value] of updateOf(module).entries())
+            expect(Math.abs(value - factor * before[i].update[j])).toBeLessThan(reserve * Math.max(1, scale));
+        }
+        await problem.step(t);
+      }
+      if (preset === 'best') expect(problem.ranks.reduce((sum, rank) => sum + rank, 0)).toBe(16);
+    }
+  });
+
+  it.each(['increlora', 'triadaptlora'] as const)('%s goes on from a saved state as if it had not stopped', async (method) => {
+    for (const preset of ['best', 'paper'] as const) {
+      const [whole, first, second] = [0, 1, 2].map(() => new Planted(method, 2, 40, preset));
+      for (let t = 1; t <= 40; t++) await whole.step(t);
+      for (let t = 1; t <= 23; t++) await first.step(t);
+      for (const [i, { parameters, rank, scale }] of first.modules.entries()) {
+        second.modules[i].rank = rank;
+        second.modules[i].scale = scale;
+        for (const [key, parameter] of parameters) second.modules[i].parameters.set(key, parameter.resized(parameter.shape));
+      }
+      second.schedule.restore(JSON.parse(JSON.stringify(first.schedule.state())));
+      for (let t = 24; t <= 40; t++) await second.step(t);
+      expect(second.ranks).toEqual(whole.ranks);
+      expect(second.modules.map((module) => [...updateOf(module)])).toEqual(whole.modules.map((module) => [...updateOf(module)]));
+    }
+  });
+
+  it('get what they are worth, and the last what is left', () => {
+    const modules = ['a', 'b', 'c', 'd'].map((name) => moduleOf(name, 8, 8));
+    const options = {
+      ranks: new Map(modules.map(({ name }) => [name, 1])),
+      most: 2,
+      each: 2,
+      score: ({ name }: TrainedModule) => ({ a: 0.5, b: 0.4, c: 0.4, d: 0.1 })[name]!,
+    };
+    const named = (grown: ReadonlyMap<TrainedModule, number>) => [...grown].map(([{ name }, count]) => `${name}${count}`);
+    expect(named(grownExactly(modules, { ...options, budget: spendable({ kind: 'r', amount: 2 }, modules) }))).toEqual([
+      'a2',
+      'b2',
+    ]);
+    expect(named(grownExactly(modules, { ...options, budget: spendable({ kind: 'r', amount: 1.75 }, modules) }))).toEqual([
+      'a2',
+      'b1',
+    ]);
+    expect(named(grownByThreshold(modules, options))).toEqual(['a2', 'b2', 'c2']);
+  });
+});
+
+it('a new component warms up from its own birth', () => {
+  const factors = [400, 450, 500, 700, 1000].map((step) => restartFactor(step, 400, 100, 1000));
+  for (const [i, expected] of [0, 0.5, 1, 0.6, 0].entries()) expect(factors[i]).toBeCloseTo(expected, 12);
+});
+
+it('the published score of increlora is what the update and its gradient have in common', () => {
+  expect(updateSensitivity([0.2, -0.1, 0, 0.4, 0, 0.1], [1, 2, 3, -1, 1, 2])).toBeCloseTo(0.408248, 6);
+});
+
+it('triadaptlora grows more layers the later it is', () => {
+  const parts = [200, 350, 600, 1000].map((t) => (t - 100) / 1000);
+  expect(parts.map((part) => growingLayers('linear', 48, part))).toEqual([4, 12, 24, 43]);
+  expect(parts.map((part) => growingLayers('exponential', 48, part))).toEqual([1, 2, 6, 32]);
+  expect(growingLayers('linear', 48, 1, 6)).toBe(6);
+  expect(growingLayers('linear', 48, 0, 6)).toBe(1);
+});
+
+it('lamda freezes the columns of B one after the other, and leaves A alone', async () => {
+  expect([0, 3, 4, 15, 29, 30, 40].map((t) => frozenColumns(t, 8, 30))).toEqual([0, 0, 1, 4, 7, 8, 8]);
+  const modules = [moduleOf('a', 5, 7)];
+  const start = {
+    ranks: new Map([['a', 3]]),
+    loraA: () => normal(21, 1, 1, 'a'),
+    loraB: () => normal(15, 1, 1, 'b'),
+  };
+  const schedule = lamda({ steps: 10, budget: spendable({ kind: 'r', amount: 3 }, modules), preset: 'best', seed: 0, start });
+  schedule.init(modules);
+  expect(modules[0].scale).toBeCloseTo(16 / 3, 12);
+  expect(updateOf(modules[0]).every((value) => value === 0)).toBe(true);
+  const [a, b, core] = ['loraA', 'loraB', 'core'].map((key) => modules[0].parameters.get(key)!);
+  const [atStart, columns] = [a.values.slice(), (k: number) => [0, 1, 2, 3, 4].map((i) => b.values[i * 3 + k])];
+  for (let t = 1; t <= 10; t++) {
+    for (const { gradient } of [a, b, core]) gradient.fill(1);
+    schedule.before(t, modules);
+    const kept = [0, 1, 2].map(columns);
+    for (const parameter of [a, b, core]) parameter.update(t, 0.1);
+    const frozen = frozenColumns(t - 1, 3, 3);
+    for (const k of [0, 1, 2]) {
+      if (k < frozen) expect(columns(k)).toEqual(kept[k]);
+      else expect(columns(k)).not.toEqual(kept[k]);
+    }
+    schedule.after(t, modules);
+  }
+  expect(a.values).toEqual(atStart);
+  expect(core.values.every((value) => value < 0)).toBe(true);
 });
 
 it('adalora refuses a run too short to cut, and a budget beyond full rank', () => {

@@ -93,7 +93,6 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
   return {
     form: 'svd',
     regulariser: REGULARISER,
-    needsWeightGradient: false,
     learningRate: 5e-4,
     finalFrom: end,
     trace,

@@ -20,6 +20,8 @@ export function normal(length: number, spread: number, seed: number, name: strin
 }
 
 /** Puts a new tensor among those of a layer. */
-export function place(module: TrainedModule, name: string, shape: readonly number[], values: Float32Array): void {
-  module.parameters.set(name, new Parameter(shape, values));
+export function place(module: TrainedModule, name: string, shape: readonly number[], values: Float32Array, frozen = false): void {
+  const parameter = new Parameter(shape, values);
+  if (frozen) parameter.frozen = new Uint8Array(values.length).fill(1);
+  module.parameters.set(name, parameter);
 }

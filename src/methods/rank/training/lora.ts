@@ -3,16 +3,15 @@ import { RecipeError } from '../../../errors.ts';
 import { uniformRank } from '../rank-budget.ts';
 import { kaimingUniform, place } from './initial.ts';
 import type { ScheduleOptions } from './options.ts';
-import type { TrainedModule, TrainingSchedule } from './schedule.ts';
+import type { TrainedFactors, TrainedModule, TrainingSchedule } from './schedule.ts';
 
-/** Scale is this over the root of the rank, unless it is given (adapters.md, section 7). */
+/** Scale is this over the root of the rank, unless it is given or the factors are parts of the weight (adapters.md, section 7). */
 const SCALE = 32;
 
 export function lora({ budget, seed, scale, start }: ScheduleOptions): TrainingSchedule {
   return {
     form: 'lora',
     regulariser: 0,
-    needsWeightGradient: false,
     learningRate: 2e-4,
     finalFrom: 0,
     trace: [],
@@ -27,11 +26,17 @@ export function lora({ budget, seed, scale, start }: ScheduleOptions): TrainingS
       for (const module of modules) {
         const { name, outFeatures: m, inFeatures: n } = module;
         module.rank = Math.min(start?.ranks.get(name) ?? rank, m, n);
-        module.scale = scale ?? SCALE / Math.sqrt(Math.max(1, rank));
+        module.scale = scale ?? (start?.subtracted ? 1 : SCALE / Math.sqrt(Math.max(1, rank)));
         const loraA = start?.loraA?.(name, module.rank) ?? kaimingUniform(module.rank, n, seed, `${name} loraA`);
         place(module, 'loraA', [module.rank, n], loraA);
         const loraB = start?.loraB?.(name, module.rank).map((value) => value / module.scale);
         place(module, 'loraB', [m, module.rank], loraB ?? new Float32Array(m * module.rank));
+        if (start?.subtracted) {
+          place(module, 'initialA', [module.rank, n], loraA.slice(), true);
+          place(module, 'initialB', [m, module.rank], loraB!.slice(), true);
+        }
+        // A layer without components is not in the adapter, and so stays as it is.
+        if (start?.magnitude && module.rank > 0) place(module, 'magnitude', [m], start.magnitude(name));
       }
     },
     before() {},
@@ -43,8 +48,23 @@ export function lora({ budget, seed, scale, start }: ScheduleOptions): TrainingS
   };
 }
 
-/** A and s B. */
-export function loraFactors({ rank, scale, parameters }: TrainedModule) {
-  const [a, b] = ['loraA', 'loraB'].map((key) => parameters.get(key)!.values);
-  return { rank, loraA: a.slice(), loraB: b.map((value) => scale * value) };
+/** A and s B; where a start was taken from the weight, it is taken from the update by as many components again. */
+function loraFactors({ rank, scale, parameters, outFeatures: m }: TrainedModule): TrainedFactors {
+  const [a, b, initialA, initialB, magnitude] = ['loraA', 'loraB', 'initialA', 'initialB', 'magnitude'].map(
+    (key) => parameters.get(key)?.values,
+  );
+  const scaled = b!.map((value) => scale * value);
+  if (!initialA || !initialB)
+    return { rank, loraA: a!.slice(), loraB: scaled, ...(magnitude ? { magnitude: magnitude.slice() } : {}) };
+  const loraA = new Float32Array(2 * a!.length);
+  loraA.set(a!);
+  loraA.set(initialA, a!.length);
+  const loraB = new Float32Array(2 * scaled.length);
+  for (let i = 0; i < m; i++) {
+    for (let k = 0; k < rank; k++) {
+      loraB[i * 2 * rank + k] = scaled[i * rank + k];
+      loraB[i * 2 * rank + rank + k] = -scale * initialB[i * rank + k];
+    }
+  }
+  return { rank: 2 * rank, loraA, loraB };
 }

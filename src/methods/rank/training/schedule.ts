@@ -1,4 +1,5 @@
 /** What a method does while an adapter is trained: score, grow, mask and freeze, around the optimizer's step (adapters.md, sections 3 and 8). */
+import type { Blas } from '../../../compute/blas.ts';
 import type { Parameter } from '../../../compute/optim/parameter.ts';
 
 /**
@@ -22,15 +23,15 @@ export interface TrainedModule {
   /** R: components that exist, masked ones included. */
   rank: number;
   readonly parameters: Map<string, Parameter>;
-  /**
-   * Where the schedule asked for it (`probes`): P_B^T (dL/dW) P_A of this step, (k, k), from `probe.left` P_B (m, k) and `probe.right` P_A (n, k).
-   * The trainer fills it before `before` is called.
-   */
-  probe?:
-    | { readonly left: Float32Array; readonly right: Float32Array; readonly size: number; readonly gradient: Float32Array }
-    | undefined;
-  /** Where the schedule `needsWeightGradient`: dL/dW of this step, (m, n). */
-  weightGradient?: Float32Array | undefined;
+}
+
+/** What a layer's parameters come to. */
+export interface TrainedFactors {
+  readonly rank: number;
+  readonly loraA: Float32Array;
+  readonly loraB: Float32Array;
+  /** Length of each row of the updated weight, where it is trained. */
+  readonly magnitude?: Float32Array;
 }
 
 /** A line of the plan's trace. */
@@ -46,24 +47,25 @@ export interface TrainingSchedule {
   readonly form: AdapterForm;
   /** Weight of the orthogonality of loraA's rows and loraB's columns in the loss; 0: none. */
   readonly regulariser: number;
-  readonly needsWeightGradient: boolean;
   /** The rate it trains well at, unless the user gives another. */
   readonly learningRate: number;
   /** Makes the parameters of every module. */
   init(modules: readonly TrainedModule[]): void;
+  /** dL/dW of the coming step, (m, n), layer by layer as the backward pass reaches them; a step that is skipped never comes to `before`. */
+  observe?(module: TrainedModule, gradient: Float32Array, blas: Blas): Promise<void>;
   /** Before the optimizer's step; gradients include the regulariser's and are clipped. @param step from 1 */
   before(step: number, modules: readonly TrainedModule[]): void;
   /** After the optimizer's step. */
   after(step: number, modules: readonly TrainedModule[]): void;
-  /** Factor on the learning rate of a tensor, where the method has its own; undefined: the trainer's. */
-  rateFactor?(step: number, parameter: Parameter): number | undefined;
+  /** Factor on the learning rate of what came to be after the update `born`, where the method has its own; absent: the trainer's. */
+  rateFactor?(step: number, born: number): number;
   /** Active ranks now, by module name: what the plan reports and the budget counts. */
   ranks(modules: readonly TrainedModule[]): ReadonlyMap<string, number>;
   readonly trace: readonly TraceEntry[];
   /** From this step on the ranks are final: checkpoints from here on may be kept as the best. */
   readonly finalFrom: number;
   /** Update without its scale baked: loraA (r, n), loraB (m, r) with the scale in loraB; r may be 0. */
-  factors(module: TrainedModule): { readonly rank: number; readonly loraA: Float32Array; readonly loraB: Float32Array };
+  factors(module: TrainedModule): TrainedFactors;
   /** All that a stopped run needs besides the parameters, as plain JSON. */
   state(): unknown;
   restore(state: unknown): void;
