@@ -1,7 +1,7 @@
 /**
- * Adapters of equal size on a real model: perplexity on text that no run has seen, by method, budget and seed. The ranks of the first seed go
- * beside the table. `npx tsx bench/adapt.ts [--budgets 1,2] [--steps 150] [--seeds 3] [--methods uniform,eva,gora,adalora]`; writes
- * bench/results/adapt-<domain>.{json,md}. Needs the expert texts of ../shared.
+ * Adapters of equal size on a real model: perplexity on text that no run has seen, by method, budget and seed. The ranks of the first seed are a heat
+ * map below the table. `npx tsx bench/adapt.ts [--domain shakespeare] [--budgets 1,2] [--steps 150] [--seeds 3] [--methods uniform,uniform:pissa,...]`:
+ * what follows a method's name is an --init, or dora. Writes bench/results/adapt-<domain>.{json,md}. Needs the expert texts of ../shared.
  */
 import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -12,12 +12,16 @@ import { parseArgs } from 'node:util';
 import { adapt, adaptRecipe, evaluate } from '../src/index.ts';
 import { writeResults } from './results.ts';
 
+const METHODS = [
+  ...['uniform', 'uniform:dora', 'uniform:pissa', 'uniform:olora'],
+  ...['eva', 'gora', 'lamda++', 'adalora', 'increlora', 'triadaptlora'],
+];
 const { values } = parseArgs({
   options: {
     budgets: { type: 'string', default: '1,2' },
     steps: { type: 'string', default: '150' },
     seeds: { type: 'string', default: '3' },
-    methods: { type: 'string', default: 'uniform,eva,gora,adalora' },
+    methods: { type: 'string', default: METHODS.join() },
     domain: { type: 'string', default: 'shakespeare' },
   },
 });
@@ -30,11 +34,13 @@ const threads = availableParallelism();
 const machine = { device: 'cpu', threads, maxMemory: 2 ** 30 } as const;
 const evaluated = { ...machine, text: [unseen], sequenceLength: 128, accuracy: 'exact' } as const;
 const scratch = await mkdtemp(join(tmpdir(), 'pcomp-bench-adapt-'));
+const maps: string[] = [];
 const rows: Record<string, number | string>[] = [
   { method: 'base', budget: '-', parameters: 0, perplexity: (await evaluate(base, evaluated)).perplexity },
 ];
 for (const budget of values.budgets.split(',')) {
-  for (const method of values.methods.split(',')) {
+  for (const entry of values.methods.split(',')) {
+    const [method, variant] = entry.split(':');
     const found: number[] = [];
     const heldOut: number[] = [];
     let parameters = 0;
@@ -46,7 +52,7 @@ for (const budget of values.budgets.split(',')) {
         text: [training],
         budget: `pct=${budget}%`,
         method,
-        steps: values.steps,
+        ...(variant === 'dora' ? { dora: true } : variant ? { init: variant } : {}),
         batch: 8,
         sequenceLength: 128,
         seed,
@@ -61,11 +67,13 @@ for (const budget of values.budgets.split(',')) {
       found.push((await evaluate(base, { ...evaluated, adapter: output })).perplexity);
       heldOut.push(Math.exp(run!.heldOut.best));
       [parameters, seconds] = [used, seconds + run!.seconds];
-      if (seed === 0) ranks = modules.map(({ rank }) => rank);
+      if (seed > 0) continue;
+      ranks = modules.map(({ rank }) => rank);
+      maps.push(heatMap(`${entry}, ${budget} %`, modules));
     }
     const mean = (all: readonly number[]) => all.reduce((sum, value) => sum + value, 0) / all.length;
     rows.push({
-      method,
+      method: entry,
       budget: `${budget} %`,
       parameters,
       perplexity: mean(found),
@@ -83,4 +91,18 @@ await writeResults(
   `adapt-${values.domain}`,
   `npx tsx bench/adapt.ts --domain ${values.domain} --budgets ${values.budgets} --steps ${values.steps} --seeds ${values.seeds} --methods ${values.methods}`,
   rows,
+  maps,
 );
+
+/** Ranks by block and layer. */
+function heatMap(title: string, modules: readonly { readonly name: string; readonly rank: number }[]): string {
+  const split = modules.map(({ name, rank }) => {
+    const [, block, layer] = /\.(\d+)\.(?:.*\.)?([^.]+)$/.exec(name)!;
+    return { block, layer, rank };
+  });
+  const layers = [...new Set(split.map(({ layer }) => layer))];
+  const lines = [...new Set(split.map(({ block }) => block))].map((block) =>
+    [block, ...layers.map((layer) => split.find((one) => one.block === block && one.layer === layer)?.rank ?? '')].join(' | '),
+  );
+  return `Ranks of ${title}:\n\n| block | ${layers.join(' | ')} |\n|${' --- |'.repeat(layers.length + 1)}\n${lines.map((line) => `| ${line} |`).join('\n')}`;
+}
