@@ -20,11 +20,17 @@ export function adaptConvertCommand(signal: AbortSignal): Command {
     .argument('<adapter>', 'folder of a PEFT LoRA or AdaLoRA, or of an IncreLoRA, TriAdaptLoRA or LaMDA with adapter_config.json')
     .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite')
     .addOption(
-      new Option('--to <form>', 'plain LoRA at unit scale, the same at one rank, or the base with the adapter folded in')
+      new Option(
+        '--to <form>',
+        'plain LoRA at unit scale, the same at one rank, the base with the adapter folded in, or an ONNX artifact with it beside: in the file, or as inputs',
+      )
         .choices([...CONVERSIONS])
         .makeOptionMandatory(),
     )
-    .option('--base <model>', 'the model it is of: needed by merged; else the adapter is checked against it')
+    .option(
+      '--base <model>',
+      'the model it is of, for onnx and onnx-inputs an artifact: needed by these and merged; else the adapter is checked against it',
+    )
     .option('--overwrite', 'replace an existing output')
     .addOption(jsonOption())
     .addOption(quietOption())

@@ -1,8 +1,9 @@
 /** `adapt convert`: an adapter in another form: plain factors at unit scale, padded to one rank, or folded into its base. */
 import { createHash } from 'node:crypto';
 import { basename, join, resolve } from 'node:path';
+import { writeWithAdapter } from './adapt-onnx.ts';
 import { type AdapterContents, readAdapterFolder } from './artifacts/adapter-reader.ts';
-import { hashFolder, writeJson } from './artifacts/manifest.ts';
+import { type HashedFile, hashFolder, writeJson } from './artifacts/manifest.ts';
 import { ADAPTER_CONFIG, placesOf } from './artifacts/merge/merge-input.ts';
 import { openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
@@ -13,12 +14,12 @@ import { mergeRecipe } from './merge-recipe.ts';
 import { packageVersion } from './package-root.ts';
 import type { RunHooks } from './run.ts';
 
-export const CONVERSIONS = ['peft', 'peft-padded', 'merged'] as const;
+export const CONVERSIONS = ['peft', 'peft-padded', 'merged', 'onnx', 'onnx-inputs'] as const;
 
 /** The form that is wanted, and how. */
 export interface ConvertRequest {
   readonly to: (typeof CONVERSIONS)[number];
-  /** The model that the adapter is of: needed to fold it in; else the adapter is checked against it. */
+  /** The model that the adapter is of: needed to fold it in, or to go beside it; else the adapter is checked against it. */
   readonly base?: string;
   readonly overwrite: boolean;
   readonly threads: number;
@@ -61,16 +62,22 @@ export async function convertAdapter(
     await merge([path], output, recipe, { overwrite, resume: false, dryRun: false }, hooks);
     return { to, output };
   }
+  if (to.startsWith('onnx') && base === undefined)
+    throw new RecipeError(`--base: --to ${to} needs the ONNX artifact that the adapter goes beside`);
   const contents = await readContents(path, base);
   const recipe = { adapter: basename(resolve(path)), to, ...(base === undefined ? {} : { base: basename(resolve(base)) }) };
-  const inputs = await hashFolder(path);
+  const inputs: Record<string, HashedFile> = await hashFolder(path);
+  if (to.startsWith('onnx')) for (const [name, file] of Object.entries(await hashFolder(base!))) inputs[`base/${name}`] = file;
   const recipeHash = createHash('sha256')
     .update(JSON.stringify([recipe, inputs, packageVersion()]))
     .digest('hex');
   await using folder = await OutputFolder.open({ path: output, overwrite, resume: false, recipeHash });
   const most = Math.max(...contents.modules.map(({ rank }) => rank));
-  const modules = to === 'peft' ? contents.modules : contents.modules.map((module) => ({ ...module, ...padded(module, most) }));
-  await writeAdapter(folder.artifactPath, { ...contents, base: contents.base ?? recipe.base ?? '', modules });
+  const modules =
+    to === 'peft-padded' ? contents.modules.map((module) => ({ ...module, ...padded(module, most) })) : contents.modules;
+  if (to === 'onnx' || to === 'onnx-inputs')
+    await writeWithAdapter(base!, contents, folder.artifactPath, to === 'onnx' ? 'constants' : 'inputs');
+  else await writeAdapter(folder.artifactPath, { ...contents, base: contents.base ?? recipe.base ?? '', modules });
   await writeJson(join(folder.artifactPath, 'pcomp.json'), {
     format: 1,
     command: 'adapt convert',

@@ -1,5 +1,6 @@
 /** `evaluate`: perplexity, size and speed of a model or artifact on text; against an original also KL and top-1 agreement. */
 
+import { readAdapterFeeds } from './adapt-onnx.ts';
 import { withAdapter } from './adapter-weights.ts';
 import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
 import { parseTextFile, readText } from './calibration/text.ts';
@@ -65,8 +66,6 @@ export async function evaluate(path: string, options: EvaluateOptions, hooks: Ru
   if (options.accuracy === 'fast' && source.onnxPath === undefined) {
     throw new RecipeError(`--accuracy fast: ${path} is no ONNX artifact; a ${source.kind} is evaluated with --accuracy exact`);
   }
-  if (options.accuracy === 'fast' && options.adapter !== undefined)
-    throw new RecipeError(`--adapter ${options.adapter}: is applied to decoded weights, with --accuracy exact`);
   await using original = options.against === undefined ? undefined : await openModelSource(options.against);
   if (original !== undefined && original.model.shape.vocabSize !== source.model.shape.vocabSize) {
     const sizes = `${source.model.shape.vocabSize} and ${original.model.shape.vocabSize}`;
@@ -89,10 +88,13 @@ export async function evaluate(path: string, options: EvaluateOptions, hooks: Ru
   const ramBytes = original === undefined ? options.maxMemory : options.maxMemory / 2;
   const open = (from: Pick<ModelSource, 'model' | 'weights' | 'path'>): Promise<LogitsSource> =>
     openLogits(from, { engine, blas, windows, hooks, ramBytes });
-  const weights = options.adapter === undefined ? source.weights : await withAdapter(source, options.adapter, blas);
+  const { adapter, accuracy } = options;
+  const fast = accuracy === 'fast' && adapter !== undefined;
+  const weights = adapter === undefined || fast ? source.weights : await withAdapter(source, adapter, blas);
+  const fed = fast ? { adapter: { path: adapter, feeds: await readAdapterFeeds(adapter) } } : {};
   await using own =
     options.accuracy === 'fast' && source.onnxPath !== undefined
-      ? await ArtifactLogits.open({ model: source.model, engine, windows, hooks, onnxPath: source.onnxPath })
+      ? await ArtifactLogits.open({ model: source.model, engine, windows, hooks, onnxPath: source.onnxPath, ...fed })
       : await open({ ...source, weights });
   await using reference = original === undefined ? undefined : await open(original);
 

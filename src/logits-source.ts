@@ -1,11 +1,14 @@
 /** Logits of a model over windows of tokens, whoever computes them: blocks on the engine, or an ONNX artifact as a runtime runs it. */
 
+import type { AdapterFeed } from './artifacts/onnx/attach-adapter.ts';
+import { branchNames } from './artifacts/onnx/linear-initializers.ts';
 import { BlockRunner, DEFAULT_BATCH_TOKENS } from './calibration/block-runner.ts';
 import { embedTokens } from './calibration/embed.ts';
 import { HiddenStates, type HiddenWindow } from './calibration/hidden-states.ts';
 import { Spool } from './calibration/state-store.ts';
 import type { Blas, Matrix } from './compute/blas.ts';
 import type { Engine, NdArray, Program } from './compute/engine.ts';
+import { RecipeError } from './errors.ts';
 import type { Model, WeightReader } from './model/model.ts';
 import { OutputHead } from './output-head.ts';
 import type { RunHooks } from './run.ts';
@@ -102,19 +105,54 @@ function* slices(window: HiddenWindow, columns: number, rowsAtOnce: number): Gen
   }
 }
 
+/** Where the ONNX file is, and an adapter for its inputs. */
+export interface ArtifactLogitsOptions extends LogitsOptions {
+  readonly onnxPath: string;
+  readonly adapter?: { readonly path: string; readonly feeds: readonly AdapterFeed[] };
+}
+
+/** Feeds of the inputs that take an adapter: its own factors, of rank 0 where it has none. */
+function factorFeeds({ model, onnxPath, adapter }: ArtifactLogitsOptions, inputs: readonly string[]): Record<string, NdArray> {
+  const feeds: Record<string, NdArray> = {};
+  for (const { name, outFeatures, inFeatures } of model.blocks.flatMap(({ sites }) => sites)) {
+    const { down, up } = branchNames(name);
+    if (!inputs.includes(down)) continue;
+    feeds[down] = { dtype: 'F32', shape: [inFeatures, 0], data: new Float32Array() };
+    feeds[up] = { dtype: 'F32', shape: [0, outFeatures], data: new Float32Array() };
+  }
+  for (const { name, shape, data } of adapter?.feeds ?? []) {
+    if (!feeds[name])
+      throw new RecipeError(
+        `--adapter ${adapter!.path}: ${onnxPath} has no input "${name}"; adapt convert --to onnx-inputs makes them, --accuracy exact needs none`,
+      );
+    feeds[name] = { dtype: 'F32', shape, data };
+  }
+  return feeds;
+}
+
 /** The ONNX file as it is, one window a run, from an empty cache. */
 export class ArtifactLogits implements LogitsSource {
   seconds = 0;
   readonly #options: LogitsOptions;
   readonly #program: Program;
+  readonly #factors: Record<string, NdArray>;
 
-  private constructor(options: LogitsOptions, program: Program) {
+  private constructor(options: LogitsOptions, program: Program, factors: Record<string, NdArray>) {
     this.#options = options;
     this.#program = program;
+    this.#factors = factors;
   }
 
-  static async open(options: LogitsOptions & { readonly onnxPath: string }): Promise<ArtifactLogits> {
-    return new ArtifactLogits(options, await options.engine.open(options.onnxPath));
+  /** Throws RecipeError for an adapter that the artifact has no inputs for. */
+  static async open(options: ArtifactLogitsOptions): Promise<ArtifactLogits> {
+    const { engine, onnxPath } = options;
+    const program = await engine.open(onnxPath);
+    try {
+      return new ArtifactLogits(options, program, factorFeeds(options, program.inputNames));
+    } catch (error) {
+      await program[Symbol.asyncDispose]();
+      throw error;
+    }
   }
 
   async *rows(rowsAtOnce: number): AsyncGenerator<LogitRows> {
@@ -124,7 +162,7 @@ export class ArtifactLogits implements LogitsSource {
       hooks.signal?.throwIfAborted();
       const ids = windows[windowIndex];
       const from = performance.now();
-      const { logits } = await this.#program.run(promptFeeds(model, ids), { outputs: ['logits'] });
+      const { logits } = await this.#program.run({ ...promptFeeds(model, ids), ...this.#factors }, { outputs: ['logits'] });
       this.seconds += (performance.now() - from) / 1000;
       hooks.progress?.({ phase: 'artifact', done: windowIndex + 1, total: windows.length });
       for (let start = 0; start < ids.length; start += rowsAtOnce) {

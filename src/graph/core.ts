@@ -32,6 +32,11 @@ const OPSETS: readonly (readonly [string, number])[] = [
   ['', 21],
   ['com.microsoft', 1],
 ];
+/** `model.layers.0.mlp` -> `model/layers.0/mlp`, as it begins the names of nodes. */
+export function scopePath(module: string): string {
+  return module.replace(/\.(?!\d)/g, '/');
+}
+
 /** Constants up to this many elements carry their values in their name. */
 const NAMED_ELEMENTS = 8;
 
@@ -60,7 +65,7 @@ export class GraphCore {
    * `/model/layers.0/MatMul`. Scopes nest.
    */
   scope<T>(path: string, body: () => T): T {
-    this.#scopes.push(path.replace(/\.(?!\d)/g, '/'));
+    this.#scopes.push(scopePath(path));
     try {
       return body();
     } finally {
