@@ -82,6 +82,11 @@ export function mergeCommand(signal: AbortSignal): Command {
       '--energy <part>',
       'with --extract-lora: as many directions as hold this part of the squared change (default: 1, all)',
     )
+    .option(
+      '--tokenizer <whose>',
+      `tokens of the result: base (all models must have the same), union, or the label of an expert (default: ${D.tokenizer})`,
+    )
+    .option('--pad-vocab <rows>', 'rows of the embedding in a multiple of this')
     .option('--untie', 'store the output head apart, where the base ties it to the embedding')
     .option('--allow-nonfinite', 'let NaN and infinities through')
     .addOption(new Option('--compat <tool>', "that tool's results where pcomp differs on purpose").choices(['mergekit']))

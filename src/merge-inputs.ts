@@ -23,6 +23,7 @@ import type { TensorOrigin } from './artifacts/merge/tensor-origin.ts';
 import { alignHeads, headOf, type TiedHead } from './artifacts/merge/tied-head.ts';
 import { RecipeError, UnsupportedError } from './errors.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import { type VocabularyReport, withOneVocabulary } from './merge-vocabulary.ts';
 import { openMergekitInputs } from './mergekit-inputs.ts';
 import type { TensorRole } from './methods/merge/merger.ts';
 
@@ -57,6 +58,8 @@ export interface MergeInputs extends AsyncDisposable {
   /** In the template's order. */
   readonly outputs: readonly OutputTensor[];
   readonly notes: readonly string[];
+  /** How the vocabularies came to be one, where they were not. */
+  readonly vocabulary?: VocabularyReport;
 }
 
 const FLOATS: ReadonlySet<DType> = new Set(['F64', 'F32', 'F16', 'BF16']);
@@ -70,16 +73,53 @@ export async function openMergeInputs(expertPaths: readonly string[], recipe: Me
   try {
     if (recipe.mergekit) {
       if (expertPaths.length > 0) throw new RecipeError(`${expertPaths[0]}: --config names the models; leave them out here`);
-      const { experts, base, tokenizer } = await openMergekitInputs(recipe.mergekit, opened);
-      const inputs = await describe(experts, base, recipe);
-      return { ...inputs, ...(tokenizer ? { folder: folderOf(tokenizer) } : {}), [Symbol.asyncDispose]: close };
+      const { experts, base } = await openMergekitInputs(recipe.mergekit, opened);
+      return await checked(experts, base, recipe, close);
     }
     const experts = await openExperts(expertPaths, opened);
     const base = recipe.base === undefined ? undefined : await openBase(recipe.base);
     if (base) opened.push(base);
-    return { ...(await describe(experts, base, recipe)), [Symbol.asyncDispose]: close };
+    return await checked(experts, base, recipe, close);
   } catch (error) {
     await close();
+    throw error;
+  }
+}
+
+async function checked(
+  experts: readonly MergeInput[],
+  base: MergeInput | undefined,
+  recipe: MergeRecipe,
+  close: () => Promise<void>,
+): Promise<MergeInputs> {
+  const alike = recipe.tokenizer === 'base' && recipe.padVocab === 1;
+  if (alike) return { ...(await describe(experts, base, recipe)), [Symbol.asyncDispose]: close };
+  return await unified(experts, base, recipe, close);
+}
+
+/** As `describe`, of models whose embeddings and heads are in the order of one vocabulary. */
+async function unified(
+  experts: readonly MergeInput[],
+  base: MergeInput | undefined,
+  recipe: MergeRecipe,
+  close: () => Promise<void>,
+): Promise<MergeInputs> {
+  const { tokenizer: source, padVocab: multiple, calibration } = recipe;
+  const one = await withOneVocabulary(experts, base, { source, multiple, calibration });
+  try {
+    const inputs = await describe(one.experts, one.base, recipe, source !== 'base');
+    return {
+      ...inputs,
+      folder: one.folder,
+      vocabulary: one.report,
+      notes: [...one.notes, ...inputs.notes],
+      [Symbol.asyncDispose]: async () => {
+        await one.dispose();
+        await close();
+      },
+    };
+  } catch (error) {
+    await one.dispose();
     throw error;
   }
 }
@@ -108,6 +148,7 @@ async function describe(
   experts: readonly MergeInput[],
   base: MergeInput | undefined,
   recipe: MergeRecipe,
+  oneVocabulary = false,
 ): Promise<Omit<MergeInputs, typeof Symbol.asyncDispose>> {
   const adapter = experts.find((expert) => expert.adapter);
   if (!base && adapter)
@@ -119,7 +160,7 @@ async function describe(
   const notes: string[] = [];
   for (const { place, config: own } of experts) {
     if (own && config) requireSameConfig(place.path, own, config);
-    if (place.kind === 'folder') await requireSameVocabulary(place.path, folder);
+    if (place.kind === 'folder' && !oneVocabulary) await requireSameVocabulary(place.path, folder);
   }
   const head = await headOf(template, names, recipe.untie);
   const aligned = experts.map((input) => ({ input, ...align(input, template, head, recipe) }));
@@ -163,7 +204,7 @@ function align(input: MergeInput, template: MergeInput, head: TiedHead | undefin
     const own = origin.kind === 'stored' || origin.kind === 'added' ? input.tensors.tensors.get(origin.name) : undefined;
     if (own && info && own.shape.join() !== info.shape.join()) {
       throw new RecipeError(
-        `${place.path}: tensor ${quote(own.name)} is [${own.shape.join(', ')}], but the base's is [${info.shape.join(', ')}]; if the vocabulary has grown, bring all models to one vocabulary first`,
+        `${place.path}: tensor ${quote(own.name)} is [${own.shape.join(', ')}], but the base's is [${info.shape.join(', ')}]; if the vocabulary has grown, fold the adapter in first (adapt convert --to merged), and merge with --tokenizer union`,
       );
     }
   }

@@ -40,6 +40,10 @@ export interface MergeRecipe {
   readonly seed: number;
   readonly onMissing: (typeof ON_MISSING)[number];
   readonly onExtra: (typeof ON_EXTRA)[number];
+  /** Whose tokens the result has: `base` (all models must have the same), `union`, or a model by its label or, in a mergekit file, its path. */
+  readonly tokenizer: string;
+  /** Rows of the embedding are a multiple of it. */
+  readonly padVocab: number;
   /** Store the output head apart where the base ties it to the embedding. */
   readonly untie: boolean;
   /** Let NaN and infinities through. */
@@ -63,6 +67,8 @@ export const MERGE_DEFAULTS = {
   seed: 0,
   onMissing: 'error',
   onExtra: 'error',
+  tokenizer: 'base',
+  padVocab: 1,
   untie: false,
   allowNonfinite: false,
   card: true,
@@ -109,6 +115,8 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
     seed: integer('seed', all['seed'], 0, Number.MAX_SAFE_INTEGER),
     onMissing: oneOf('onMissing', all['onMissing'], ON_MISSING),
     onExtra: oneOf('onExtra', all['onExtra'], ON_EXTRA),
+    tokenizer: text('tokenizer', all['tokenizer']),
+    padVocab: integer('padVocab', all['padVocab'], 1, 65_536),
     untie: boolean('untie', all['untie']),
     allowNonfinite: boolean('allowNonfinite', all['allowNonfinite']),
     ...(all['compat'] === undefined ? {} : { compat: oneOf('compat', all['compat'], ['mergekit']) }),
@@ -125,11 +133,11 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
 /** The configuration says what these flags say, so they do not go together. */
 function fromMergekit(request: MergeRequest): MergeRequest {
   if (request.mergekit === undefined) return request;
-  const { method, base, dtype } = request.mergekit as MergekitConfig;
-  for (const key of ['method', 'base', 'dtype', 'weights', 'set', 'calibration', 'plan'] as const) {
+  const { method, base, dtype, vocabulary } = request.mergekit as MergekitConfig;
+  for (const key of ['method', 'base', 'dtype', 'tokenizer', 'padVocab', 'weights', 'set', 'calibration', 'plan'] as const) {
     if (request[key] !== undefined) throw new RecipeError(`${flag(key)}: has no place beside --config; write it into the file`);
   }
-  return dropUndefined({ ...request, method, base, dtype });
+  return dropUndefined({ ...request, method, base, dtype, ...vocabulary });
 }
 
 function methodName(written: string): string {

@@ -28,8 +28,8 @@ export interface MergekitConfig {
   /** `models` are one slice of all layers. */
   readonly slices: readonly MergekitSlice[];
   readonly parameters: MergekitParameters;
-  /** Model whose tokenizer the result has. */
-  readonly tokenizer?: string;
+  /** As the recipe has them: whose tokens the result has, and to what its rows are filled up. */
+  readonly vocabulary: { readonly tokenizer?: string; readonly padVocab?: number };
   /** The file, as it was read. */
   readonly text: string;
 }
@@ -65,6 +65,7 @@ export function parseMergekitConfig(where: string, raw: unknown, text: string): 
     'out_dtype',
     'parameters',
     'tokenizer_source',
+    'tokenizer',
   ]);
   const forms = ['models', 'slices'].filter((key) => top[key] !== undefined);
   if (forms.length !== 1) throw new RecipeError(`${where}: exactly one of models and slices is expected`);
@@ -82,14 +83,13 @@ export function parseMergekitConfig(where: string, raw: unknown, text: string): 
   const base = top['base_model'] === undefined ? undefined : modelPath(`${where}: base_model`, top['base_model']);
   const named = top['out_dtype'] ?? top['dtype'];
   const dtype = named === undefined ? undefined : readDtype(where, named);
-  const tokenizer = readTokenizer(where, top['tokenizer_source'], base);
   return {
     method,
     ...(base === undefined ? {} : { base }),
     ...(dtype === undefined ? {} : { dtype }),
     slices,
     parameters,
-    ...(tokenizer === undefined ? {} : { tokenizer }),
+    vocabulary: readVocabularyRules(where, top),
     text,
   };
 }
@@ -131,16 +131,25 @@ function readDtype(where: string, raw: unknown): 'f32' | 'f16' | 'bf16' {
   throw new RecipeError(`${where}: dtype ${JSON.stringify(raw)}: must be one of ${Object.keys(DTYPES).join(', ')}`);
 }
 
-/** All vocabularies must be equal, so whose tokenizer it is does not change a weight. */
-function readTokenizer(where: string, raw: unknown, base: string | undefined): string | undefined {
-  if (raw === undefined || raw === null) return undefined;
-  const source = string(`${where}: tokenizer_source`, raw);
-  if (source === 'union') {
+/** `tokenizer_source`, or the newer `tokenizer` with more to say. */
+function readVocabularyRules(
+  where: string,
+  { tokenizer_source: source, tokenizer }: Readonly<Record<string, unknown>>,
+): MergekitConfig['vocabulary'] {
+  if (tokenizer === undefined || tokenizer === null)
+    return source === undefined || source === null ? {} : { tokenizer: string(`${where}: tokenizer_source`, source) };
+  if (source !== undefined && source !== null)
+    throw new RecipeError(`${where}: tokenizer and tokenizer_source say the same; keep one of them`);
+  const given = mapping(`${where}: tokenizer`, tokenizer, ['source', 'pad_to_multiple_of']);
+  const multiple = given['pad_to_multiple_of'];
+  if (multiple !== undefined && multiple !== null && !(Number.isInteger(multiple) && (multiple as number) > 0))
     throw new RecipeError(
-      `${where}: tokenizer_source union: pcomp merges models of one vocabulary only; base, or one of the models`,
+      `${where}: tokenizer.pad_to_multiple_of ${JSON.stringify(multiple)}: a whole number above 0 is expected`,
     );
-  }
-  return source === 'base' ? base : source;
+  return {
+    ...(given['source'] === undefined ? {} : { tokenizer: string(`${where}: tokenizer.source`, given['source']) }),
+    ...(typeof multiple === 'number' ? { padVocab: multiple } : {}),
+  };
 }
 
 /** Local paths only: pcomp downloads nothing. */

@@ -13,8 +13,6 @@ export interface MergekitInputs {
   /** In the file's order. */
   readonly experts: readonly MergeInput[];
   readonly base: MergeInput | undefined;
-  /** Whose tokenizer the result has, where the file says. */
-  readonly tokenizer: MergeInput | undefined;
 }
 
 /** A slice with the base told from the experts. */
@@ -74,13 +72,7 @@ export async function openMergekitInputs(config: MergekitConfig, opened: MergeIn
   const base = bases.length === 0 ? undefined : await stack(bases, open);
   if (base?.adapter)
     throw new RecipeError(`--config: base_model ${base.place.path}: is an adapter; name the model that it was trained on`);
-  const tokenizer = config.tokenizer === undefined ? undefined : models.get(config.tokenizer);
-  if (config.tokenizer !== undefined && !tokenizer) {
-    throw new RecipeError(
-      `--config: tokenizer_source ${config.tokenizer}: is none of the models (${[...models.keys()].join(', ')})`,
-    );
-  }
-  return { experts: columns, base, tokenizer };
+  return { experts: columns, base };
 }
 
 function unused(stem: string, taken: readonly MergeInput[]): string {
@@ -132,11 +124,17 @@ function layerTypes(inputs: readonly MergeInput[], ranges: readonly LayerRange[]
 }
 
 /** As pcomp.json has it: without folders on the way to models. */
-export function portableMergekit({ text: _, base, slices, tokenizer, ...rest }: MergekitConfig): Record<string, unknown> {
+export function portableMergekit({
+  text: _,
+  base,
+  slices,
+  vocabulary: { tokenizer, ...vocabulary },
+  ...rest
+}: MergekitConfig): Record<string, unknown> {
   return {
     ...rest,
     ...(base === undefined ? {} : { base: basename(base) }),
-    ...(tokenizer === undefined ? {} : { tokenizer: basename(tokenizer) }),
+    vocabulary: { ...vocabulary, ...(tokenizer === undefined ? {} : { tokenizer: basename(tokenizer) }) },
     slices: slices.map(({ sources, parameters }) => ({
       sources: sources.map((source) => ({ ...source, model: basename(source.model) })),
       parameters,

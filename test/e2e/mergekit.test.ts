@@ -110,7 +110,10 @@ describe('what cannot be followed', () => {
     ],
     ['models: [{model: math, parameters: {wight: 1}}]\nmerge_method: linear', /wight: linear has no such parameter/],
     ['models: [{model: nowhere}]\nmerge_method: linear', /nowhere: no such file or folder/],
-    ['models: [{model: math}]\nmerge_method: linear\ntokenizer_source: code', /tokenizer_source code: is none of the models/],
+    [
+      'models: [{model: math}]\nmerge_method: linear\ntokenizer_source: code',
+      /--tokenizer code: is neither union nor one of the models \(math\)/,
+    ],
     ['models: [', /is not YAML/],
   ])('%s', async (yaml, message) => {
     const { code: exit, stderr } = await merge('refused', yaml);

@@ -132,7 +132,7 @@ function checkShape({ path }: NamedTensors, base: TensorInfo, own: TensorInfo): 
   const rows = own.shape.slice(1).join() === base.shape.slice(1).join() && base.shape.length === own.shape.length;
   throw new RecipeError(
     `${path}: tensor ${quote(own.name)} is [${own.shape.join(', ')}], but the base's is [${base.shape.join(', ')}]. ` +
-      `Experts of one base have its shapes${rows ? '; if the vocabulary has grown, bring all models to one vocabulary first' : ''}.`,
+      `Experts of one base have its shapes${rows ? '; if the vocabulary has grown, --tokenizer union brings all models to one' : ''}.`,
   );
 }
 

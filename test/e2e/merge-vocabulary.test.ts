@@ -1,0 +1,206 @@
+/** `merge --tokenizer`: models whose vocabularies have grown apart, against rows put together by hand. */
+import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { loadTokenizer } from '../../src/calibration/tokenizer.ts';
+import { evaluate } from '../../src/evaluate.ts';
+import { saveCheckpoint } from '../support/checkpoint-folder.ts';
+import { nudged, readWeights, saveFolder, weightsOf } from '../support/merge-models.ts';
+import { runCli } from '../support/run-cli.ts';
+import { scratchFolder } from '../support/scratch-folder.ts';
+import { tinyLlama } from '../support/tiny-models.ts';
+
+const fixture = (path: string) => fileURLToPath(new URL(`../../fixtures/lab/${path}`, import.meta.url));
+const scratch = scratchFolder();
+const cwd = scratch.path;
+const at = (...parts: string[]) => join(cwd, ...parts);
+const EMBEDDING = 'model.embed_tokens.weight';
+const HEAD = 'lm_head.weight';
+
+type Weights = ReturnType<typeof weightsOf>;
+const settings = { vocab_size: 2048, hidden_size: 32, tie_word_embeddings: false, max_position_embeddings: 64 };
+const base = tinyLlama('base', settings, { dtype: 'F32' });
+const weights = { base: weightsOf(base) } as Record<'base' | 'chat' | 'tools', Weights>;
+/** Tokens that experts add, in the order of their ids from 2048 on, and their rows. */
+const ADDED = { chat: ['<|start|>', '<|end|>'], tools: ['<|end|>', '<tool>', ' prefab'] };
+const ROWS = { base: 2048, chat: 2056, tools: 2051 };
+
+/** More rows, of numbers that tell their place. */
+function grown(own: Weights, rows: number, seed: number): Weights {
+  return new Map(
+    [...own].map(([name, tensor]) => {
+      if (name !== EMBEDDING && name !== HEAD) return [name, tensor];
+      const [before, columns] = tensor.shape;
+      const values = new Float32Array(rows * columns);
+      values.set(tensor.values);
+      for (let i = before * columns; i < values.length; i++) values[i] = seed + i / values.length;
+      return [name, { ...tensor, shape: [rows, columns], values }];
+    }),
+  ) as Weights;
+}
+
+function saveTokenizer(name: string, added: readonly string[], ordinary: readonly string[] = []): void {
+  mkdirSync(at(name), { recursive: true });
+  const json = JSON.parse(readFileSync(fixture('base/tokenizer.json'), 'utf8')) as {
+    added_tokens: object[];
+    model: { vocab: Record<string, number> };
+  };
+  for (const [i, content] of added.entries()) {
+    json.added_tokens.push({
+      id: 2048 + i,
+      content,
+      single_word: false,
+      lstrip: false,
+      rstrip: false,
+      normalized: false,
+      special: true,
+    });
+  }
+  for (const [i, token] of ordinary.entries()) json.model.vocab[token] = 2048 + added.length + i;
+  writeFileSync(at(name, 'tokenizer.json'), JSON.stringify(json));
+  copyFileSync(fixture('base/tokenizer_config.json'), at(name, 'tokenizer_config.json'));
+}
+
+beforeAll(async () => {
+  weights.chat = grown(nudged(weights.base, 1), ROWS.chat, 1);
+  weights.tools = grown(nudged(weights.base, 2), ROWS.tools, 2);
+  await saveCheckpoint(at('base'), base, 1e9);
+  await saveFolder(at('chat'), weights.chat, { ...base.config, vocab_size: ROWS.chat });
+  await saveFolder(at('tools'), weights.tools, { ...base.config, vocab_size: ROWS.tools });
+  saveTokenizer('base', []);
+  saveTokenizer('chat', ADDED.chat);
+  saveTokenizer('tools', ADDED.tools.slice(0, 2), ['Ġprefab']);
+  writeFileSync(at('text.txt'), readFileSync(fixture('text/python.train.txt'), 'utf8').slice(0, 4000));
+}, 60_000);
+
+const merge = (output: string, ...args: string[]) =>
+  runCli(['merge', 'chat', 'tools', '-o', output, '--overwrite', ...args], { cwd });
+/** The row of a token in a model's table; undefined: it has none. */
+function row(model: 'base' | 'chat' | 'tools', tensor: string, token: string, id: number): Float32Array | undefined {
+  const { values, shape } = weights[model].get(tensor)!;
+  const place = id < 2048 ? id : model === 'base' ? -1 : ADDED[model].indexOf(token);
+  const at = id < 2048 ? id : 2048 + place;
+  return place < 0 ? undefined : values.subarray(at * shape[1], (at + 1) * shape[1]);
+}
+
+describe('--tokenizer union', () => {
+  const UNION = [' prefab', '<|start|>', '<|end|>', '<tool>'];
+
+  it('has the tokens of all, with the rows of who has them, merged by the method', async () => {
+    const { code, stderr } = await merge('union', '--base', 'base', '--method', 'task-arithmetic', '--tokenizer', 'union');
+    expect(code).toBe(0);
+    expect(stderr).toMatch(/4 tokens that the base lacks: "Ġprefab", "<\|start\|>", "<\|end\|>", "<tool>"/);
+    expect(stderr).toMatch(/chat lacks 2 tokens, whose rows are from tools/);
+    const merged = await readWeights(at('union'));
+    for (const tensor of [EMBEDDING, HEAD]) {
+      const { shape, values } = merged.get(tensor)!;
+      expect(shape).toEqual([2052, 32]);
+      for (const id of [0, 700, 2047, 2048, 2049, 2050, 2051]) {
+        const token = UNION[id - 2048] ?? '';
+        const owners = (['base', 'chat', 'tools'] as const).filter((model) => row(model, tensor, token, id));
+        // Who lacks it has the row of its only owner, or of the base, or the mean of its owners.
+        const from = owners[0] === 'base' ? ['base' as const] : owners;
+        const filled = Array.from({ length: 32 }, (_, j) =>
+          from.reduce((sum, model) => sum + row(model, tensor, token, id)![j] / from.length, 0),
+        );
+        const rowOf = (model: 'base' | 'chat' | 'tools') => row(model, tensor, token, id) ?? filled;
+        for (let j = 0; j < 32; j++) {
+          const expected = rowOf('base')[j] + (rowOf('chat')[j] - rowOf('base')[j]) + (rowOf('tools')[j] - rowOf('base')[j]);
+          expect(Math.abs(values[id * 32 + j] - expected)).toBeLessThan(1e-5);
+        }
+      }
+    }
+    expect(JSON.parse(readFileSync(at('union', 'config.json'), 'utf8'))).toMatchObject({ vocab_size: 2052 });
+    const manifest = JSON.parse(readFileSync(at('union', 'pcomp.json'), 'utf8')) as { vocabulary: object };
+    expect(manifest.vocabulary).toMatchObject({
+      source: 'union',
+      rows: 2052,
+      appended: [{ token: 'Ġprefab', from: 'tools' }, { token: '<|start|>', from: 'chat' }, { from: 'chat' }, { from: 'tools' }],
+      conflicts: [],
+    });
+  });
+
+  it('has a tokenizer that knows them, and text without them is cut as before', async () => {
+    const [before, after] = [await loadTokenizer(at('base'), 2048), await loadTokenizer(at('union'), 2052)];
+    const text = 'def hello(x): return x';
+    expect([...after.encode(text)]).toEqual([...before.encode(text)]);
+    expect([...after.encode('<|start|>a<|end|><tool>')].filter((id) => id >= 2048)).toEqual([2049, 2050, 2051]);
+    expect([...after.encode('a prefab')]).toContain(2048);
+    const measured = await evaluate(at('union'), {
+      text: [at('text.txt')],
+      sequenceLength: 32,
+      accuracy: 'exact',
+      device: 'cpu',
+      threads: 1,
+      maxMemory: 2 ** 30,
+    });
+    expect(Number.isFinite(measured.nll)).toBe(true);
+  });
+
+  it('fills up to a multiple with the mean of the rows that have a token, and keeps the padding of the base', async () => {
+    expect(
+      await runCli(
+        [
+          'merge',
+          'tools',
+          '--base',
+          'chat',
+          '--method',
+          'linear',
+          '--tokenizer',
+          'union',
+          '--pad-vocab',
+          '64',
+          '-o',
+          'padded',
+          '--quiet',
+        ],
+        { cwd },
+      ),
+    ).toMatchObject({ code: 0 });
+    const { shape, values } = (await readWeights(at('padded'))).get(EMBEDDING)!;
+    // chat: 2050 tokens in 2056 rows; tools adds two: 2058, in rows of 64.
+    expect(shape).toEqual([2112, 32]);
+    const padding = weights.chat.get(EMBEDDING)!.values.subarray(2053 * 32, 2054 * 32);
+    for (let j = 0; j < 32; j++) expect(Math.abs(values[2053 * 32 + j] - padding[j])).toBeLessThan(1e-6);
+    const tools = weights.tools.get(EMBEDDING)!.values;
+    const mean = Array.from({ length: 32 }, (_, j) => {
+      let sum = 0;
+      for (let i = 0; i < 2051; i++) sum += tools[i * 32 + j] / 2051;
+      return sum;
+    });
+    for (let j = 0; j < 32; j++) expect(Math.abs(values[2111 * 32 + j] - mean[j])).toBeLessThan(1e-4);
+  });
+
+  it('leaves no temporary file, and is what mergekit’s file asks for', async () => {
+    const temporary = () => readdirSync(tmpdir()).filter((name) => name.startsWith('pcomp-vocabulary-'));
+    const before = temporary();
+    writeFileSync(
+      at('union.yml'),
+      'merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: chat}, {model: tools}]\ntokenizer: {source: union}\n',
+    );
+    expect(await runCli(['merge', '--config', 'union.yml', '-o', 'by-file', '--quiet'], { cwd })).toMatchObject({ code: 0 });
+    const [one, two] = [await readWeights(at('union')), await readWeights(at('by-file'))];
+    for (const [name, { values }] of one) expect(two.get(name)!.values).toEqual(values);
+    expect(temporary()).toEqual(before);
+  });
+});
+
+it('--tokenizer of an expert has that expert’s tokens, and says what is left out', async () => {
+  const { code, stderr } = await merge('as-tools', '--base', 'base', '--method', 'linear', '--tokenizer', 'tools');
+  expect(code).toBe(0);
+  expect(stderr).toMatch(/1 tokens of chat are left out: "<\|start\|>"/);
+  expect((await readWeights(at('as-tools'))).get(EMBEDDING)!.shape).toEqual([2051, 32]);
+  expect(readFileSync(at('as-tools', 'tokenizer.json')).equals(readFileSync(at('tools', 'tokenizer.json')))).toBe(true);
+});
+
+it('without it, vocabularies must agree: the message says what brings them together', async () => {
+  const { code, stderr } = await merge('no', '--base', 'base', '--method', 'linear');
+  expect(code).toBe(2);
+  expect(stderr).toMatch(/2048 is "<\|start\|>", the base's nothing.*--tokenizer union/);
+  expect((await merge('no', '--base', 'base', '--method', 'linear', '--tokenizer', 'nobody')).stderr).toMatch(
+    /--tokenizer nobody: is neither union nor one of the models \(base, chat, tools\)/,
+  );
+});
