@@ -18,6 +18,8 @@ import { readMergekitConfig } from '../src/mergekit-config.ts';
 import { MERGERS } from '../src/methods/merge/index.ts';
 import { LEARNED } from '../src/methods/merge/learned.ts';
 import type { Merger, Parameter } from '../src/methods/merge/merger.ts';
+import { MOE } from '../src/methods/merge/moe/layouts.ts';
+import { GATES } from '../src/methods/merge/moe/router.ts';
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandModels } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
@@ -82,6 +84,10 @@ export function mergeCommand(signal: AbortSignal): Command {
       '--energy <part>',
       'with --extract-lora: as many directions as hold this part of the squared change (default: 1, all)',
     )
+    .option('--prompts <texts...>', 'moe: what each expert is for, label=FILE: a prompt a line, or .jsonl')
+    .option('--negative <texts...>', 'moe: prompts that an expert is not for, label=FILE')
+    .addOption(new Option('--gate <kind>', `moe: what routers are made of (default: ${D.gate})`).choices([...GATES]))
+    .option('--top-k <count>', `moe: experts of a token (default: ${D.topK})`)
     .option(
       '--tokenizer <whose>',
       `tokens of the result: base (all models must have the same), union, or the label of an expert (default: ${D.tokenizer})`,
@@ -195,7 +201,8 @@ function describeMethods(): string {
   const settings = Object.entries<Parameter>(LEARNED['expert-merging++'].parameters).map(
     ([key, { summary, default: value }]) => `    ${`${key}=${value}`.padEnd(20)} ${summary}`,
   );
-  return [applied, '\nLearned on --calibration:', ...learned, ...settings].join('\n');
+  const sparse = `  ${MOE.padEnd(18)} the experts' MLPs side by side behind routers from --prompts; the rest is the base's`;
+  return [applied, sparse, '\nLearned on --calibration:', ...learned, ...settings].join('\n');
 }
 
 function describe(outcome: MergeOutcome): string {

@@ -10,16 +10,31 @@ import type { MergeSchedule } from './merge-schedule.ts';
 import type { TensorResult } from './merge-tensor.ts';
 import { portableMergekit } from './mergekit-inputs.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
+import { MOE } from './methods/merge/moe/layouts.ts';
 import { packageVersion } from './package-root.ts';
 
 /** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
 export function portableRecipe(recipe: MergeRecipe, { base, experts }: MergeInputs): Record<string, unknown> {
-  const { threads: _, maxMemory: __, chosen: ___, base: ____, calibration, plan, mergekit, ...portable } = recipe;
+  const {
+    threads: _,
+    maxMemory: __,
+    chosen: ___,
+    base: ____,
+    calibration,
+    plan,
+    mergekit,
+    prompts,
+    negative,
+    ...portable
+  } = recipe;
+  const { gate, topK, ...dense } = portable;
+  const routed = { gate, topK, prompts: prompts.map(withoutFolders), negative: negative.map(withoutFolders) };
   return {
     ...(base ? { base: base.label } : {}),
     experts: experts.map(({ label }) => label),
-    ...portable,
+    ...dense,
     tokenizer: basename(portable.tokenizer),
+    ...(portable.method === MOE ? routed : {}),
     ...(calibration.length === 0 ? {} : { calibration: calibration.map(withoutFolders) }),
     ...(plan === undefined ? {} : { plan: basename(plan) }),
     ...(mergekit === undefined ? {} : { mergekit: portableMergekit(mergekit) }),

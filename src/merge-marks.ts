@@ -68,6 +68,12 @@ export async function markInputs(inputs: MergeInputs, recipe: MergeRecipe): Prom
     const { path } = parseTextFile(argument.slice(argument.indexOf('=') + 1));
     texts[`calibration/${i}/${basename(path)}`] = await hashGiven('--calibration', path);
   }
+  for (const flag of ['prompts', 'negative'] as const) {
+    for (const [i, argument] of recipe[flag].entries()) {
+      const { path } = parseTextFile(argument.slice(argument.indexOf('=') + 1));
+      texts[`${flag}/${i}/${basename(path)}`] = await hashGiven(`--${flag}`, path);
+    }
+  }
   if (recipe.plan !== undefined) {
     texts[`plan/${basename(recipe.plan)}`] = await hashGiven('--plan', recipe.plan);
     await requirePlannedInputs(recipe.plan, inputs, weights);

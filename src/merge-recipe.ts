@@ -3,6 +3,8 @@ import { RecipeError } from './errors.ts';
 import type { MergekitConfig } from './mergekit-config.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import { LEARNED, learnedOf } from './methods/merge/learned.ts';
+import { MOE } from './methods/merge/moe/layouts.ts';
+import { GATES, type Gate } from './methods/merge/moe/router.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, oneOf, text } from './recipe-fields.ts';
 
 export const MERGE_PRESETS = ['best', 'paper'] as const;
@@ -46,6 +48,13 @@ export interface MergeRecipe {
   readonly padVocab: number;
   /** Store the output head apart where the base ties it to the embedding. */
   readonly untie: boolean;
+  /** moe: prompts for each expert, `label=FILE`, and such that are not for it. */
+  readonly prompts: readonly string[];
+  readonly negative: readonly string[];
+  /** moe: what routers are made of. */
+  readonly gate: Gate;
+  /** moe: experts of a token. */
+  readonly topK: number;
   /** Let NaN and infinities through. */
   readonly allowNonfinite: boolean;
   readonly compat?: 'mergekit';
@@ -70,6 +79,10 @@ export const MERGE_DEFAULTS = {
   tokenizer: 'base',
   padVocab: 1,
   untie: false,
+  prompts: [],
+  negative: [],
+  gate: 'hidden',
+  topK: 2,
   allowNonfinite: false,
   card: true,
 } as const satisfies Partial<MergeRecipe>;
@@ -118,6 +131,10 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
     tokenizer: text('tokenizer', all['tokenizer']),
     padVocab: integer('padVocab', all['padVocab'], 1, 65_536),
     untie: boolean('untie', all['untie']),
+    prompts: list('prompts', all['prompts']),
+    negative: list('negative', all['negative']),
+    gate: oneOf('gate', all['gate'], GATES),
+    topK: integer('topK', all['topK'], 1, 65_536),
     allowNonfinite: boolean('allowNonfinite', all['allowNonfinite']),
     ...(all['compat'] === undefined ? {} : { compat: oneOf('compat', all['compat'], ['mergekit']) }),
     threads: integer('threads', all['threads'], 1, 1024),
@@ -126,7 +143,11 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   if (recipe.maxMemory < LEAST_MEMORY) {
     throw new RecipeError(`--max-memory ${recipe.maxMemory}: at least ${LEAST_MEMORY} bytes (64 MiB) are needed`);
   }
-  checkMethod(recipe);
+  if (recipe.method === MOE) checkSparse(recipe);
+  else checkMethod(recipe);
+  const own = (['prompts', 'negative', 'gate', 'topK'] as const).find((key) => given[key] !== undefined);
+  if (recipe.method !== MOE && own)
+    throw new RecipeError(`${flag(own)}: --method ${recipe.method} makes no routers; ${MOE} does`);
   return recipe;
 }
 
@@ -141,7 +162,39 @@ function fromMergekit(request: MergeRequest): MergeRequest {
 }
 
 function methodName(written: string): string {
+  if (written === MOE) return MOE;
   return (learnedOf(written) ?? mergerOf(written)).name;
+}
+
+/** A sparse model copies tensors: nothing of what weighs or changes them has a use. */
+function checkSparse({
+  base,
+  calibration,
+  plan,
+  weights,
+  set,
+  dtype,
+  compat,
+  gate,
+  prompts,
+  negative,
+  mergekit,
+}: MergeRecipe): void {
+  if (base === undefined) throw new RecipeError(`--base: ${MOE} needs the model whose attention and embeddings the result has`);
+  const [used] = [
+    ...(calibration.length > 0 ? ['--calibration'] : []),
+    ...(plan === undefined ? [] : ['--plan']),
+    ...(weights.length > 0 ? ['--weights'] : []),
+    ...(set.length > 0 ? ['--set'] : []),
+    ...(dtype === undefined ? [] : ['--dtype']),
+    ...(compat === undefined ? [] : ['--compat']),
+    ...(mergekit === undefined ? [] : ['--config']),
+  ];
+  if (used) throw new RecipeError(`${used}: --method ${MOE} copies tensors as they are`);
+  if (gate === 'random' && prompts.length + negative.length > 0)
+    throw new RecipeError('--gate random: reads no prompts; leave --prompts and --negative out');
+  if (gate !== 'random' && prompts.length === 0)
+    throw new RecipeError(`--prompts: ${MOE} makes routers from prompts; give label=FILE for each expert, or --gate random`);
 }
 
 /** What a method needs, and what it has no use for. */

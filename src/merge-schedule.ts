@@ -153,7 +153,7 @@ function dispositionOf(
 ): { disposition: Disposition; rule: string } {
   switch (made.by) {
     case 'copy':
-      return { disposition: 'copied', rule: made.input < labels.length ? `of ${labels[made.input]}` : 'of the base' };
+      return { disposition: 'copied', rule: ruleOf(made.input, labels) };
     case 'tie':
       return { disposition: 'tied', rule: `to ${made.like}` };
     case 'merge':
@@ -165,6 +165,12 @@ function dispositionOf(
     default:
       return made satisfies never;
   }
+}
+
+/** Experts come first, then the base, then what was made for the result. */
+function ruleOf(input: number, labels: readonly string[]): string {
+  if (input < labels.length) return `of ${labels[input]}`;
+  return input === labels.length ? 'of the base' : 'made';
 }
 
 interface JobParts {

@@ -17,10 +17,12 @@ import { markInputs } from './merge-marks.ts';
 import { openRunners, runJobs } from './merge-pool.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import { type MergeSchedule, matrixSeconds, scheduleMerge } from './merge-schedule.ts';
+import { sparseInputs } from './merge-sparse.ts';
 import { type MergeStatistics, measureStatistics } from './merge-statistics.ts';
 import type { TensorResult } from './merge-tensor.ts';
 import { mergerOf } from './methods/merge/index.ts';
 import { learnedOf } from './methods/merge/learned.ts';
+import { MOE } from './methods/merge/moe/layouts.ts';
 import type { OutputMode } from './quantize.ts';
 import type { RunHooks } from './run.ts';
 
@@ -62,7 +64,7 @@ const LONG_HOURS = 1;
 /** The default where the usual one would take longer: the mean of the experts, which needs no scale. */
 const QUICK = 'linear';
 
-/** What a plan is applied by is known when it is learned; until then, a method that reads everything once. */
+/** What a plan is applied by is known when it is learned; until then, and for a sparse model, which only copies: a method that reads everything once. */
 const PLACEHOLDER = 'task-arithmetic';
 
 /** Rounding loss above which the result's type is too coarse for the change. */
@@ -91,7 +93,9 @@ export async function merge(
   if (!mode.dryRun) {
     await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
   }
-  await using inputs = await openMergeInputs(expertPaths, asked);
+  await using opened = await openMergeInputs(expertPaths, asked);
+  await using sparse = asked.method === MOE ? await sparseInputs(opened, asked, hooks) : undefined;
+  const inputs = sparse?.inputs ?? opened;
   const recipe = affordable(inputs, asked, note);
   if (recipe.chosen === 'default' && recipe.plan === undefined)
     note(`merging by ${recipe.method}, the default ${defaultReason(recipe)}`);
@@ -99,7 +103,7 @@ export async function merge(
   const learned = learnedOf(recipe.method);
   // What is learned is settled by the plan: nothing is left for the method that applies it.
   const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
-  const expected = scheduleMerge(inputs, applied, mergerOf(learned ? PLACEHOLDER : recipe.method));
+  const expected = scheduleMerge(inputs, applied, mergerOf(learned || sparse ? PLACEHOLDER : recipe.method));
   if (learned) learnedValues(learned, recipe);
   if (mode.dryRun) {
     if (learned && recipe.plan === undefined)
@@ -113,13 +117,15 @@ export async function merge(
     const keep = () => output.keepForResume();
     const planned =
       learned && (await planMerge(learned, inputs, expected.jobs, recipe, output.partsPath, keep, { ...hooks, note }));
-    const method = learned ? undefined : mergerOf(recipe.method);
+    const method = learned || sparse ? undefined : mergerOf(recipe.method);
     const place = { folder: output.partsPath, keep };
     const statistics =
       method?.statistics && (await measureStatistics(method, inputs, expected.jobs, recipe, place, { ...hooks, note }));
     const schedule = planned
       ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), { plan: planned.plan })
-      : scheduleMerge(inputs, applied, mergerOf(recipe.method), { statistics });
+      : sparse
+        ? expected
+        : scheduleMerge(inputs, applied, mergerOf(recipe.method), { statistics });
     const outline = outlineOf(inputs, recipe, schedule, notes, planned?.report);
     const { results, resumed } = await produce({ inputs, recipe, schedule, statistics, output, hooks: { ...hooks, note } });
     hooks.signal?.throwIfAborted();
@@ -161,7 +167,12 @@ function defaultReason({ calibration, base }: MergeRecipe): string {
  * looks at the model alone, so that a recipe means the same on every machine.
  */
 function affordable(inputs: MergeInputs, recipe: MergeRecipe, note: (message: string) => void): MergeRecipe {
-  if (learnedOf(recipe.method) || mergerOf(recipe.method).access !== 'matrix' || mergerOf(recipe.method).statistics)
+  if (
+    recipe.method === MOE ||
+    learnedOf(recipe.method) ||
+    mergerOf(recipe.method).access !== 'matrix' ||
+    mergerOf(recipe.method).statistics
+  )
     return recipe;
   const hours = matrixSeconds(inputs) / 3600;
   if (hours <= LONG_HOURS) return recipe;
