@@ -11,6 +11,7 @@ import {
   GROWTH_LAWS,
 } from '../src/adapt-recipe.ts';
 import { formatDuration } from '../src/calibration/progress.ts';
+import { SOLVERS } from '../src/methods/rank/solve.ts';
 import { formatSize } from '../src/size.ts';
 import { adaptConvertCommand } from './adapt-convert.ts';
 import { expandFiles } from './files.ts';
@@ -50,6 +51,11 @@ export function adaptCommand(signal: AbortSignal): Command {
     .option('--dora', 'train the lengths of the rows of a weight beside where they point')
     .option('--against <model>', 'qerror, loftq: the float model that the base was quantized from')
     .option('--invert', 'lamda++: more rank where the spectrum of a weight is steep')
+    .option('--r-min <rank>', 'eva, qerror, gora: least rank of a layer (default: 0, or what the method has)')
+    .option('--r-max <rank>', 'eva, qerror, gora: largest rank of a layer (default: what the method has)')
+    .option('--rank-multiple <ranks>', 'eva, qerror: ranks in a multiple of this')
+    .option('--tie-inputs', 'eva, qerror: one rank for layers that read the same input')
+    .addOption(new Option('--solver <solver>', `eva, qerror: how ranks are found (default: ${D.solver})`).choices([...SOLVERS]))
     .addOption(
       new Option('--growth <law>', 'triadaptlora: how the number of layers that grow at once rises (default: linear)').choices([
         ...GROWTH_LAWS,
@@ -112,6 +118,14 @@ function describe(outcome: AdaptOutcome): string {
       'budget',
       `${budget.requested}: ${budget.spent} of ${Math.floor(budget.total)} ${budget.requested.startsWith('r=') ? 'ranks' : 'parameters'}`,
     ],
+    ...(outcome.solved
+      ? [
+          [
+            'ranks by',
+            `${outcome.solved.solver}, ${(100 * (outcome.solved.bound > 0 ? outcome.solved.value / outcome.solved.bound : 1)).toFixed(2)} % of what any could be worth`,
+          ] as [string, string],
+        ]
+      : []),
     ['text', `${windows.training} windows of ${windows.tokens} tokens, and ${windows.heldOut} held out`],
   ];
   if (run === undefined) return `${renderPairs(pairs)}\n\n${renderRanks(modules)}\n\nDry run: nothing was written.`;

@@ -2,6 +2,7 @@
 import { DEVICES, type DeviceRequest } from './compute/engine.ts';
 import { RecipeError } from './errors.ts';
 import { parseRankBudget, type RankBudget } from './methods/rank/rank-budget.ts';
+import { SOLVERS } from './methods/rank/solve.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, text } from './recipe-fields.ts';
 import { parseSize } from './size.ts';
@@ -36,6 +37,13 @@ export interface AdaptRecipe {
   readonly invert: boolean;
   /** triadaptlora: how the number of layers that grow at once rises over the run. */
   readonly growth?: (typeof GROWTH_LAWS)[number];
+  /** Bounds on the rank of every layer, where gains or importance share ranks out; `rMax` absent: the method's own. */
+  readonly rMin: number;
+  readonly rMax?: number;
+  /** Ranks are multiples of it; layers that read the same input have one rank; how ranks are found. */
+  readonly rankMultiple: number;
+  readonly tieInputs: boolean;
+  readonly solver: (typeof SOLVERS)[number];
   /** Rank of every layer before any is cut or added; absent: the method's own. */
   readonly startRank?: number;
   /** Absent: the method's own. */
@@ -65,6 +73,10 @@ export const ADAPT_DEFAULTS = {
   steps: 0,
   init: 'kaiming',
   dora: false,
+  rMin: 0,
+  rankMultiple: 1,
+  tieInputs: false,
+  solver: 'auto',
   preset: 'best',
   targets: [],
   rslora: false,
@@ -87,6 +99,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     'alpha',
     'against',
     'growth',
+    'rMax',
     'startRank',
     'lr',
     'threads',
@@ -116,6 +129,11 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     ...(given['against'] === undefined ? {} : { against: text('against', given['against']) }),
     invert: boolean('invert', given['invert']),
     ...(given['growth'] === undefined ? {} : { growth: oneOf('growth', given['growth'], GROWTH_LAWS) }),
+    rMin: integer('rMin', given['rMin'], 0, 65_536),
+    ...(given['rMax'] === undefined ? {} : { rMax: integer('rMax', given['rMax'], 1, 65_536) }),
+    rankMultiple: integer('rankMultiple', given['rankMultiple'], 1, 65_536),
+    tieInputs: boolean('tieInputs', given['tieInputs']),
+    solver: oneOf('solver', given['solver'], SOLVERS),
     ...(given['startRank'] === undefined ? {} : { startRank: integer('startRank', given['startRank'], 1, 65_536) }),
     ...(given['lr'] === undefined ? {} : { lr: positive('lr') }),
     batch: integer('batch', given['batch'], 1, 65_536),
@@ -133,6 +151,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   const { init } = recipe;
   if (init !== 'kaiming' && CHANGING.includes(method))
     throw new RecipeError(`--init ${init}: ${method} starts from small random factors`);
+  checkRankRules(recipe, given);
   if (recipe.growth !== undefined && method !== 'triadaptlora')
     throw new RecipeError(`--growth: ${method} has no such law; triadaptlora does`);
   if (init !== 'kaiming' && OWN_FACTORS.includes(method))
@@ -153,4 +172,27 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   if (recipe.rslora && recipe.alpha === undefined)
     throw new RecipeError('--rslora: goes with --alpha, which it divides by the root of the rank');
   return recipe;
+}
+
+/** Which methods the rules on ranks mean something to. */
+function checkRankRules(
+  { method, preset, rMin, rMax, rankMultiple }: AdaptRecipe,
+  given: Readonly<Record<string, unknown>>,
+): void {
+  const solves = preset === 'best' && (method === 'eva' || method === 'qerror');
+  const bounds = solves || (preset === 'best' && method === 'gora');
+  const asked = (key: keyof typeof ADAPT_DEFAULTS) => given[key] !== ADAPT_DEFAULTS[key];
+  const used = [
+    ...(!bounds && rMin > 0 ? ['rMin'] : []),
+    ...(!bounds && rMax !== undefined ? ['rMax'] : []),
+    ...(!solves && asked('rankMultiple') ? ['rankMultiple'] : []),
+    ...(!solves && asked('tieInputs') ? ['tieInputs'] : []),
+    ...(!solves && asked('solver') ? ['solver'] : []),
+  ][0];
+  if (used !== undefined)
+    throw new RecipeError(
+      `${flag(used)}: ${method}, preset ${preset}, shares no ranks out by it; eva and qerror do${used === 'rMin' || used === 'rMax' ? ', and gora' : ''}`,
+    );
+  if (rMax !== undefined && rMax < Math.max(rMin, rankMultiple))
+    throw new RecipeError(`--r-max ${rMax}: is below ${rMax < rMin ? `--r-min ${rMin}` : `--rank-multiple ${rankMultiple}`}`);
 }

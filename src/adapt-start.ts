@@ -8,9 +8,9 @@ import { RecipeError } from './errors.ts';
 import type { Forward } from './expert-teachers.ts';
 import { type Directions, evaRanks } from './methods/rank/eva.ts';
 import { type GradientStep, goraImportance, goraMostRank, goraRanks, goraSteps, gradientStep } from './methods/rank/gora.ts';
-import { greedyRanks } from './methods/rank/greedy.ts';
 import { lamdaRanks } from './methods/rank/lamda.ts';
 import { type SpendableBudget, uniformRank } from './methods/rank/rank-budget.ts';
+import { type SolvedRanks, solveRanks } from './methods/rank/solve.ts';
 import type { AdapterStart } from './methods/rank/training/options.ts';
 import type { TrainedModule } from './methods/rank/training/schedule.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
@@ -19,6 +19,8 @@ import type { RunHooks } from './run.ts';
 
 /** A start, and the lengths of its first step that are to be tried on held-out text, where the method takes one; absent: as it is. */
 export interface FoundStart extends AdapterStart {
+  /** How well ranks were shared out by gains, where they were. */
+  readonly solved?: Omit<SolvedRanks, 'ranks'>;
   readonly steps?: readonly number[];
 }
 
@@ -113,8 +115,28 @@ async function weightStart(
 async function evaStart({ recipe, forward, weights, modules, budget, training, progress }: StartJob): Promise<FoundStart> {
   const found = await surveyDirections(forward, weights, modules, budget, training, progress);
   const layers = modules.map((module) => ({ ...module, ratios: found.get(module.name)!.ratios }));
-  const ranks = recipe.method === 'eva' ? evaRanks(layers, budget, recipe.preset) : alike({ budget, modules });
-  return { ranks, loraA: (name, own) => firstRows(found.get(name)!, own) };
+  const loraA = (name: string, own: number) => firstRows(found.get(name)!, own);
+  if (recipe.method !== 'eva') return { ranks: alike({ budget, modules }), loraA };
+  if (recipe.preset === 'paper') return { ranks: evaRanks(layers, budget), loraA };
+  const gains = new Map(layers.map(({ name, ratios }) => [name, ratios]));
+  return { ...shared({ recipe, forward, modules, budget }, gains), loraA };
+}
+
+/** Ranks by what each of them gains, by the rules of the recipe. */
+function shared(
+  { recipe, forward, modules, budget }: Pick<StartJob, 'recipe' | 'forward' | 'modules' | 'budget'>,
+  gains: ReadonlyMap<string, ArrayLike<number>>,
+): Pick<FoundStart, 'ranks' | 'solved'> {
+  const { rMin: least, rMax: most, rankMultiple: multiple, solver, tieInputs } = recipe;
+  const inputs = new Map(forward.model.blocks.flatMap(({ sites }) => sites.map(({ name, input }) => [name, input])));
+  const choices = modules.map((module) => ({
+    name: module.name,
+    cost: budget.cost(module),
+    gains: gains.get(module.name)!,
+    ...(tieInputs ? { tie: inputs.get(module.name)! } : {}),
+  }));
+  const { ranks, ...solved } = solveRanks(choices, budget.total, { least, most, multiple, solver });
+  return { ranks, solved };
 }
 
 /** A layer may have fewer directions than ranks: the rest of it stays at nothing, and learns. */
@@ -150,7 +172,7 @@ async function goraStart({ recipe, forward, weights, modules, budget, training, 
   );
   const layers = modules.map((module) => ({ ...module, importance: importance.get(module.name)! }));
   return {
-    ranks: goraRanks(layers, budget, preset),
+    ranks: goraRanks(layers, budget, preset, { least: recipe.rMin, most: recipe.rMax }),
     loraA: (name, rank) => steps.get(name)!.factors(rank).loraA,
     loraB: (name, rank) => steps.get(name)!.factors(rank).loraB,
     steps: goraSteps(preset),
@@ -199,13 +221,9 @@ async function errorStart({ recipe, forward, weights, modules, budget, training,
   await using original = await openOriginal(recipe.against!, modules);
   const most = mostRank(budget, modules);
   const found = await surveyErrors(forward, weights, original.weights, modules, most, training, progress);
-  const choices = modules.map((module) => ({
-    name: module.name,
-    cost: budget.cost(module),
-    gains: found.get(module.name)!.gains,
-  }));
+  const gains = new Map(modules.map(({ name }) => [name, found.get(name)!.gains]));
   return {
-    ranks: greedyRanks(choices, budget.total),
+    ...shared({ recipe, forward, modules, budget }, gains),
     loraA: (name, rank) => {
       const { gains, loraA } = found.get(name)!;
       return firstRows({ directions: loraA, ratios: gains }, rank);

@@ -34,6 +34,8 @@ export interface AdaptOutcome {
   readonly modules: readonly { readonly name: string; readonly rank: number; readonly scale: number }[];
   readonly parameters: number;
   readonly budget: { readonly requested: string; readonly total: number; readonly spent: number };
+  /** Where gains share ranks out: by which solver, what they are worth, and what no ranks can exceed. */
+  readonly solved?: FoundStart['solved'];
   readonly windows: { readonly training: number; readonly heldOut: number; readonly tokens: number };
   readonly learningRate: number;
   readonly notes: readonly string[];
@@ -122,6 +124,7 @@ export async function adapt(
         total: budget.total,
         spent: modules.reduce((sum, module) => sum + ranks.get(module.name)! * budget.cost(module), 0),
       },
+      ...(start?.solved ? { solved: start.solved } : {}),
       windows: { training: text.training.length, heldOut: text.heldOut.length, tokens: length },
       learningRate,
       notes,
@@ -169,6 +172,7 @@ export async function adapt(
       preset,
       label: made.label,
       budget: made.budget,
+      ...(made.solved ? { solved: made.solved } : {}),
       modules: Object.fromEntries(
         modules.map((module) => {
           const { name, outFeatures, inFeatures } = module;

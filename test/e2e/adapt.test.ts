@@ -36,6 +36,7 @@ interface Outcome {
   readonly modules: readonly { readonly name: string; readonly rank: number }[];
   readonly parameters: number;
   readonly budget: { readonly total: number; readonly spent: number };
+  readonly solved?: { readonly solver: string; readonly value: number; readonly bound: number };
   readonly run: {
     readonly heldOut: { readonly before: number; readonly best: number };
     readonly losses: readonly number[];
@@ -253,6 +254,22 @@ describe('without steps', () => {
     return { ...made.heldOut, ...outcome };
   };
 
+  it('eva shares ranks out by the rules that are given, and says how good that is', async () => {
+    const args = ['--r-min', '2', '--r-max', '6', '--rank-multiple', '2', '--tie-inputs', '--solver', 'dp'];
+    const { modules, budget, solved } = await heldOut('ruled', '--method', 'eva', '--budget', 'params=3k', ...args);
+    expect(budget.spent).toBeLessThanOrEqual(3000);
+    const rankOf = (part: string) => modules.filter(({ name }) => name.endsWith(part)).map(({ rank }) => rank);
+    for (const { rank } of modules) expect([2, 4, 6]).toContain(rank);
+    expect(rankOf('q_proj')).toEqual(rankOf('k_proj'));
+    expect(rankOf('gate_proj')).toEqual(rankOf('up_proj'));
+    expect(new Set(modules.map(({ rank }) => rank)).size).toBeGreaterThan(1);
+    expect(solved!.solver).toBe('dp');
+    expect(solved!.value).toBeLessThanOrEqual(solved!.bound);
+    expect(JSON.parse(readFileSync(at('ruled', 'pcomp.json'), 'utf8'))).toMatchObject({ plan: { solved } });
+    const bounded = await heldOut('bounded', '--method', 'gora', '--budget', 'r=4', '--r-min', '3', '--r-max', '5');
+    for (const { rank } of bounded.modules) expect([3, 4, 5]).toContain(rank);
+  });
+
   it('gora takes one step against the gradient, of the length that loses least', async () => {
     const { before, best, budget } = await heldOut('gora-0', '--method', 'gora', '--budget', 'r=6');
     expect(best).toBeLessThan(before);
@@ -333,6 +350,10 @@ describe('without steps', () => {
     [{ method: 'gora', against: 'base' }, /--against: gora compares with nothing/],
     [{ method: 'uniform', growth: 'linear' }, /--growth: uniform has no such law; triadaptlora does/],
     [{ method: 'increlora', init: 'eva' }, /--init eva: increlora starts from small random factors/],
+    [{ rMin: 2 }, /--r-min: uniform, preset best, shares no ranks out by it; eva and qerror do, and gora/],
+    [{ method: 'eva', preset: 'paper', solver: 'dp' }, /--solver: eva, preset paper, shares no ranks out by it/],
+    [{ method: 'eva', rMin: 4, rMax: 2 }, /--r-max 2: is below --r-min 4/],
+    [{ method: 'gora', tieInputs: true }, /--tie-inputs: gora/],
     [{ init: 'pissa' }, /--init pissa: takes its start from the weights, so that nothing is left without --steps/],
     [{ init: 'loftq', steps: 5 }, /--against: --init loftq needs the float model/],
     [{ method: 'adalora', dora: true, steps: 20 }, /--dora: goes with uniform and eva, and adalora/],

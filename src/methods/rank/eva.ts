@@ -37,15 +37,13 @@ export async function principalDirections(
   return { ratios: values.slice(0, rank).map((value) => (total > 0 ? value / total : 0)), directions: loraA };
 }
 
-/** The largest ratios of all layers, within the budget. Preset `paper` pays the same for a rank of any layer, `best` what it costs. */
+/** The largest ratios of all layers, within the budget, every rank at the same price: as published. */
 export function evaRanks(
   layers: readonly (AdaptedShape & { readonly ratios: ArrayLike<number> })[],
   budget: SpendableBudget,
-  preset: 'best' | 'paper',
 ): Map<string, number> {
   const mean = budget.total / layers.reduce((sum, layer) => sum + budget.cost(layer), 0);
   const choices = layers.map((layer) => ({ name: layer.name, cost: budget.cost(layer), gains: layer.ratios }));
-  if (preset === 'best') return greedyRanks(choices, budget.total);
   // As published ranks are counted, not parameters: so many as the mean allows, and one less until they fit.
   for (let count = Math.floor(mean * layers.length); count > 0; count--) {
     const ranks = greedyRanks(

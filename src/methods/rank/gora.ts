@@ -1,6 +1,7 @@
 /** GoRA (He et al., arXiv 2502.12171): ranks by what the gradient does to the weights, and one step against it to start from (adapters.md 5.3). */
 import type { Blas, Matrix } from '../../compute/blas.ts';
 import { multiply, transposed } from '../../compute/linalg/products.ts';
+import { RecipeError } from '../../errors.ts';
 import { compensate } from './compensation.ts';
 import type { AdaptedShape, SpendableBudget } from './rank-budget.ts';
 import { kaimingUniform } from './training/initial.ts';
@@ -27,22 +28,29 @@ export function goraImportance(weight: Float32Array, gradient: Float32Array): nu
   return sum / weight.length;
 }
 
-/** Ranks in proportion to importance. `paper` overspends where its floor binds, as published; `best` never does. */
+/** Ranks in proportion to importance; `rules` move the floor and ceiling of `best`. `paper` overspends where its floor binds, as published; `best` never does. */
 export function goraRanks(
   layers: readonly (AdaptedShape & { readonly importance: number })[],
   budget: SpendableBudget,
   preset: 'best' | 'paper',
+  rules: { readonly least?: number | undefined; readonly most?: number | undefined } = {},
 ): Map<string, number> {
   const whole = layers.reduce((sum, layer) => sum + budget.cost(layer), 0);
   const mean = budget.total / whole;
   if (preset === 'best') {
-    const least = Math.min(LEAST, Math.floor(mean));
+    const least = rules.least || Math.min(LEAST, Math.floor(mean));
+    const ceiling = rules.most ?? Math.max(1, Math.floor(MOST_OF_MEAN * mean));
+    const floor = least * whole;
+    if (rules.least && floor > budget.total)
+      throw new RecipeError(
+        `--r-min ${least}: costs ${floor} in all ${layers.length} layers, and the budget is ${Math.floor(budget.total)}`,
+      );
     const vessels = layers.map((layer) => ({
       name: layer.name,
       share: layer.importance,
       cost: budget.cost(layer),
       least,
-      most: Math.min(Math.max(1, Math.floor(MOST_OF_MEAN * mean)), layer.outFeatures, layer.inFeatures),
+      most: Math.min(ceiling, layer.outFeatures, layer.inFeatures),
     }));
     return waterfill(vessels, budget.total);
   }

@@ -5,6 +5,7 @@ import { eigh } from '../../../src/compute/linalg/eigh.ts';
 import { evaRanks, principalDirections } from '../../../src/methods/rank/eva.ts';
 import { greedyRanks } from '../../../src/methods/rank/greedy.ts';
 import { spendable } from '../../../src/methods/rank/rank-budget.ts';
+import { solveRanks } from '../../../src/methods/rank/solve.ts';
 import { normal } from '../../../src/methods/rank/training/initial.ts';
 import { naiveBlas } from '../../support/naive-blas.ts';
 
@@ -60,16 +61,16 @@ describe('eva', () => {
     { name: 'a', ...shape, ratios: [0.5, 0.25, 0.125, 0.125] },
     { name: 'b', ...shape, ratios: [0.9, 0.05, 0.025, 0.025] },
   ];
-  it.each(['paper', 'best'] as const)('in preset %s takes the largest ratios of all layers', (preset) => {
-    expect([...evaRanks(two, spendable({ kind: 'r', amount: 2 }, two), preset).values()]).toEqual([3, 1]);
+  it('takes the largest ratios of all layers', () => {
+    expect([...evaRanks(two, spendable({ kind: 'r', amount: 2 }, two)).values()]).toEqual([3, 1]);
+    const choices = two.map(({ name, ratios }) => ({ name, cost: 1, gains: ratios }));
+    expect([...solveRanks(choices, 4, { solver: 'auto', least: 0, multiple: 1 }).ranks.values()]).toEqual([3, 1]);
   });
 
   it('never overspends parameters, however layers differ', () => {
     const uneven = [two[0], { ...two[1], outFeatures: 100 }];
-    for (const preset of ['paper', 'best'] as const) {
-      const ranks = evaRanks(uneven, spendable({ kind: 'params', amount: 150 }, uneven), preset);
-      expect(12 * ranks.get('a')! + 104 * ranks.get('b')!).toBeLessThanOrEqual(150);
-    }
+    const ranks = evaRanks(uneven, spendable({ kind: 'params', amount: 150 }, uneven));
+    expect(12 * ranks.get('a')! + 104 * ranks.get('b')!).toBeLessThanOrEqual(150);
   });
 
   it('finds the eigenvectors of the covariance, and their part of the variance', async () => {
