@@ -231,7 +231,12 @@ async function promptsOf(
       const expert = labels.indexOf(argument.slice(0, Math.max(0, equals)));
       if (expert < 0) throw new RecipeError(`${flag} ${argument}: label=FILE is expected, of the experts ${labels.join(', ')}`);
       for await (const document of readPrompts(parseTextFile(argument.slice(equals + 1)))) {
-        const texts = typeof document === 'string' ? document.split('\n') : [document.prompt];
+        const texts =
+          typeof document === 'string'
+            ? document.split('\n')
+            : 'messages' in document
+              ? [document.messages.map(({ content }) => content).join('\n')]
+              : [document.prompt];
         for (const text of texts) {
           if (text.trim() === '') continue;
           const tokens = Int32Array.from(tokenizer.encode(text)).slice(0, contextLength);

@@ -3,6 +3,7 @@ import { constants } from 'node:buffer';
 import { createReadStream } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import { EnvironmentError, FormatError, RecipeError } from '../errors.ts';
+import type { ChatMessage } from './chat-template.ts';
 import { parseTable } from './table.ts';
 
 const DEFAULT_FIELD = 'text';
@@ -75,8 +76,16 @@ export interface Prompt {
   readonly response?: string;
 }
 
-/** The documents of a file; a JSON line that has a `prompt` is one, and its `response` is kept apart. */
-export async function* readPrompts(file: TextFile): AsyncGenerator<Prompt | string> {
+/** A conversation. */
+export interface Chat {
+  readonly messages: readonly ChatMessage[];
+}
+
+/**
+ * The documents of a file; a JSON line that has a `prompt` is one, and its `response` is kept apart; one that has `messages` is a
+ * conversation, unless a field is named.
+ */
+export async function* readPrompts(file: TextFile): AsyncGenerator<Prompt | Chat | string> {
   if (file.kind !== 'json-lines') {
     yield* documentsOf(file, MAX_CHARACTERS);
     return;
@@ -85,8 +94,10 @@ export async function* readPrompts(file: TextFile): AsyncGenerator<Prompt | stri
   for await (const line of textLines(file.path)) {
     number++;
     if (line.trim() === '') continue;
-    const { prompt, response } = objectOf(file.path, number, line);
-    if (typeof prompt !== 'string') yield fieldOf(file.path, number, line, file.field ?? DEFAULT_FIELD);
+    const { prompt, response, messages } = objectOf(file.path, number, line);
+    if (messages !== undefined && (file.field ?? DEFAULT_FIELD) === DEFAULT_FIELD)
+      yield { messages: chatOf(file.path, number, messages) };
+    else if (typeof prompt !== 'string') yield fieldOf(file.path, number, line, file.field ?? DEFAULT_FIELD);
     else if (response === undefined) yield { prompt };
     else if (typeof response === 'string') yield { prompt, response };
     else throw new FormatError(file.path, 'json-line-field-type', `line ${number} has a field "response" that is not a string`);
@@ -162,6 +173,15 @@ function objectOf(path: string, number: number, line: string): Readonly<Record<s
     throw new FormatError(path, 'json-line-object', `line ${number} is not a JSON object`);
   }
   return value as Record<string, unknown>;
+}
+
+function chatOf(path: string, number: number, value: unknown): ChatMessage[] {
+  const isMessage = (entry: unknown): entry is ChatMessage => {
+    const { role, content } = (entry ?? {}) as Partial<ChatMessage>;
+    return typeof role === 'string' && typeof content === 'string';
+  };
+  if (Array.isArray(value) && value.length > 0 && value.every(isMessage)) return value;
+  throw new FormatError(path, 'json-line-messages', `line ${number}: "messages" is not a list of {role, content}, both texts`);
 }
 
 function isChat(value: unknown): value is { content: string }[] {

@@ -42,13 +42,14 @@ export class Tokenizer {
   }
 
   /**
-   * The ids of `text`, the whole text as one sequence with the template's special tokens around it.
+   * The ids of `text`, the whole text as one sequence with the template's special tokens around it; only those before it for a text that goes
+   * on, none for one that has its own in it, as chat templates write them.
    * Throws FormatError `token-id-beyond-vocabulary` or `token-unknown`.
    */
-  encode(text: string): Int32Array {
-    const parts: number[][] = [[...this.prefix]];
+  encode(text: string, special: 'around' | 'before' | 'none' = 'around'): Int32Array {
+    const parts: number[][] = [special === 'none' ? [] : [...this.prefix]];
     for (const piece of cutText(text, this.#cutting, this.#pieceCharacters)) parts.push(this.#encodePiece(piece));
-    parts.push([...this.suffix]);
+    if (special === 'around') parts.push([...this.suffix]);
     const ids = new Int32Array(parts.reduce((sum, part) => sum + part.length, 0));
     let at = 0;
     for (const part of parts) {
