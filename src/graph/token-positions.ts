@@ -72,6 +72,32 @@ export function positionsFromLengths(builder: GraphBuilder, lengths: Value, hidd
   };
 }
 
+/**
+ * From positions that are given: of the call's tokens, `queries` I64 (batch, sequence), and of everything in the cache, the call's tokens last,
+ * `keys` I64 (batch, total); -1 is a hole. Rows of different lengths may grow side by side, with holes between.
+ */
+export function positionsFromSlots(builder: GraphBuilder, queries: Value, keys: Value): TokenPositions {
+  const [batch, sequence] = queries.shape;
+  const [, total] = keys.shape;
+  const once = memoize(builder);
+  const whole = (): never => {
+    throw new Error('rows with holes have no last index that says which tokens are real');
+  };
+  return {
+    totalName: total,
+    lastIndex: whole,
+    totalLength: whole,
+    indices: () => queries,
+    visible: memoizeWindows(once, (window) => {
+      const earlier = builder.lessOrEqual(builder.unsqueeze(keys, [1, 2]), builder.unsqueeze(queries, [1, 3]));
+      const real = builder.lessOrEqual(builder.scalar('I64', 0), builder.unsqueeze(keys, [1, 2]));
+      const seen = builder.and(earlier, real);
+      const near = window === undefined ? seen : builder.and(seen, withinWindow(builder, queries, keys, window));
+      return builder.assume(near, [batch, 1, sequence, total]);
+    }),
+  };
+}
+
 /** BOOL (batch, 1, queries, keys): position of the query - position of the key < window. */
 function withinWindow(builder: GraphBuilder, queries: Value, keys: Value, window: number): Value {
   const distance = builder.sub(builder.unsqueeze(queries, [1, 3]), builder.unsqueeze(keys, [1, 2]));

@@ -4,11 +4,11 @@ import type { Dim } from '../../formats/onnx/model.ts';
 import { type AttentionLowering, attention } from '../graph/attention.ts';
 import { GraphBuilder, type Value } from '../graph/builder.ts';
 import { gradient } from '../graph/gradient/gradient.ts';
-import { positionsFromLengths } from '../graph/token-positions.ts';
+import { positionsFromLengths, positionsFromSlots } from '../graph/token-positions.ts';
 import { type BlockParts, renderBlock, renderNorm } from './block-renderer.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockSites } from './expected-tensors.ts';
-import type { BlockGradient, BlockGraph, BlockLoss, LinearSite, NormGraph } from './model.ts';
+import type { BlockGradient, BlockGraph, BlockLoss, BlockStep, LinearSite, NormGraph } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
 /** Graph output: the residual stream between attention and MLP. */
@@ -24,6 +24,8 @@ interface RenderedBlock {
   /** By site input, without the block's name. */
   readonly siteInputs: Map<string, Value>;
   readonly residuals: Map<string, string>;
+  /** Keys and values of all tokens so far, where the block has a cache. */
+  readonly present: { readonly key: Value; readonly value: Value } | undefined;
   /** A digest of all that shapes the block. */
   readonly make: string;
 }
@@ -33,11 +35,13 @@ interface Rendering {
   readonly batch: Dim;
   readonly sequence: Dim;
   readonly lowering?: AttentionLowering;
+  /** Tokens of earlier calls come in as keys and values. */
+  readonly cached?: boolean;
 }
 
 function render(description: DecoderDescription, named: BlockDescription, rendering: Rendering): RenderedBlock {
   const { shape } = description;
-  const { positions, batch, sequence, lowering } = rendering;
+  const { positions, batch, sequence, lowering, cached = false } = rendering;
   // The tables are part of the graph: for a context of a million tokens they would be 512 MB of it, whatever the text's length.
   const rotary = description.rotary && { ...description.rotary, positions: Math.min(positions, description.rotary.positions) };
   const { headCount, kvHeadCount, headDim, hiddenSize } = shape;
@@ -47,8 +51,20 @@ function render(description: DecoderDescription, named: BlockDescription, render
 
   const builder = new GraphBuilder('block');
   const hidden = builder.input('hidden', 'F32', [batch, sequence, hiddenSize]);
-  const lengths = builder.input('lengths', 'I32', [batch]);
-  const tokens = positionsFromLengths(builder, lengths, hidden);
+  const tokens = cached
+    ? positionsFromSlots(
+        builder,
+        builder.input('query_positions', 'I64', [batch, sequence]),
+        builder.input('key_positions', 'I64', [batch, 'total']),
+      )
+    : positionsFromLengths(builder, builder.input('lengths', 'I32', [batch]), hidden);
+  const past = cached
+    ? {
+        key: builder.input('past_key', 'F32', [batch, kvHeadCount, 'past', headDim]),
+        value: builder.input('past_value', 'F32', [batch, kvHeadCount, 'past', headDim]),
+      }
+    : undefined;
+  let present: RenderedBlock['present'];
   const tables =
     rotary && block.attention.rotates
       ? {
@@ -85,8 +101,11 @@ function render(description: DecoderDescription, named: BlockDescription, render
         scale,
         ...(window === undefined ? {} : { window }),
         ...(tables ? { rotary: tables } : {}),
+        ...(past ? { past } : {}),
       };
-      return attention(builder, q, k, v, tokens, options, lowering).output;
+      const { output, presentKey, presentValue } = attention(builder, q, k, v, tokens, options, lowering);
+      if (past) present = { key: presentKey, value: presentValue };
+      return output;
     },
     observeMiddle(value) {
       residual = MIDDLE;
@@ -101,7 +120,7 @@ function render(description: DecoderDescription, named: BlockDescription, render
   const last = renderBlock(builder, shape, block, parts, hidden, normed);
   const hiddenOut = builder.add(last.hidden, last.branch);
   const make = graphKey({ headCount, kvHeadCount, headDim, rotary, block });
-  return { builder, hidden, hiddenOut, weights, siteInputs, residuals, make };
+  return { builder, hidden, hiddenOut, weights, siteInputs, residuals, present, make };
 }
 
 /** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
@@ -117,6 +136,16 @@ export function buildBlockGraph(description: DecoderDescription, named: BlockDes
     siteInputs: new Map([...siteInputs.keys()].map((input) => [`${named.name}.${input}`, input])),
     residuals,
   };
+}
+
+/** See BlockStep in model.ts. Attention is made of plain operators: what onnxruntime fuses wants a row's tokens side by side. */
+export function buildBlockStep(description: DecoderDescription, named: BlockDescription, positions: number): BlockStep {
+  const rendering: Rendering = { positions, batch: 'batch', sequence: 'sequence', lowering: 'plain', cached: true };
+  const { builder, hiddenOut, weights, present, make } = render(description, named, rendering);
+  builder.output('hidden_out', hiddenOut);
+  builder.output('present_key', present!.key);
+  builder.output('present_value', present!.value);
+  return { model: builder.build(), key: `${make} step`, weights: sourcesOf(weights) };
 }
 
 /** See BlockGradient in model.ts. Attention is made of plain operators: what onnxruntime fuses has no derivative. */

@@ -1,7 +1,7 @@
 /** A Model made from a description: everything an architecture did not have to say. */
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorSource } from '../../formats/tensor.ts';
-import { buildBlockGradient, buildBlockGraph, buildBlockLoss, buildNormGraph } from './block-graph.ts';
+import { buildBlockGradient, buildBlockGraph, buildBlockLoss, buildBlockStep, buildNormGraph } from './block-graph.ts';
 import { buildDecoderGraph } from './decoder-graph.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockOtherTensors, blockSites, checkTensors, otherTensors } from './expected-tensors.ts';
@@ -11,6 +11,7 @@ import type {
   BlockGradient,
   BlockGraph,
   BlockLoss,
+  BlockStep,
   DecoderLowering,
   HeadGradient,
   HeadObjective,
@@ -52,6 +53,10 @@ export class DecoderModel implements Model {
 
   blockGraph(block: Block, positions: number = this.shape.contextLength): BlockGraph {
     return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions);
+  }
+
+  blockStep(block: Block, positions: number): BlockStep {
+    return buildBlockStep(this.#description, this.#description.blocks[block.index], positions);
   }
 
   blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient {

@@ -71,6 +71,20 @@ export interface BlockGraph {
   readonly residuals: ReadonlyMap<string, string>;
 }
 
+/** A block that goes on from a cache: for models that write. Rows may be of different lengths. */
+export interface BlockStep {
+  /**
+   * Inputs `hidden` F32 (batch, sequence, hiddenSize); `query_positions` I64 (batch, sequence), where each token stands in its row;
+   * `key_positions` I64 (batch, past + sequence), the same of everything in the cache, the call's tokens last, -1 for what is no token;
+   * `past_key` and `past_value` F32 (batch, kvHeadCount, past, headDim); the weights. Outputs `hidden_out` (batch, sequence, hiddenSize),
+   * `present_key` and `present_value` (batch, kvHeadCount, past + sequence, headDim).
+   */
+  readonly model: OnnxModel;
+  readonly key: string;
+  /** As BlockGraph.weights. */
+  readonly weights: ReadonlyMap<string, LinearSite | string>;
+}
+
 /** What a block does to cotangents, for batches of one size; the forward pass is made again inside. */
 export interface BlockGradient {
   /**
@@ -161,6 +175,8 @@ export interface Model {
   readonly unusedTensors: readonly string[];
   /** @param positions tokens of the longest sequence it will run on; default: the whole context */
   blockGraph(block: Block, positions?: number): BlockGraph;
+  /** @param positions tokens of the longest row that it will run on */
+  blockStep(block: Block, positions: number): BlockStep;
   /** The derivative of a block for batches of `batch` rows of `sequence` tokens. */
   blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient;
   /** The loss of a block's output and its derivative, for batches of `batch` rows of `sequence` tokens. */

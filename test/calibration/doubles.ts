@@ -60,6 +60,7 @@ export function toyModel(blockCount = 2, options: { contextLength?: number; posi
       residuals: new Map([[block.inputs[0], 'hidden']]),
     }),
     blockGradient: unused,
+    blockStep: unused,
     blockLoss: unused,
     headGradient: unused,
     finalNormGraph: unused,

@@ -6,7 +6,8 @@ import type { Engine, NdArray } from '../../src/compute/engine.ts';
 import { createEngine } from '../../src/compute/ort.ts';
 import { createModel } from '../../src/model/architectures/index.ts';
 import type { HeadObjective, LinearSite, Model, WeightReader } from '../../src/model/model.ts';
-import { type TinyModel, tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
+import { tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
+import { readerOf } from '../support/tiny-reader.ts';
 
 /** A whole model in float32, second differences included. */
 const TOLERANCE = 1e-2;
@@ -20,27 +21,6 @@ beforeAll(async () => {
   engine = await createEngine({ threads: 1 });
 });
 afterAll(() => engine[Symbol.asyncDispose]());
-
-function readerOf(tiny: TinyModel, moved?: { readonly site: string; readonly by: Float32Array }): WeightReader {
-  const values = (name: string) => tiny.source.values(name)!;
-  return {
-    load: async (name) => values(name),
-    loadRows: async (name, start, end) => {
-      const columns = tiny.source.tensors.get(name)!.shape[1];
-      return values(name).slice(start * columns, end * columns);
-    },
-    loadSite: async (site: LinearSite) => {
-      const stored = values(`${site.name}.weight`);
-      const { outFeatures, inFeatures, transposed } = site;
-      const weight = Float32Array.from(stored, (value, i) =>
-        transposed ? stored[(i % inFeatures) * outFeatures + Math.floor(i / inFeatures)] : value,
-      );
-      if (moved?.site === site.name) for (let i = 0; i < weight.length; i++) weight[i] += moved.by[i];
-      return weight;
-    },
-    info: (name) => tiny.source.tensors.get(name),
-  };
-}
 
 const DIVERGENCE: HeadObjective = { kind: 'divergence', temperature: 1 };
 const weight = Float32Array.from({ length: TOKENS }, (_, t) => (t % 5 === 0 ? 0 : 1 / TOKENS));
