@@ -3,6 +3,7 @@ import { Command, Option } from 'commander';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { RecipeError } from '../src/errors.ts';
 import type { LearningReport } from '../src/expert-merging.ts';
+import type { LearningCost } from '../src/expert-prepare.ts';
 import { type ExtractOutcome, type ExtractRequest, extract } from '../src/extract-lora.ts';
 import { type MergeOutcome, merge } from '../src/merge.ts';
 import {
@@ -56,6 +57,7 @@ export function mergeCommand(signal: AbortSignal): Command {
       'how tensors are merged (default: expert-merging++ with --calibration, else tsv-m with --base, linear without)',
     )
     .option('--calibration <texts...>', 'texts to learn on: label=FILE for each expert, or a file for all (.txt, .jsonl)')
+    .option('--no-generate', 'compare on prompts themselves, where a response is lacking; experts write them otherwise')
     .option('--plan <file>', 'coefficients of an earlier learned merge: a plan file, or its pcomp.json')
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...MERGE_PRESETS]))
     .option('--weights <weights>', 'weight of each expert: 0.5,0.3 in label order, or label=0.5,other=0.3 (default: 1 each)')
@@ -228,6 +230,7 @@ function describe(outcome: MergeOutcome): string {
       ['to read', `${formatSize(outcome.readBytes)}, every pass counted`],
       ['peak buffers', `${formatSize(outcome.predictedPeakBytes)} on ${outcome.threads} threads`],
     );
+    if (outcome.toLearn) pairs.push(...describeCost(outcome.toLearn));
     return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
   }
   if (outcome.learning) pairs.push(...describeLearning(outcome.learning));
@@ -235,6 +238,15 @@ function describe(outcome: MergeOutcome): string {
   pairs.push(['time', formatDuration(run.seconds)], ['peak memory', formatSize(run.peakBytes)]);
   const learned = outcome.learning ? `\n\n${renderDistances(outcome.learning)}` : '';
   return `${renderPairs(pairs)}\n\n${table}${learned}\n\nWritten to ${run.output}`;
+}
+
+function describeCost({ samples, heldOut, prompts, tokens, updates, temporaryBytes }: LearningCost): [string, string][] {
+  const written = prompts === 0 ? '' : `, ${prompts} of them prompts that experts answer first`;
+  return [
+    ['to learn from', `${samples} samples, ${heldOut} held out, ${tokens} tokens${written}`],
+    ['to learn', `${updates} updates`],
+    ['temporary files', formatSize(temporaryBytes)],
+  ];
 }
 
 function describeLearning({ start, gamma, stages }: LearningReport): [string, string][] {
@@ -256,7 +268,21 @@ function renderDistances({ experts, judgedOn }: LearningReport): string {
     merged.kl.toPrecision(3),
     `${(100 * recovered).toFixed(0)} %`,
     `${(100 * merged.agreement).toFixed(0)} %`,
+    base.perplexity.toPrecision(4),
+    merged.perplexity.toPrecision(4),
+    merged.expertPerplexity.toPrecision(4),
   ]);
-  const table = renderTable(['expert', 'samples', 'KL base', 'start', 'merged', 'recovered', 'same top token'], rows);
-  return `Divergence from every expert in nats per token, on ${judgedOn}:\n${table}`;
+  const heads = [
+    'expert',
+    'samples',
+    'KL base',
+    'start',
+    'merged',
+    'recovered',
+    'same top token',
+    'perplexity base',
+    'merged',
+    'expert',
+  ];
+  return `Divergence from every expert in nats per token, on ${judgedOn}:\n${renderTable(heads, rows)}`;
 }

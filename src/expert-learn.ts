@@ -2,10 +2,19 @@
 import { ModelGradient } from './calibration/model-gradient.ts';
 import type { StateStore } from './calibration/state-store.ts';
 import type { NdArray, Program } from './compute/engine.ts';
-import { AdamW } from './compute/optim/adam.ts';
+import { type AdamState, AdamW } from './compute/optim/adam.ts';
 import { clipByNorm, cosine, cosineWithRestarts } from './compute/optim/schedule.ts';
 import { Random } from './compute/random.ts';
-import { distances, type Forward, type Lesson, meanKl, middleBlock, type Teachers } from './expert-teachers.ts';
+import {
+  distances,
+  type Forward,
+  type Lesson,
+  type MiddleStates,
+  meanKl,
+  middleBlock,
+  type Teachers,
+} from './expert-teachers.ts';
+import { decodeFloats, encodeFloats } from './float-text.ts';
 import type { MergeWeights } from './merge-weights.ts';
 import { type Coefficients, chunkProducts } from './methods/merge/expert-merging/coefficients.ts';
 import type { HeadObjective, WeightReader } from './model/model.ts';
@@ -57,6 +66,21 @@ export interface Stage {
   readonly seed: number;
   readonly name: string;
   readonly onUpdate: (done: number, total: number, loss: number) => void;
+  /** Where an interrupted stage was. */
+  readonly resumed?: StageState | undefined;
+  /** Called after every update. */
+  readonly keep?: (state: StageState) => Promise<void>;
+}
+
+/** A stage after some updates: all that a run needs to go on as if it had never stopped. */
+export interface StageState extends StageResult {
+  /** Updates done. Which samples come next follows from it. */
+  readonly update: number;
+  /** As `encodeFloats` writes them. */
+  readonly parameters: string;
+  readonly optimizer: AdamState;
+  /** The best iterate so far. */
+  readonly best?: { readonly kl: number; readonly parameters: string };
 }
 
 export interface StageResult {
@@ -76,25 +100,31 @@ export async function learnStage(stage: Stage, rules: StageRules): Promise<Stage
   const batches = lessonOrder(stage, rules.batch);
   const draws = rules.updates === 'epoch' ? epochOf(stage) : undefined;
   const updates = draws ? Math.ceil(draws.length / rules.batch) : Number(rules.updates);
-  const losses: number[] = [];
-  const looks: { update: number; kl: number }[] = [];
-  let best = { kl: Number.POSITIVE_INFINITY, parameters: coefficients.parameters.slice() };
-  let clamped = 0;
+  const { resumed } = stage;
+  const losses = [...(resumed?.losses ?? [])];
+  const looks = [...(resumed?.looks ?? [])];
+  let clamped = resumed?.clamped ?? 0;
+  let best = resumed?.best && { kl: resumed.best.kl, parameters: decodeFloats(resumed.best.parameters) };
+  if (resumed) {
+    coefficients.parameters.set(decodeFloats(resumed.parameters));
+    optimizer.restore(resumed.optimizer);
+  }
+  const judge = (kl: number): void => {
+    if (kl < (best?.kl ?? Number.POSITIVE_INFINITY)) best = { kl, parameters: coefficients.parameters.slice() };
+  };
   const look = async (update: number): Promise<void> => {
     if (!rules.selects || stage.heldOut.length === 0) return;
     const kl = meanKl(await distances(forward, stage.teachers, stage.heldOut, stage.expertCount, stage.learned));
     looks.push({ update, kl });
-    if (kl < best.kl) best = { kl, parameters: coefficients.parameters.slice() };
+    judge(kl);
   };
-  await look(0);
-  for (let update = 0; update < updates; update++) {
+  if (resumed === undefined) await look(0);
+  for (let update = resumed?.update ?? 0; update < updates; update++) {
     forward.signal?.throwIfAborted();
     const lessons = draws ? draws.slice(update * rules.batch, (update + 1) * rules.batch) : batches(update);
     const { loss, gradient } = await step(stage, rules, head, lessons);
     const regularizer = coefficients.regularize((rules.gamma * lessons.length) / rules.batch, gradient);
-    if (rules.selects && stage.heldOut.length === 0 && loss < best.kl) {
-      best = { kl: loss, parameters: coefficients.parameters.slice() };
-    }
+    if (rules.selects && stage.heldOut.length === 0) judge(loss);
     const total = loss + regularizer;
     if (!Number.isFinite(total)) throw new Error(`the loss of ${stage.name} is ${total} at update ${update}`);
     losses.push(total);
@@ -105,8 +135,17 @@ export async function learnStage(stage: Stage, rules: StageRules): Promise<Stage
     clamped += coefficients.clamp();
     stage.onUpdate(update + 1, updates, total);
     if ((update + 1) % LOOK_EVERY === 0 || update + 1 === updates) await look(update + 1);
+    await stage.keep?.({
+      update: update + 1,
+      parameters: encodeFloats(coefficients.parameters),
+      optimizer: optimizer.state,
+      ...(best ? { best: { kl: best.kl, parameters: encodeFloats(best.parameters) } } : {}),
+      losses,
+      looks,
+      clamped,
+    });
   }
-  if (rules.selects) coefficients.parameters.set(best.parameters);
+  if (rules.selects && best) coefficients.parameters.set(best.parameters);
   return { losses, looks, clamped };
 }
 
@@ -182,10 +221,10 @@ async function step(
       }
     },
     async (block, own) => {
-      if (block !== aligned || hiddenWeight === 0) return;
+      if (block !== aligned || hiddenWeight === 0 || teachers.middle === undefined) return;
       const states = pass.after(block);
       for (const { lesson, token: first } of places) {
-        loss += await addHidden(lesson, first, states, teachers, own, hiddenWeight / batch);
+        loss += await addHidden(lesson, first, states, teachers.middle, own, hiddenWeight / batch);
       }
     },
   );
@@ -197,14 +236,14 @@ async function addHidden(
   { sample, firstToken, rows }: Lesson,
   first: number,
   states: StateStore,
-  { middle, variances }: Teachers,
+  { states: wantedStates, variances }: MiddleStates,
   cotangent: StateStore,
   weight: number,
 ): Promise<number> {
   const { countedFrom, tokens, expert } = sample;
   const [start, end] = [first + countedFrom, first + tokens.length];
   const own = await states.read(start, end);
-  const wanted = await middle.read(firstToken + countedFrom, firstToken + tokens.length);
+  const wanted = await wantedStates.read(firstToken + countedFrom, firstToken + tokens.length);
   const sum = (await cotangent.read(start, end)).slice();
   const scale = variances[expert] > 0 ? weight / (rows * variances[expert]) : 0;
   let loss = 0;
@@ -221,19 +260,14 @@ async function addHidden(
 class Head {
   readonly #program: Program;
   readonly #hiddenSize: number;
-  /** Columns of the teacher's logits; undefined: nobody is compared with. */
-  readonly #vocabSize: number | undefined;
+  /** Whether the loss compares with what the expert says. */
+  readonly #compares: boolean;
   readonly #fixed: Readonly<Record<string, NdArray>>;
 
-  private constructor(
-    program: Program,
-    hiddenSize: number,
-    vocabSize: number | undefined,
-    fixed: Readonly<Record<string, NdArray>>,
-  ) {
+  private constructor(program: Program, hiddenSize: number, compares: boolean, fixed: Readonly<Record<string, NdArray>>) {
     this.#program = program;
     this.#hiddenSize = hiddenSize;
-    this.#vocabSize = vocabSize;
+    this.#compares = compares;
     this.#fixed = fixed;
   }
 
@@ -249,7 +283,7 @@ class Head {
       const data = await weights.load(name);
       fixed[input] = { dtype: 'F32', shape: [data.length], data };
     }
-    return new Head(program, hiddenSize, objective.kind === 'divergence' ? vocabSize : undefined, fixed);
+    return new Head(program, hiddenSize, objective.kind === 'divergence', fixed);
   }
 
   /** Adds the cotangents of a lesson's states; returns its part of the loss, the mean over `count` lessons. */
@@ -271,15 +305,11 @@ class Head {
         return { dtype: 'F32', shape: [HEAD_ROWS, columns], data };
       };
       const weight = new Float32Array(end - start).fill(1 / (lesson.rows * count));
-      const columns = this.#vocabSize;
-      const teacher =
-        columns === undefined
-          ? {}
-          : { teacher: padded(await teachers.logits.read(lesson.firstRow + start, lesson.firstRow + end), columns) };
+      const said = this.#compares ? await teachers.logits(lesson, start, end) : undefined;
       const made = await this.#program.run({
         ...this.#fixed,
         hidden: padded(await hidden.read(from + start, from + end), this.#hiddenSize),
-        ...teacher,
+        ...(said ? { teacher: padded(said.data, said.columns) } : {}),
         weight: padded(weight, 1),
       });
       loss += made['loss'].data[0] as number;

@@ -1,5 +1,6 @@
-/** What learned merges are fitted on: texts or prompts for each expert, as tokens (merging.md 6.2). */
+/** What learned merges are fitted on: texts, prompts and conversations for each expert, as tokens (merging.md 6.2). */
 import { basename } from 'node:path';
+import type { ChatMessage, ChatTemplate } from './calibration/chat-template.ts';
 import { parseTextFile, readPrompts } from './calibration/text.ts';
 import type { Tokenizer } from './calibration/tokenizer.ts';
 import { calibrationWindows } from './calibration/windows.ts';
@@ -11,6 +12,8 @@ export interface Sample {
   readonly tokens: Int32Array;
   /** Logits of rows from here on count: what predicts the response, or everything in a plain text. */
   readonly countedFrom: number;
+  /** A prompt without a response, which its expert may write. */
+  readonly open?: true;
 }
 
 export interface SampleSets {
@@ -29,6 +32,10 @@ export interface SampleOptions {
   readonly sequenceLength: number;
   readonly seed: number;
   readonly holdOut: boolean;
+  /** Whether experts are to write the responses that prompts lack: the prompt itself does not count then, and must leave room. */
+  readonly answers?: boolean;
+  /** The template that an expert's conversations are written by; asked only when there are some. Absent: conversations are refused. */
+  readonly templateOf?: (expert: number) => Promise<ChatTemplate | undefined>;
 }
 
 /** Samples of an expert from which on an eighth is held out. */
@@ -46,8 +53,18 @@ export async function readSamples(tokenizer: Tokenizer, options: SampleOptions):
   for (const [expert, paths] of files.entries()) {
     const label = options.labels[expert];
     const samples: Sample[] = [];
-    for (const path of paths) samples.push(...(await samplesOf(path, expert, tokenizer, options)));
-    if (samples.length === 0) throw new RecipeError(`--calibration ${paths.join(' ')}: no text for expert ${label} in it`);
+    let long = 0;
+    for (const path of paths) {
+      const found = await samplesOf(path, expert, tokenizer, options);
+      samples.push(...found.samples);
+      long += found.long;
+    }
+    if (samples.length === 0) {
+      const cause = long > 0 ? `, but for ${long} prompts of ${options.sequenceLength} tokens or more` : '';
+      throw new RecipeError(`--calibration ${paths.join(' ')}: no text for expert ${label} in it${cause}`);
+    }
+    if (long > 0)
+      notes.push(`${label}: ${long} prompts of ${options.sequenceLength} tokens or more leave no room for a response; left out`);
     const taken = samples.slice(0, options.count);
     if (taken.length < FEW) notes.push(`${label}: ${taken.length} samples; at least ${FEW} are needed to learn from`);
     const spare = options.holdOut && taken.length >= HELD_OUT_FROM ? Math.ceil(taken.length / HELD_OUT) : 0;
@@ -82,28 +99,71 @@ function filesByExpert({ calibration, labels }: SampleOptions, notes: string[]):
   return files;
 }
 
-async function samplesOf(path: string, expert: number, tokenizer: Tokenizer, options: SampleOptions): Promise<Sample[]> {
+/** A prompt and what follows it, as tokens; without `whole` the prompt is open. */
+interface Exchange {
+  readonly head: Int32Array;
+  readonly whole?: Int32Array;
+}
+
+/** The samples of a file, and how many of its prompts are too long to be one. */
+async function samplesOf(
+  path: string,
+  expert: number,
+  tokenizer: Tokenizer,
+  options: SampleOptions,
+): Promise<{ samples: Sample[]; long: number }> {
   const { sequenceLength, count, seed } = options;
   const samples: Sample[] = [];
   const documents: string[] = [];
+  let long = 0;
   for await (const document of readPrompts(parseTextFile(path))) {
     if (typeof document === 'string') {
       documents.push(document);
       continue;
     }
-    const { prompt, response } = document;
-    const head = tokenizer.encode(prompt);
-    const whole = response === undefined ? head : tokenizer.encode(prompt + response);
-    const tokens = whole.slice(0, sequenceLength);
-    // The row of the prompt's last token predicts the first of the response. A prompt alone is compared as a whole.
-    const countedFrom = response === undefined ? 0 : Math.max(0, Math.min(head.length, whole.length) - 1);
-    if (countedFrom >= tokens.length) continue;
-    samples.push({ expert, tokens, countedFrom });
+    const exchange =
+      'messages' in document
+        ? conversation(tokenizer, await templateFor(path, expert, options), document.messages)
+        : {
+            head: tokenizer.encode(document.prompt, 'before'),
+            ...(document.response === undefined ? {} : { whole: tokenizer.encode(document.prompt + document.response) }),
+          };
+    const sample = sampleOf(expert, exchange, options);
+    if (sample) samples.push(sample);
+    else long++;
     if (samples.length >= count) break;
   }
-  if (documents.length === 0) return samples;
+  if (documents.length === 0) return { samples, long };
   const tokens = tokenizer.encode(documents.join('\n\n'));
   if (tokens.length < 2) throw new RecipeError(`--calibration ${basename(path)}: less than two tokens of text`);
   const { windows } = calibrationWindows(tokens, { samples: count, sequenceLength, seed });
-  return [...samples, ...windows.map((window) => ({ expert, tokens: window, countedFrom: 0 }))];
+  return { samples: [...samples, ...windows.map((window) => ({ expert, tokens: window, countedFrom: 0 }))], long };
+}
+
+/** Undefined when nothing but the prompt is left of `sequenceLength` tokens. */
+function sampleOf(expert: number, { head, whole }: Exchange, { sequenceLength, answers }: SampleOptions): Sample | undefined {
+  if (whole === undefined && answers !== true) return { expert, tokens: head.slice(0, sequenceLength), countedFrom: 0 };
+  if (head.length >= sequenceLength) return undefined;
+  if (whole === undefined) return { expert, tokens: head, countedFrom: 0, open: true };
+  // The row of the prompt's last token predicts the first of the response. Where the two are one word, tokens differ before its end.
+  let shared = 0;
+  while (shared < head.length && head[shared] === whole[shared]) shared++;
+  return { expert, tokens: whole.slice(0, sequenceLength), countedFrom: Math.max(0, shared - 1) };
+}
+
+async function templateFor(path: string, expert: number, { labels, templateOf }: SampleOptions): Promise<ChatTemplate> {
+  const template = await templateOf?.(expert);
+  if (template) return template;
+  const why = templateOf
+    ? `neither ${labels[expert]} nor the base has a chat template`
+    : 'only learned methods take conversations';
+  throw new RecipeError(`--calibration ${path}: holds messages, and ${why}; give prompt and response instead`);
+}
+
+/** What the assistant says last is the response; a conversation that ends with another's words is open. */
+function conversation(tokenizer: Tokenizer, template: ChatTemplate, messages: readonly ChatMessage[]): Exchange {
+  const answered = messages.at(-1)!.role === 'assistant';
+  const asked = answered ? messages.slice(0, -1) : messages;
+  const head = tokenizer.encode(template.render(asked, true), 'none');
+  return answered ? { head, whole: tokenizer.encode(template.render(messages, false), 'none') } : { head };
 }

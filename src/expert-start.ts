@@ -8,10 +8,12 @@ import { mergerOf } from './methods/merge/index.ts';
 import { resolveParameters } from './methods/merge/parameters.ts';
 
 /** Methods that are tried. */
-export const START_METHODS = ['task-arithmetic', 'tsv-m', 'iso-c'] as const;
-export const START_SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3] as const;
+const START_METHODS = ['task-arithmetic', 'tsv-m', 'iso-c'] as const;
+const START_SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3] as const;
+/** Where the search of a scale begins: between a mean of two and a whole. */
+const MIDDLE_SCALE = 5;
 /** Samples of each expert that candidates are judged on. */
-const SEARCHED = 16;
+export const SEARCHED = 16;
 
 export interface StartSearch {
   readonly forward: Forward;
@@ -23,7 +25,17 @@ export interface StartSearch {
   /** Methods to try; none: the base is the start. */
   readonly methods: readonly string[];
   readonly passive: Passive | 'auto';
-  readonly onCandidate: (done: number, total: number) => void;
+  /** What an interrupted search had found. */
+  readonly known: readonly TriedStart[];
+  readonly onTried: (tried: TriedStart, count: number) => Promise<void>;
+}
+
+export interface TriedStart {
+  readonly method: string;
+  readonly scale: number;
+  readonly passive: Passive;
+  /** Mean over experts. */
+  readonly kl: number;
 }
 
 export interface FoundStart {
@@ -31,44 +43,91 @@ export interface FoundStart {
   readonly passive: Passive;
   readonly updates: StartUpdates | undefined;
   /** Everything that was tried. */
-  readonly tried: readonly { readonly method: string; readonly scale: number; readonly passive: Passive; readonly kl: number }[];
+  readonly tried: readonly TriedStart[];
+}
+
+/** Methods to try, by the value of the parameter `start`. */
+export function startMethods(start: string): readonly string[] {
+  return start === 'auto' ? START_METHODS : start === 'none' ? [] : [start];
 }
 
 /** The base as it is. */
 const NONE: Start = { method: 'task-arithmetic', scale: 0 };
 
-/** Tries all methods at all scales, then the other way with what is not learned. */
+/**
+ * Tries all methods, then the other way with what is not learned. A method's scale is found from the middle of the list: on to the better
+ * neighbour until none is. Divergence has one valley along a line through the base, and that takes half as many passes as all scales.
+ */
 export async function findStart(search: StartSearch): Promise<FoundStart> {
-  const { forward, teachers, weights, labels } = search;
+  const { forward, teachers, weights, labels, known } = search;
   const lessons = labels.flatMap((_, k) => search.lessons.filter(({ sample }) => sample.expert === k).slice(0, SEARCHED));
-  const tried: { method: string; scale: number; passive: Passive; kl: number }[] = [];
-  const total = search.methods.length * START_SCALES.length + (search.passive === 'auto' ? 1 : 0);
-  const judge = async (start: Start, updates: StartUpdates | undefined, passive: Passive): Promise<number> => {
-    forward.signal?.throwIfAborted();
-    const model = new LearnedWeights({ weights, expertCount: labels.length, updates, scale: start.scale, passive });
-    const kl = meanKl(await distances(forward, teachers, lessons, labels.length, model));
-    tried.push({ ...start, passive, kl });
-    search.onCandidate(tried.length, total);
-    return kl;
+  const tried: TriedStart[] = [];
+  const judge = async (start: Start, updatesOf: () => Promise<StartUpdates | undefined>, passive: Passive): Promise<number> => {
+    const same = (other: TriedStart) => other.method === start.method && other.scale === start.scale && other.passive === passive;
+    let found = tried.find(same) ?? known.find(same);
+    if (found === undefined) {
+      forward.signal?.throwIfAborted();
+      const updates = await updatesOf();
+      const model = new LearnedWeights({ weights, expertCount: labels.length, updates, scale: start.scale, passive });
+      found = { ...start, passive, kl: meanKl(await distances(forward, teachers, lessons, labels.length, model)) };
+      await search.onTried(found, tried.length + 1);
+    }
+    if (!tried.some(same)) tried.push(found);
+    return found.kl;
   };
   const first = search.passive === 'auto' ? 'mean' : search.passive;
-  let best: { start: Start; updates: StartUpdates | undefined; kl: number } | undefined;
+  let best: { start: Start; updates: Lazy; kl: number } | undefined;
   for (const method of search.methods) {
-    const updates = await mergedTaskVectors(search, method);
-    for (const scale of START_SCALES) {
-      const start = { method, scale };
-      const kl = await judge(start, updates, first);
-      if (best === undefined || kl < best.kl) {
-        if (best?.updates && best.updates !== updates) await release(best.updates);
-        best = { start, updates, kl };
-      }
-    }
-    if (best?.updates !== updates) await release(updates);
+    const updates = new Lazy(() => mergedTaskVectors(search, method));
+    const at = (index: number) => judge({ method, scale: START_SCALES[index] }, () => updates.get(), first);
+    const index = await valley(START_SCALES.length, MIDDLE_SCALE, at);
+    const kl = await at(index);
+    const beaten = best === undefined || kl < best.kl ? best?.updates : updates;
+    if (best === undefined || kl < best.kl) best = { start: { method, scale: START_SCALES[index] }, updates, kl };
+    await beaten?.release();
   }
-  if (search.passive !== 'auto') return { start: best?.start ?? NONE, updates: best?.updates, passive: first, tried };
-  best ??= { start: NONE, updates: undefined, kl: await judge(NONE, undefined, first) };
-  const still = await judge(best.start, best.updates, 'base');
-  return { start: best.start, updates: best.updates, passive: still <= best.kl ? 'base' : 'mean', tried };
+  const { start, updates } = best ?? { start: NONE, updates: undefined };
+  const result = async (passive: Passive): Promise<FoundStart> => ({ start, updates: await updates?.get(), passive, tried });
+  if (search.passive !== 'auto') return result(first);
+  const get = async () => updates?.get();
+  const moved = await judge(start, get, first);
+  const still = await judge(start, get, 'base');
+  return result(still <= moved ? 'base' : 'mean');
+}
+
+/** Where a list of values with one valley is least, walking down from `from`. */
+export async function valley(length: number, from: number, at: (index: number) => Promise<number>): Promise<number> {
+  let index = from;
+  let value = await at(index);
+  for (const direction of [1, -1]) {
+    let moved = false;
+    for (let next = index + direction; next >= 0 && next < length; next += direction) {
+      const other = await at(next);
+      if (other >= value) break;
+      [index, value, moved] = [next, other, true];
+    }
+    if (moved) break;
+  }
+  return index;
+}
+
+/** What a method makes of the task vectors, made when it is first needed. */
+class Lazy {
+  readonly #make: () => Promise<StartUpdates>;
+  #updates: Promise<StartUpdates> | undefined;
+
+  constructor(make: () => Promise<StartUpdates>) {
+    this.#make = make;
+  }
+
+  get(): Promise<StartUpdates> {
+    this.#updates ??= this.#make();
+    return this.#updates;
+  }
+
+  async release(): Promise<void> {
+    for (const store of (await this.#updates)?.values() ?? []) await store[Symbol.asyncDispose]();
+  }
 }
 
 /** What a method makes of the task vectors of every site, at scale 1. */
@@ -96,8 +155,4 @@ async function mergedTaskVectors({ forward, weights, labels, seed }: StartSearch
     }
   }
   return updates;
-}
-
-async function release(updates: StartUpdates): Promise<void> {
-  for (const store of updates.values()) await store[Symbol.asyncDispose]();
 }

@@ -1,4 +1,5 @@
 /** What every expert makes of its own samples, computed once: the targets of a learned merge (merging.md 6.3, 6.5). */
+import { createHash } from 'node:crypto';
 import { BlockRunner, DEFAULT_BATCH_TOKENS } from './calibration/block-runner.ts';
 import { embedTokens } from './calibration/embed.ts';
 import { HiddenStates } from './calibration/hidden-states.ts';
@@ -8,6 +9,7 @@ import type { Engine } from './compute/engine.ts';
 import type { Sample } from './expert-samples.ts';
 import type { Model, WeightReader } from './model/model.ts';
 import { OutputHead } from './output-head.ts';
+import { Scorer } from './scoring.ts';
 
 /** Rows of logits held at once, in bytes of float32. */
 const LOGITS_BYTES = 64 * 2 ** 20;
@@ -33,13 +35,22 @@ export interface Lesson {
   readonly rows: number;
 }
 
+/**
+ * What experts said, kept as the hidden states they said it from: their own norm and head make the logits again, exactly, whenever they are
+ * compared with. That is `4 hiddenSize` bytes for a row, not `4 vocabSize`.
+ */
 export interface Teachers extends AsyncDisposable {
   readonly lessons: readonly Lesson[];
-  /** (counted rows of all samples, vocabulary). */
-  readonly logits: StateStore;
-  /** After the middle block, (tokens of all samples, hiddenSize). */
-  readonly middle: StateStore;
-  /** Of each expert: mean of |h - mean h|^2 after the middle block. */
+  /** Logits (end - start, vocabSize) of counted rows of a lesson, by the expert whose sample it is. */
+  logits(lesson: Lesson, start: number, end: number): Promise<Matrix>;
+  /** After the middle block, where that is compared. */
+  readonly middle?: MiddleStates;
+}
+
+export interface MiddleStates {
+  /** (tokens of all samples, hiddenSize) */
+  readonly states: StateStore;
+  /** Of each expert: mean of |h - mean h|^2. */
   readonly variances: readonly number[];
 }
 
@@ -56,48 +67,112 @@ export interface Distance {
   readonly agreement: number;
 }
 
-/** Runs every expert once over its own samples. @param weightsOf weights of an expert */
+/** A distance, and how well the samples themselves are predicted. */
+export interface ScoredDistance extends Distance {
+  /** Of counted rows that a token follows, of the model. */
+  readonly perplexity: number;
+  /** The same of the expert. */
+  readonly expertPerplexity: number;
+}
+
+export interface TeachOptions {
+  readonly samples: readonly Sample[];
+  readonly expertCount: number;
+  /** Weights of an expert. */
+  readonly weightsOf: (expert: number) => WeightReader;
+  /** Keep the states after the middle block. */
+  readonly middle: boolean;
+  readonly onExpert?: (expert: number) => void;
+}
+
+/** Runs every expert once over its own samples. */
 export async function teach(
   forward: Forward,
-  samples: readonly Sample[],
-  expertCount: number,
-  weightsOf: (expert: number) => WeightReader,
-  onExpert: (expert: number) => void,
+  { samples, expertCount, weightsOf, middle: keepsMiddle, onExpert }: TeachOptions,
 ): Promise<Teachers> {
   const { model, spool } = forward;
-  const { vocabSize, hiddenSize } = model.shape;
+  const { hiddenSize } = model.shape;
   const lessons = lessonsOf(samples);
   const { rows, tokens } = extentOf(lessons);
-  const logits = spool.allocate(rows, vocabSize);
-  const middle = spool.allocate(tokens, hiddenSize);
+  const last = spool.allocate(rows, hiddenSize);
+  const middle = keepsMiddle ? spool.allocate(tokens, hiddenSize) : undefined;
   const variances: number[] = [];
   for (let expert = 0; expert < expertCount; expert++) {
-    onExpert(expert);
+    onExpert?.(expert);
     const own = lessons.filter(({ sample }) => sample.expert === expert);
-    const weights = weightsOf(expert);
-    await using pass = await forwardPass(forward, weights, own);
+    await using pass = await forwardPass(forward, weightsOf(expert), own, keepsMiddle);
     let token = 0;
     const moments = new Moments(hiddenSize);
     for (const lesson of own) {
-      const states = await pass.middle.read(token, token + lesson.sample.tokens.length);
-      moments.add(states);
-      await middle.write(lesson.firstToken, states);
-      token += lesson.sample.tokens.length;
+      const { tokens: ids, countedFrom } = lesson.sample;
+      if (middle && pass.middle) {
+        const states = await pass.middle.read(token, token + ids.length);
+        moments.add(states);
+        await middle.write(lesson.firstToken, states);
+      }
+      await last.write(lesson.firstRow, await pass.last.read(token + countedFrom, token + ids.length));
+      token += ids.length;
     }
     variances.push(moments.variance);
-    for await (const { lesson, start, values } of pass.logits()) await logits.write(lesson.firstRow + start, values.data);
   }
+  const heads = await expertHeads(forward, expertCount, weightsOf);
   return {
     lessons,
-    logits,
-    middle,
-    variances,
+    async logits({ sample, firstRow }, start, end) {
+      const data = await last.read(firstRow + start, firstRow + end);
+      return heads[sample.expert].logits({ rows: end - start, columns: hiddenSize, data });
+    },
+    ...(middle ? { middle: { states: middle, variances } } : {}),
     async [Symbol.asyncDispose]() {
-      await logits[Symbol.asyncDispose]();
-      await middle[Symbol.asyncDispose]();
+      await last[Symbol.asyncDispose]();
+      await middle?.[Symbol.asyncDispose]();
     },
   };
 }
+
+/** Most bytes of all experts' heads in memory; larger ones are read again for every piece of logits. */
+const HEADS_BYTES = 1024 * 2 ** 20;
+
+/** Norm and head of every expert; experts that did not change them share one. */
+async function expertHeads(
+  { model, engine, blas }: Forward,
+  expertCount: number,
+  weightsOf: (expert: number) => WeightReader,
+): Promise<OutputHead[]> {
+  const shared = new Map<string, OutputHead>();
+  const heads: OutputHead[] = [];
+  for (let expert = 0; expert < expertCount; expert++) {
+    const weights = weightsOf(expert);
+    const print = await headFingerprint(model, weights);
+    const head = shared.get(print) ?? new OutputHead(model, weights, engine, blas, HEADS_BYTES / expertCount);
+    shared.set(print, head);
+    heads.push(head);
+  }
+  return heads;
+}
+
+/** A digest of all weights after the last block, read a piece at a time. */
+async function headFingerprint(model: Model, weights: WeightReader): Promise<string> {
+  const hash = createHash('sha256');
+  const add = (values: Float32Array) => hash.update(new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+  for (const name of model.finalNormGraph().weights.values()) add(await weights.load(name));
+  const { vocabSize, hiddenSize } = model.shape;
+  const step = Math.max(1, Math.floor(LOGITS_BYTES / (4 * hiddenSize)));
+  for (let start = 0; start < vocabSize; start += step)
+    add(await weights.loadRows(model.outputHead, start, Math.min(vocabSize, start + step)));
+  return hash.digest('hex');
+}
+
+/** What is summed up of one expert's samples. */
+interface Tally {
+  kl: number;
+  samples: number;
+  agreed: number;
+  rows: number;
+}
+
+/** Logits of the expert and of the model for counted rows of a lesson, the first of them row `start`. */
+type OnRows = (lesson: Lesson, start: number, target: Matrix, own: Matrix) => void;
 
 /** Distance of a model from every expert, over lessons of all of them. */
 export async function distances(
@@ -106,21 +181,40 @@ export async function distances(
   lessons: readonly Lesson[],
   expertCount: number,
   weights: WeightReader,
+  onRows?: OnRows,
 ): Promise<Distance[]> {
-  const sums = Array.from({ length: expertCount }, () => ({ kl: 0, samples: 0, agreed: 0, rows: 0 }));
+  const sums = Array.from({ length: expertCount }, (): Tally => ({ kl: 0, samples: 0, agreed: 0, rows: 0 }));
   await using pass = await forwardPass(forward, weights, lessons);
   for await (const { lesson, start, values } of pass.logits()) {
-    const data = await teachers.logits.read(lesson.firstRow + start, lesson.firstRow + start + values.rows);
-    const target = { rows: values.rows, columns: values.columns, data };
+    const target = await teachers.logits(lesson, start, start + values.rows);
     const sum = sums[lesson.sample.expert];
     sum.kl += ((await forward.blas.meanKl(target, values)) * values.rows) / lesson.rows;
     sum.agreed += agreements(target, values);
     sum.rows += values.rows;
     if (start === 0) sum.samples++;
+    onRows?.(lesson, start, target, values);
   }
   return sums.map(({ kl, samples, agreed, rows }) => ({
     kl: samples === 0 ? 0 : kl / samples,
     agreement: agreed / Math.max(1, rows),
+  }));
+}
+
+/** The same with perplexities, which take as long again where the vocabulary is large. */
+export async function scoredDistances(...given: Parameters<typeof distances>): Promise<ScoredDistance[]> {
+  const [, , , expertCount] = given;
+  const scores = Array.from({ length: expertCount }, () => ({ own: new Scorer(), expert: new Scorer() }));
+  const measured = await distances(given[0], given[1], given[2], expertCount, given[4], ({ sample }, start, target, own) => {
+    const next = sample.countedFrom + start + 1;
+    const tokens = sample.tokens.subarray(next, next + own.rows);
+    const score = scores[sample.expert];
+    score.own.add(own.data, tokens, own.columns);
+    score.expert.add(target.data, tokens, target.columns);
+  });
+  return measured.map((distance, k) => ({
+    ...distance,
+    perplexity: scores[k].own.score.perplexity,
+    expertPerplexity: scores[k].expert.score.perplexity,
   }));
 }
 
@@ -145,30 +239,38 @@ function extentOf(lessons: readonly Lesson[]): { rows: number; tokens: number } 
 }
 
 interface ForwardPass extends AsyncDisposable {
-  /** Hidden states after the middle block, lesson after lesson. */
-  readonly middle: StateStore;
+  /** Hidden states after the last block, lesson after lesson. */
+  readonly last: StateStore;
+  /** After the middle block, where that was asked for. */
+  readonly middle?: StateStore;
   /** Logits of counted rows, a piece of a lesson at a time; `start` counts from the lesson's first counted row. */
   logits(): AsyncIterable<{ readonly lesson: Lesson; readonly start: number; readonly values: Matrix }>;
 }
 
-async function forwardPass(forward: Forward, weights: WeightReader, lessons: readonly Lesson[]): Promise<ForwardPass> {
+async function forwardPass(
+  forward: Forward,
+  weights: WeightReader,
+  lessons: readonly Lesson[],
+  keepsMiddle = false,
+): Promise<ForwardPass> {
   const { model, engine, blas, spool, path, signal } = forward;
   const { hiddenSize, vocabSize } = model.shape;
   const windows = lessons.map(({ sample }) => sample.tokens);
   const states = new HiddenStates(windows, hiddenSize, DEFAULT_BATCH_TOKENS, spool);
-  const middle = spool.allocate(states.tokenCount, hiddenSize);
+  const middle = keepsMiddle ? spool.allocate(states.tokenCount, hiddenSize) : undefined;
   const runner = new BlockRunner(model, engine, path);
   await embedTokens(model, weights, states, { path });
   for (const block of model.blocks) {
     signal?.throwIfAborted();
     await runner.advance(states, block, weights);
-    if (block.index !== middleBlock(model)) continue;
+    if (middle === undefined || block.index !== middleBlock(model)) continue;
     for (const { rowStart, rowEnd } of states.batches) await middle.write(rowStart, await states.store.read(rowStart, rowEnd));
   }
   const head = new OutputHead(model, weights, engine, blas);
   const rowsAtOnce = Math.max(1, Math.floor(LOGITS_BYTES / (4 * vocabSize)));
   return {
-    middle,
+    last: states.store,
+    ...(middle ? { middle } : {}),
     async *logits() {
       let token = 0;
       for (const lesson of lessons) {
@@ -185,7 +287,7 @@ async function forwardPass(forward: Forward, weights: WeightReader, lessons: rea
     },
     async [Symbol.asyncDispose]() {
       await states[Symbol.asyncDispose]();
-      await middle[Symbol.asyncDispose]();
+      await middle?.[Symbol.asyncDispose]();
     },
   };
 }

@@ -2,6 +2,7 @@
 import type { Engine, NdArray } from './compute/engine.ts';
 import { promptFeeds } from './logits-source.ts';
 import type { Model } from './model/model.ts';
+import { likeliestToken } from './token-choice.ts';
 
 export interface GenerateOptions {
   /** Most tokens to add. */
@@ -26,7 +27,7 @@ export async function generate(
   for (let step = 0; step < room; step++) {
     const results = await program.run(feeds);
     const logits = results['logits'].data as Float32Array;
-    const token = argmax(logits.subarray(logits.length - vocabSize));
+    const token = likeliestToken(logits.subarray(logits.length - vocabSize));
     if (token === options.endToken) break;
     generated.push(token);
     feeds = nextFeeds(results, blockCount, token, prompt.length + step + 1);
@@ -49,10 +50,4 @@ export function nextFeeds(
     for (const kind of ['key', 'value']) feeds[`past_key_values.${block}.${kind}`] = results[`present.${block}.${kind}`];
   }
   return feeds;
-}
-
-function argmax(values: Float32Array): number {
-  let best = 0;
-  for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;
-  return best;
 }

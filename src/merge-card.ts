@@ -41,7 +41,9 @@ function commandOf(inputs: MergeInputs, recipe: MergeRecipe): string {
   const { base: _, experts: __, card: ___, mergekit, method, dtype, ...options } = portableRecipe(recipe, inputs);
   const flags = Object.entries(mergekit || dtype === undefined ? options : { dtype, ...options })
     .filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(defaults[key]))
-    .map(([key, value]) => (value === true ? flag(key) : `${flag(key)} ${[value].flat().map(quoted).join(' ')}`));
+    .map(([key, value]) =>
+      value === false ? `--no-${key}` : value === true ? flag(key) : `${flag(key)} ${[value].flat().map(quoted).join(' ')}`,
+    );
   // The file says the rest: models, method, type.
   if (mergekit) return ['pcomp merge --config mergekit_config.yml', ...flags, '-o merged'].join(' ');
   const { base, experts } = inputs;

@@ -1,8 +1,10 @@
 /** From a recipe to a merge plan: learned now, kept by an interrupted run, or read from a file. */
-import { readFile, rename, writeFile } from 'node:fs/promises';
+import { readFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
+import { writeDurably } from './artifacts/durable.ts';
 import { EnvironmentError, FormatError, RecipeError } from './errors.ts';
-import { type LearningReport, learnMerge } from './expert-merging.ts';
+import { type LearningPlace, type LearningReport, learnMerge } from './expert-merging.ts';
+import type { PreparedLearning } from './expert-prepare.ts';
 import type { MergeInputs } from './merge-inputs.ts';
 import type { TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
@@ -26,26 +28,24 @@ export function learnedValues(method: LearnedMethod, recipe: MergeRecipe): Learn
 }
 
 /**
- * The plan of a learned merge. What is learned is kept in `folder`, for a run that is interrupted after it.
- * @param jobs of any schedule over the inputs @param keep called before the first file is written
+ * The plan of a learned merge. What is learned is kept in the place, for a run that is interrupted in or after it.
+ * @param prepared absent where a plan is given @param jobs of any schedule over the inputs
  */
 export async function planMerge(
-  method: LearnedMethod,
+  prepared: PreparedLearning | undefined,
   inputs: MergeInputs,
   jobs: readonly TensorJob[],
   recipe: MergeRecipe,
-  folder: string,
-  keep: () => Promise<void>,
+  place: LearningPlace,
   hooks: RunHooks,
 ): Promise<PlannedMerge> {
-  if (recipe.plan !== undefined) return { plan: await readPlan(recipe.plan) };
-  const path = join(folder, FILE);
+  if (prepared === undefined) return { plan: await readPlan(recipe.plan!) };
+  const path = join(place.folder, FILE);
   const kept = await readFile(path, 'utf8').catch(() => undefined);
   if (kept !== undefined) return JSON.parse(kept) as PlannedMerge;
-  const learned = await learnMerge(method, learnedValues(method, recipe), inputs, jobs, recipe, hooks);
-  await keep();
-  await writeFile(`${path}.new`, JSON.stringify(learned));
-  await rename(`${path}.new`, path);
+  const learned = await learnMerge(prepared, inputs, jobs, recipe, place, hooks);
+  await place.keep();
+  await writeDurably(path, JSON.stringify(learned));
   return learned;
 }
 

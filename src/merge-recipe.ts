@@ -22,6 +22,8 @@ export interface MergeRecipe {
   readonly method: string;
   /** Texts to learn on: `label=FILE`, or a file for every expert. */
   readonly calibration: readonly string[];
+  /** Let experts write the responses that prompts lack; otherwise the prompts themselves are what is compared. */
+  readonly generate: boolean;
   /** A plan to follow instead of learning one: a plan file, or the pcomp.json of a merge. */
   readonly plan?: string;
   /** A mergekit configuration: names the models, the method and its parameters. */
@@ -69,6 +71,7 @@ export type MergeRequest = { readonly [K in Exclude<keyof MergeRecipe, 'chosen'>
 export const MERGE_DEFAULTS = {
   preset: 'best',
   calibration: [],
+  generate: true,
   weights: [],
   set: [],
   maxMemory: 2 * 2 ** 30,
@@ -116,6 +119,7 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
     ...(base === undefined ? {} : { base }),
     method: named ?? DEFAULT_METHODS[learns ? 'calibration' : base === undefined ? 'alone' : 'base'],
     calibration,
+    generate: boolean('generate', all['generate']),
     ...(plan === undefined ? {} : { plan }),
     ...(given.mergekit === undefined ? {} : { mergekit: given.mergekit as MergekitConfig }),
     chosen: named === undefined ? 'default' : 'named',
@@ -146,6 +150,8 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   if (recipe.method === MOE) checkSparse(recipe);
   else checkMethod(recipe);
   const own = (['prompts', 'negative', 'gate', 'topK'] as const).find((key) => given[key] !== undefined);
+  if (!recipe.generate && (learnedOf(recipe.method) === undefined || plan !== undefined))
+    throw new RecipeError('--no-generate: goes with methods that learn on --calibration; no responses are written otherwise');
   if (recipe.method !== MOE && own)
     throw new RecipeError(`${flag(own)}: --method ${recipe.method} makes no routers; ${MOE} does`);
   return recipe;

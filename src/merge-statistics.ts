@@ -25,6 +25,7 @@ import type { Model, WeightReader } from './model/model.ts';
 import { NextTokenLoss } from './next-token-loss.ts';
 import { OutputHead } from './output-head.ts';
 import type { RunHooks } from './run.ts';
+import { drawToken } from './token-choice.ts';
 
 export interface MergeStatistics {
   /** By weight of a linear layer: what was measured, for each expert. */
@@ -169,7 +170,7 @@ async function measureFisher({ forward, windows, weights, sink, progress }: Meas
     const states = await pass.forward(weights);
     const logits = await head.logits({ rows, columns: hiddenSize, data: await states.read(0, rows) });
     const labels = Int32Array.from({ length: rows }, (_, row) =>
-      draw(logits.data.subarray(row * vocabSize, (row + 1) * vocabSize), random),
+      drawToken(logits.data.subarray(row * vocabSize, (row + 1) * vocabSize), random),
     );
     await using cotangent = spool.allocate(rows, hiddenSize);
     await loss.add(states, 0, labels, 1, cotangent);
@@ -190,20 +191,6 @@ async function measureFisher({ forward, windows, weights, sink, progress }: Meas
     await store[Symbol.asyncDispose]();
   }
   return Math.sqrt(square);
-}
-
-/** A token drawn from the softmax of its logits. */
-function draw(logits: Float32Array, random: Random): number {
-  let most = Number.NEGATIVE_INFINITY;
-  for (const value of logits) most = Math.max(most, value);
-  let total = 0;
-  for (const value of logits) total += Math.exp(value - most);
-  let left = random.nextFloat() * total;
-  for (let j = 0; j < logits.length; j++) {
-    left -= Math.exp(logits[j] - most);
-    if (left < 0) return j;
-  }
-  return logits.length - 1;
 }
 
 function bytesOf(values: Float32Array): Uint8Array {

@@ -7,6 +7,7 @@ import { writeReport } from './artifacts/manifest.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from './errors.ts';
 import type { LearningReport } from './expert-merging.ts';
+import { type LearningCost, prepareLearning } from './expert-prepare.ts';
 import { countDispositions, writeMergeManifest } from './merge-describe.ts';
 import { writeModelFiles } from './merge-files.ts';
 import { type MergeInputs, openMergeInputs } from './merge-inputs.ts';
@@ -42,6 +43,8 @@ export interface MergeOutcome {
   /** Most bytes of buffers at any time. */
   readonly predictedPeakBytes: number;
   readonly notes: readonly string[];
+  /** In a dry run: what learning coefficients would take. */
+  readonly toLearn?: LearningCost;
   /** How coefficients were learned, and what came of it. */
   readonly learning?: LearningReport;
   /** What the run did; absent in a dry run. */
@@ -104,21 +107,21 @@ export async function merge(
   // What is learned is settled by the plan: nothing is left for the method that applies it.
   const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
   const expected = scheduleMerge(inputs, applied, mergerOf(learned || sparse ? PLACEHOLDER : recipe.method));
-  if (learned) learnedValues(learned, recipe);
+  const values = learned && learnedValues(learned, recipe);
+  const prepared =
+    learned && values && recipe.plan === undefined ? await prepareLearning(learned, values, inputs, recipe, note) : undefined;
   if (mode.dryRun) {
-    if (learned && recipe.plan === undefined)
-      note('bytes, memory and tensors are those of applying the plan, once it is learned');
-    return outlineOf(inputs, recipe, expected, notes);
+    if (prepared) note('bytes, memory and tensors are those of applying the plan, once it is learned');
+    return { ...outlineOf(inputs, recipe, expected, notes), ...(prepared ? { toLearn: prepared.cost } : {}) };
   }
   const marks = await markInputs(inputs, recipe);
   await using output = await OutputFolder.open({ ...request, recipeHash: marks.hash });
   try {
     await requireSpace(output, expected);
     const keep = () => output.keepForResume();
-    const planned =
-      learned && (await planMerge(learned, inputs, expected.jobs, recipe, output.partsPath, keep, { ...hooks, note }));
-    const method = learned || sparse ? undefined : mergerOf(recipe.method);
     const place = { folder: output.partsPath, keep };
+    const planned = learned && (await planMerge(prepared, inputs, expected.jobs, recipe, place, { ...hooks, note }));
+    const method = learned || sparse ? undefined : mergerOf(recipe.method);
     const statistics =
       method?.statistics && (await measureStatistics(method, inputs, expected.jobs, recipe, place, { ...hooks, note }));
     const schedule = planned

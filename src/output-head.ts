@@ -13,21 +13,24 @@ export class OutputHead {
   readonly #weights: WeightReader;
   readonly #engine: Engine;
   readonly #blas: Blas;
+  readonly #residentBytes: number;
   #resident: Float32Array | undefined;
   #norm: Readonly<Record<string, NdArray>> | undefined;
 
-  constructor(model: Model, weights: WeightReader, engine: Engine, blas: Blas) {
+  /** @param residentBytes largest head that is kept in memory */
+  constructor(model: Model, weights: WeightReader, engine: Engine, blas: Blas, residentBytes = RESIDENT_BYTES) {
     this.#model = model;
     this.#weights = weights;
     this.#engine = engine;
     this.#blas = blas;
+    this.#residentBytes = Math.min(residentBytes, RESIDENT_BYTES);
   }
 
   /** `hidden` (rows, hiddenSize) before the final norm -> logits (rows, vocabSize). */
   async logits(hidden: Matrix): Promise<Matrix> {
     const { vocabSize, hiddenSize } = this.#model.shape;
     const normed = await this.#normalize(hidden);
-    if (vocabSize * hiddenSize * 4 <= RESIDENT_BYTES) {
+    if (vocabSize * hiddenSize * 4 <= this.#residentBytes) {
       this.#resident ??= await this.#weights.load(this.#model.outputHead);
       return this.#blas.gemm(normed, { rows: vocabSize, columns: hiddenSize, data: this.#resident }, { transposeB: true });
     }

@@ -168,7 +168,9 @@ describe('adamerging', () => {
       const refused = await runCli([...args, 'gamma=1', '-o', 'never'], { cwd });
       expect([refused.code, refused.stderr]).toEqual([
         2,
-        expect.stringMatching(/gamma: adamerging has no such parameter; it has samples, length, updates/),
+        expect.stringMatching(
+          /gamma: adamerging has no such parameter; it has samples, length, response_length, response_temperature, updates/,
+        ),
       ]);
     },
     SETUP_MS,

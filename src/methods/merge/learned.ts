@@ -30,6 +30,19 @@ const count = (summary: string, value: number): NumberParameter => ({
 const PARAMETERS = {
   samples: { type: 'number', summary: 'samples of each expert', default: 64, paper: 5, min: 1, integer: true },
   length: { type: 'number', summary: 'tokens of a sample, at most', default: 512, min: 2, integer: true },
+  response_length: {
+    type: 'number',
+    summary: 'tokens that an expert writes for a prompt, at most',
+    default: 128,
+    min: 1,
+    integer: true,
+  },
+  response_temperature: {
+    type: 'number',
+    summary: 'of the tokens an expert writes: 0 the likeliest each time, above it they are drawn',
+    default: 0,
+    min: 0,
+  },
   gamma: {
     type: 'number',
     summary: 'pull to the start; -1: by cross-validation from 32 samples on, else 0.8',
@@ -90,6 +103,8 @@ export const LEARNED = {
     parameters: {
       samples: { ...PARAMETERS.samples, paper: 64 },
       length: PARAMETERS.length,
+      response_length: PARAMETERS.response_length,
+      response_temperature: PARAMETERS.response_temperature,
       updates: { ...PARAMETERS.updates, summary: 'updates', default: 100, paper: 1000 },
     },
     fixed: { gamma: 0, hidden: 0, start: 'none', passive: 'base' },
