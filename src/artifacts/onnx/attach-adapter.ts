@@ -71,7 +71,7 @@ function inputOf(last: Node, scopes: ReadonlySet<string>, producers: ReadonlyMap
 }
 
 /** Sorting, rotating, splitting and padding of columns. */
-const TRANSFORMS: readonly string[] = ['Gather', 'Reshape', 'MatMul', 'Split', 'Concat', 'Pad'];
+const TRANSFORMS: readonly string[] = ['Gather', 'Transpose', 'Reshape', 'MatMul', 'Split', 'Concat', 'Pad'];
 
 /** `/model/layers.0/mlp/up_proj` of `/model/layers.0/mlp/up_proj/MatMulNBits`. */
 function scopeOf(node: string): string {

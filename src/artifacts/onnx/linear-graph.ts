@@ -75,13 +75,22 @@ export class LinearRenderer {
   #transform({ transform, inFeatures }: OnnxLinearLayout, { inputOrder }: LinearInitializers, x: Value): Value {
     if (!transform) return x;
     return this.#once(`${x.name} transformed`, () => {
-      const sorted = inputOrder ? this.#builder.gather(x, this.#builder.initializer(inputOrder), -1) : x;
+      const sorted = inputOrder ? this.#sort(x, this.#builder.initializer(inputOrder)) : x;
       const rest = transform.hadamard > 0 ? inFeatures % transform.hadamard : 0;
       if (transform.hadamard === 0) return sorted;
       if (rest === 0) return this.#rotate(sorted, transform.hadamard);
       const [whole, last] = this.#builder.split(sorted, [inFeatures - rest, rest], -1);
       return this.#builder.concat([this.#rotate(whole, transform.hadamard), last], -1);
     });
+  }
+
+  /** Columns by their index. Gather copies an element at a time along the last axis, whole rows along the first: a prompt of 128 tokens and 2048 columns takes a fifth of the time with two transpositions. */
+  #sort(x: Value, order: Value): Value {
+    const { shape } = x;
+    const last = shape.length - 1;
+    const leading = Array.from({ length: last }, (_, axis) => axis);
+    const rows = this.#builder.gather(this.#builder.transpose(x, [last, ...leading]), order, 0);
+    return this.#builder.transpose(rows, [...leading.map((axis) => axis + 1), 0]);
   }
 
   /** Every run of `size` columns times the Hadamard matrix, which is its own transpose. */

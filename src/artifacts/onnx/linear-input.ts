@@ -61,7 +61,8 @@ async function storedTransform(
   const rotation = behindReshape(constants, around ? joined.inputs[0] : value, 'MatMul', isHadamardProduct);
   const hadamard = rotation ? await rotationSize(path, constants, site, rotation.inputs[1]) : 0;
   if (rotation) value = around ? split.inputs[0] : (constants.producer(rotation.inputs[0])?.inputs[0] ?? '');
-  const gather = constants.producer(value);
+  const columns = constants.producer(value);
+  const gather = columns?.op === 'Transpose' ? constants.producer(columns.inputs[0]) : undefined;
   if (gather?.op === 'Gather' && gather.inputs[1].endsWith('.input_order')) {
     const [, name] = gather.inputs;
     return { hadamard, order: { name, columns: Int32Array.from(await integers(constants, name)) } };
