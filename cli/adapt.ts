@@ -46,13 +46,22 @@ export function adaptCommand(signal: AbortSignal): Command {
     .option('--budget <budget>', 'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25')
     .addOption(new Option('--method <method>', `where ranks go (default: ${D.method})`).choices([...ADAPT_METHODS]))
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
-    .option('--steps <steps>', 'steps of the optimizer; 0: ranks and first factors only, to train elsewhere (default: 0)')
+    .option(
+      '--steps <steps>',
+      'steps of the optimizer; 0: ranks and first factors only, to train elsewhere (default: 0; methods that train need it said)',
+    )
     .option('--targets <globs...>', 'layers to adapt, by name (default: all linear layers)')
     .option('--dora', 'train the lengths of the rows of a weight beside where they point')
-    .option('--against <model>', 'qerror, loftq: the float model that the base was quantized from')
+    .option(
+      '--against <model>',
+      'qerror, loftq, a method that trains with --steps 0: the float model that the base was quantized from',
+    )
     .option('--invert', 'lamda++: more rank where the spectrum of a weight is steep')
     .option('--r-min <rank>', 'eva, qerror, gora: least rank of a layer (default: 0, or what the method has)')
-    .option('--r-max <rank>', 'eva, qerror, gora: largest rank of a layer (default: what the method has)')
+    .option(
+      '--r-max <rank>',
+      'eva, qerror, gora, a method that trains with --steps 0: largest rank of a layer (default: what the method has)',
+    )
     .option('--rank-multiple <ranks>', 'eva, qerror: ranks in a multiple of this')
     .option('--tie-inputs', 'eva, qerror: one rank for layers that read the same input')
     .addOption(new Option('--solver <solver>', `eva, qerror: how ranks are found (default: ${D.solver})`).choices([...SOLVERS]))

@@ -3,6 +3,7 @@ import { DEVICES, type DeviceRequest } from './compute/engine.ts';
 import { RecipeError } from './errors.ts';
 import { parseRankBudget, type RankBudget } from './methods/rank/rank-budget.ts';
 import { SOLVERS } from './methods/rank/solve.ts';
+import { SURROGATES } from './methods/rank/surrogate/index.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, number, oneOf, text } from './recipe-fields.ts';
 import { parseSize } from './size.ts';
@@ -70,7 +71,6 @@ const CHANGING: readonly string[] = ['adalora', 'increlora', 'triadaptlora'];
 
 export const ADAPT_DEFAULTS = {
   method: 'uniform',
-  steps: 0,
   init: 'kaiming',
   dora: false,
   rMin: 0,
@@ -101,6 +101,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     'growth',
     'rMax',
     'startRank',
+    'steps',
     'lr',
     'threads',
   ]);
@@ -120,7 +121,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     budget: parseRankBudget(text('budget', given['budget']), parseSize),
     method: oneOf('method', given['method'], ADAPT_METHODS),
     preset: oneOf('preset', given['preset'], ADAPT_PRESETS),
-    steps: integer('steps', given['steps'], 0, 10_000_000),
+    steps: integer('steps', given['steps'] ?? 0, 0, 10_000_000),
     targets: list('targets', given['targets']),
     ...(given['alpha'] === undefined ? {} : { alpha: positive('alpha') }),
     rslora: boolean('rslora', given['rslora']),
@@ -145,12 +146,17 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     threads: integer('threads', given['threads'], 1, 1024),
     maxMemory: bytes('maxMemory', given['maxMemory']),
   };
+  const surrogate = recipe.method in SURROGATES && recipe.steps === 0;
   if (recipe.startRank !== undefined && !CHANGING.includes(recipe.method))
     throw new RecipeError(`--start-rank: ${recipe.method} has the same ranks from start to end`);
   const { method } = recipe;
   const { init } = recipe;
   if (init !== 'kaiming' && CHANGING.includes(method))
     throw new RecipeError(`--init ${init}: ${method} starts from small random factors`);
+  if (surrogate && given['steps'] === undefined)
+    throw new RecipeError(
+      `--steps: ${recipe.method} trains; say for how many steps, or 0 for a calibration surrogate that trains nothing`,
+    );
   checkRankRules(recipe, given);
   if (recipe.growth !== undefined && method !== 'triadaptlora')
     throw new RecipeError(`--growth: ${method} has no such law; triadaptlora does`);
@@ -165,8 +171,10 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   const asks = method === 'qerror' ? 'qerror' : init === 'loftq' ? '--init loftq' : undefined;
   if (asks !== undefined && recipe.against === undefined)
     throw new RecipeError(`--against: ${asks} needs the float model that the base was quantized from`);
-  if (asks === undefined && recipe.against !== undefined)
-    throw new RecipeError(`--against: ${method} compares with nothing; qerror and --init loftq do`);
+  if (asks === undefined && !surrogate && recipe.against !== undefined)
+    throw new RecipeError(
+      `--against: ${method} compares with nothing; qerror, --init loftq and methods that train do, the last with --steps 0`,
+    );
   if (recipe.invert && method !== 'lamda++')
     throw new RecipeError(`--invert: ${method} looks at no spectra of weights; lamda++ does`);
   if (recipe.rslora && recipe.alpha === undefined)
@@ -176,7 +184,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
 
 /** Which methods the rules on ranks mean something to. */
 function checkRankRules(
-  { method, preset, rMin, rMax, rankMultiple }: AdaptRecipe,
+  { method, preset, steps, rMin, rMax, rankMultiple }: AdaptRecipe,
   given: Readonly<Record<string, unknown>>,
 ): void {
   const solves = preset === 'best' && (method === 'eva' || method === 'qerror');
@@ -184,7 +192,7 @@ function checkRankRules(
   const asked = (key: keyof typeof ADAPT_DEFAULTS) => given[key] !== ADAPT_DEFAULTS[key];
   const used = [
     ...(!bounds && rMin > 0 ? ['rMin'] : []),
-    ...(!bounds && rMax !== undefined ? ['rMax'] : []),
+    ...(!bounds && !(steps === 0 && method in SURROGATES) && rMax !== undefined ? ['rMax'] : []),
     ...(!solves && asked('rankMultiple') ? ['rankMultiple'] : []),
     ...(!solves && asked('tieInputs') ? ['tieInputs'] : []),
     ...(!solves && asked('solver') ? ['solver'] : []),

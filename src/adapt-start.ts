@@ -1,16 +1,17 @@
 /** What an adapter begins with: ranks and first factors, as the method of the recipe finds them on the model and the text. */
+import { openOriginal } from './adapt-original.ts';
 import type { AdaptRecipe } from './adapt-recipe.ts';
+import { type SurrogateReport, surrogateStart } from './adapt-surrogate.ts';
 import { surveyDirections, surveyErrors, surveyGradients, surveySpectra } from './adapt-survey.ts';
-import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
 import type { Matrix } from './compute/blas.ts';
 import { leadingQr, type QrFactors } from './compute/linalg/qr.ts';
-import { RecipeError } from './errors.ts';
 import type { Forward } from './expert-teachers.ts';
 import { type Directions, evaRanks } from './methods/rank/eva.ts';
 import { type GradientStep, goraImportance, goraMostRank, goraRanks, goraSteps, gradientStep } from './methods/rank/gora.ts';
 import { lamdaRanks } from './methods/rank/lamda.ts';
 import { type SpendableBudget, uniformRank } from './methods/rank/rank-budget.ts';
 import { type SolvedRanks, solveRanks } from './methods/rank/solve.ts';
+import { SURROGATES } from './methods/rank/surrogate/index.ts';
 import type { AdapterStart } from './methods/rank/training/options.ts';
 import type { TrainedModule } from './methods/rank/training/schedule.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
@@ -22,6 +23,8 @@ export interface FoundStart extends AdapterStart {
   /** How well ranks were shared out by gains, where they were. */
   readonly solved?: Omit<SolvedRanks, 'ranks'>;
   readonly steps?: readonly number[];
+  /** What stands in for training, where nothing is trained. */
+  readonly surrogate?: SurrogateReport;
 }
 
 export interface StartJob {
@@ -49,11 +52,16 @@ export async function findStart(job: StartJob): Promise<FoundStart | undefined> 
 }
 
 async function methodStart(job: StartJob): Promise<FoundStart | undefined> {
-  const { method, init } = job.recipe;
+  const { method, init, steps } = job.recipe;
+  if (steps === 0 && isSurrogate(method)) return await surrogateStart(job, method, SURROGATES[method]);
   if (method === 'gora') return await goraStart(job);
   if (method === 'lamda++' || method === 'lamda') return await lamdaStart(job);
   if (method === 'qerror') return await errorStart(job);
   return method === 'eva' || init === 'eva' ? await evaStart(job) : undefined;
+}
+
+function isSurrogate(method: string): method is keyof typeof SURROGATES {
+  return method in SURROGATES;
 }
 
 /** One rank for all layers. */
@@ -195,26 +203,6 @@ async function lamdaStart({ recipe, forward, weights, modules, budget, progress 
     // Untrained, the left directions would change the model.
     ...(recipe.steps > 0 ? { loraB: (name: string, own: number) => firstColumns(found.get(name)!.left, own) } : {}),
   };
-}
-
-/** The float model that the base was quantized from. Throws RecipeError for one that is quantized, or of other shapes. */
-async function openOriginal(against: string, modules: readonly TrainedModule[]): Promise<ModelSource> {
-  const original = await openModelSource(against);
-  try {
-    if (original.kind !== 'float')
-      throw new RecipeError(`--against ${against}: is quantized itself (layout ${original.kind}); give the float model`);
-    const shapes = new Map(original.model.blocks.flatMap(({ sites }) => sites.map((site) => [site.name, site])));
-    for (const { name, outFeatures, inFeatures } of modules) {
-      const site = shapes.get(name);
-      if (site?.outFeatures === outFeatures && site.inFeatures === inFeatures) continue;
-      const other = site ? `${site.outFeatures} x ${site.inFeatures}` : 'not there';
-      throw new RecipeError(`--against ${against}: "${name}" is ${outFeatures} x ${inFeatures}, but ${other} in it`);
-    }
-    return original;
-  } catch (error) {
-    await original[Symbol.asyncDispose]();
-    throw error;
-  }
 }
 
 async function errorStart({ recipe, forward, weights, modules, budget, training, progress }: StartJob): Promise<FoundStart> {

@@ -3,7 +3,7 @@
 import { surveyWindows } from './adapt-text.ts';
 import { Calibration } from './calibration/calibration.ts';
 import type { MeasuredInput } from './calibration/measured.ts';
-import { ModelGradient } from './calibration/model-gradient.ts';
+import { ModelGradient, type OnGradients } from './calibration/model-gradient.ts';
 import type { Matrix } from './compute/blas.ts';
 import type { Forward } from './expert-teachers.ts';
 import { compensate } from './methods/rank/compensation.ts';
@@ -15,7 +15,7 @@ import { NextTokenLoss } from './next-token-loss.ts';
 import type { RunHooks } from './run.ts';
 
 /** Windows that the mean gradient is taken over. */
-const GRADIENT_WINDOWS = 32;
+export const GRADIENT_WINDOWS = 32;
 const BATCH_TOKENS = 2048;
 
 /** What a layer's ranks are worth, and the factors of its first ones. */
@@ -28,7 +28,10 @@ export interface RepairedLayer {
   readonly loraB: Float32Array;
 }
 
-/** Calls `on` with each layer's weight and the mean gradient of the loss over windows of the text, both (outFeatures, inFeatures). */
+/**
+ * Calls `on` with each layer's weight and the mean gradient of the loss over windows of the text, both (outFeatures, inFeatures); before that `each`, where it is
+ * there, with what every window adds to that mean.
+ */
 export async function surveyGradients(
   { model, engine, spool, path, signal }: Forward,
   weights: WeightReader,
@@ -36,21 +39,30 @@ export async function surveyGradients(
   training: readonly Int32Array[],
   progress: RunHooks['progress'],
   on: (module: TrainedModule, weight: Float32Array, gradient: Float32Array) => Promise<void>,
+  each?: (module: TrainedModule, gradient: Float32Array) => Promise<void>,
 ): Promise<void> {
   const windows = spread(training, GRADIENT_WINDOWS);
+  const batchTokens = each ? Math.max(...windows.map(({ length }) => length)) : BATCH_TOKENS;
   const wanted = new Map(modules.map((module) => [module.name, module]));
-  await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal });
+  await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens, signal });
   const hidden = await pass.forward(weights);
   await using cotangent = spool.allocate(pass.tokenCount, model.shape.hiddenSize);
   await (await NextTokenLoss.open(model, engine, weights)).score(hidden, windows, cotangent);
-  await pass.backward(weights, cotangent, async (block, gradients) => {
+  const onWindow: OnGradients = async (_, gradients) => {
+    for (const [site, gradient] of gradients) {
+      const module = wanted.get(site.name);
+      if (module) await each!(module, gradient);
+    }
+  };
+  const onMean: OnGradients = async (block, gradients) => {
     const total = model.blocks.length;
     progress?.({ phase: `gradients of ${block.name}`, done: total - 1 - block.index, total });
     for (const [site, gradient] of gradients) {
       const module = wanted.get(site.name);
       if (module) await on(module, await weights.loadSite(site), gradient);
     }
-  });
+  };
+  await pass.backward(weights, cotangent, onMean, each ? { each: onWindow } : {});
 }
 
 /** The spectrum of a layer's weight. */

@@ -18,6 +18,7 @@ import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
 import { spendable } from './methods/rank/rank-budget.ts';
+import { SURROGATES } from './methods/rank/surrogate/index.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
 import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
 import type { Model } from './model/model.ts';
@@ -29,8 +30,8 @@ import type { RunHooks } from './run.ts';
 /** What came of a run, or would come of it. */
 export interface AdaptOutcome {
   readonly method: string;
-  /** What may be said of results: of the published method, of one with changes, of what is known of one, of pcomp's own. */
-  readonly label: 'published' | 'published+changes' | 'reconstructed' | 'own';
+  /** What may be said of results: of the published method, of one with changes, of what is known of one, of pcomp's own, of what stands in for a training. */
+  readonly label: 'published' | 'published+changes' | 'reconstructed' | 'own' | 'surrogate';
   readonly modules: readonly { readonly name: string; readonly rank: number; readonly scale: number }[];
   readonly parameters: number;
   readonly budget: { readonly requested: string; readonly total: number; readonly spent: number };
@@ -87,9 +88,9 @@ export async function adapt(
   await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
   await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
   const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
-  if ((method === 'qerror' || recipe.init === 'loftq') && source.kind === 'float') {
+  if (recipe.against !== undefined && source.kind === 'float') {
     throw new RecipeError(
-      `${method === 'qerror' ? '--method qerror' : '--init loftq'}: repairs what quantization lost, and ${path} is float; gora and eva are for float models`,
+      `${recipe.init === 'loftq' ? '--init loftq' : `--method ${method}${method === 'qerror' ? '' : ' --against'}`}: repairs what quantization lost, and ${path} is float; gora and eva are for float models`,
     );
   }
   const job = { recipe, forward, weights: source.weights, modules, budget, training: text.training, progress: hooks.progress };
@@ -106,13 +107,21 @@ export async function adapt(
   });
   schedule.init(modules);
   const spent = modules.reduce((sum, module) => sum + module.rank * budget.cost(module), 0);
-  if (method === 'gora' && spent > budget.total)
-    note(`gora, preset paper: its least rank of every layer spends ${spent} of ${Math.floor(budget.total)}, as published`);
+  const overspent = (total: number): void => {
+    if (total > budget.total) note(`${method}, preset ${preset}: spends ${total} of ${Math.floor(budget.total)}, as published`);
+  };
+  if (method === 'gora' || start?.surrogate) overspent(spent);
+  if (start?.surrogate) {
+    const { components, windows, concentration } = start.surrogate;
+    note(
+      `calibration surrogate of ${method}: ranks from ${windows} windows' gradients of components of ${components === 'error' ? 'what quantization lost' : 'the gradient'}, nothing is trained; results published for ${method} say nothing about it (Gini coefficient of the layers' scores: ${concentration.toFixed(2)})`,
+    );
+  }
   const learningRate = recipe.lr ?? schedule.learningRate;
   const outcome = (): Omit<AdaptOutcome, 'run'> => {
     const ranks = schedule.ranks(modules);
     return {
-      method: `${method}, preset ${preset}`,
+      method: `${start?.surrogate ? 'calibration surrogate of ' : ''}${method}, preset ${preset}`,
       label: labelOf(recipe),
       modules: modules.map(({ name, scale }) => ({ name, rank: ranks.get(name)!, scale })),
       parameters: modules.reduce(
@@ -163,6 +172,7 @@ export async function adapt(
     transposed: model.blocks.some(({ sites }) => sites.some(({ transposed }) => transposed)),
   });
   const made = outcome();
+  if (method === 'increlora' && steps > 0) overspent(made.budget.spent);
   await writeJson(`${output.artifactPath}/pcomp.json`, {
     format: 1,
     command: 'adapt',
@@ -177,10 +187,21 @@ export async function adapt(
         modules.map((module) => {
           const { name, outFeatures, inFeatures } = module;
           const rank = schedule.ranks(modules).get(name)!;
-          return [name, { outFeatures, inFeatures, rank, cost: rank * budget.cost(module) }];
+          const scores = start?.surrogate?.scores.get(name);
+          return [name, { outFeatures, inFeatures, rank, cost: rank * budget.cost(module), ...(scores ? { scores } : {}) }];
         }),
       ),
-      trace: schedule.trace,
+      ...(start?.surrogate
+        ? {
+            surrogate: {
+              of: start.surrogate.of,
+              components: start.surrogate.components,
+              windows: start.surrogate.windows,
+              concentration: start.surrogate.concentration,
+            },
+          }
+        : {}),
+      trace: start?.surrogate?.trace ?? schedule.trace,
     },
     seed,
     device: engine.device,
@@ -260,7 +281,8 @@ function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly Train
 /** Methods that preset best does not follow to the letter. */
 const CHANGED_BY_BEST: readonly string[] = ['adalora', 'gora', 'increlora', 'triadaptlora'];
 
-function labelOf({ method, preset }: AdaptRecipe): AdaptOutcome['label'] {
+function labelOf({ method, preset, steps }: AdaptRecipe): AdaptOutcome['label'] {
+  if (steps === 0 && method in SURROGATES) return 'surrogate';
   if (method === 'qerror') return 'own';
   if (method === 'lamda++' || method === 'lamda') return 'reconstructed';
   return preset === 'best' && CHANGED_BY_BEST.includes(method) ? 'published+changes' : 'published';

@@ -220,12 +220,14 @@ async function step(
         }
       }
     },
-    async (block, own) => {
-      if (block !== aligned || hiddenWeight === 0 || teachers.middle === undefined) return;
-      const states = pass.after(block);
-      for (const { lesson, token: first } of places) {
-        loss += await addHidden(lesson, first, states, teachers.middle, own, hiddenWeight / batch);
-      }
+    {
+      before: async (block, own) => {
+        if (block !== aligned || hiddenWeight === 0 || teachers.middle === undefined) return;
+        const states = pass.after(block);
+        for (const { lesson, token: first } of places) {
+          loss += await addHidden(lesson, first, states, teachers.middle, own, hiddenWeight / batch);
+        }
+      },
     },
   );
   return { loss, gradient };

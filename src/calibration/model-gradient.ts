@@ -28,6 +28,13 @@ export type BeforeBlock = (block: Block, cotangent: StateStore) => Promise<void>
 /** Gets the gradient of every site's W, (outFeatures, inFeatures), summed over all windows. The arrays are used again afterwards. */
 export type OnGradients = (block: Block, gradients: ReadonlyMap<LinearSite, Float32Array>) => Promise<void>;
 
+/** What is done on the way back. */
+export interface BackwardHooks {
+  readonly before?: BeforeBlock;
+  /** Gets the gradients of every batch of windows by itself, before their sum goes to `OnGradients`. */
+  readonly each?: OnGradients;
+}
+
 /** One batch of windows: `forward`, then `backward` with the same weights. */
 export class ModelGradient implements AsyncDisposable {
   readonly #options: ModelGradientOptions;
@@ -66,11 +73,11 @@ export class ModelGradient implements AsyncDisposable {
   }
 
   /** Goes back through the blocks. @param cotangent of the states after the last block; replaced by that of the embeddings */
-  async backward(weights: WeightReader, cotangent: StateStore, on: OnGradients, before?: BeforeBlock): Promise<void> {
+  async backward(weights: WeightReader, cotangent: StateStore, on: OnGradients, hooks: BackwardHooks = {}): Promise<void> {
     for (const block of this.#options.model.blocks.toReversed()) {
       this.#options.signal?.throwIfAborted();
-      await before?.(block, cotangent);
-      await this.#back(block, weights, cotangent, on);
+      await hooks.before?.(block, cotangent);
+      await this.#back(block, weights, cotangent, on, hooks.each);
     }
   }
 
@@ -87,7 +94,13 @@ export class ModelGradient implements AsyncDisposable {
     }
   }
 
-  async #back(block: Block, weights: WeightReader, cotangent: StateStore, on: OnGradients): Promise<void> {
+  async #back(
+    block: Block,
+    weights: WeightReader,
+    cotangent: StateStore,
+    on: OnGradients,
+    each: OnGradients | undefined,
+  ): Promise<void> {
     const { model, engine } = this.#options;
     const { hiddenSize, batches } = this.#states;
     const loaded = new Map<string, NdArray>();
@@ -116,8 +129,9 @@ export class ModelGradient implements AsyncDisposable {
       for (const name of program.inputNames) feeds[name] = given[name];
       const made = await program.run(feeds, { outputs: ['hidden_cotangent', ...sites.values()] });
       await cotangent.write(batch.rowStart, dropPads(batch, made['hidden_cotangent'].data as Float32Array, hiddenSize));
-      for (const site of block.sites) {
-        const own = made[sites.get(site.name)!].data as Float32Array;
+      const gradients = new Map(block.sites.map((site) => [site, made[sites.get(site.name)!].data as Float32Array]));
+      await each?.(block, gradients);
+      for (const [site, own] of gradients) {
         const sum = sums.get(site);
         if (sum === undefined) sums.set(site, own);
         else for (let i = 0; i < sum.length; i++) sum[i] += own[i];

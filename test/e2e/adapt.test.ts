@@ -228,6 +228,10 @@ describe('what cannot be done', () => {
     [['--budget', 'r=2', '--steps', '2', '--lr', '-1'], /--lr -1: must be above 0/],
     [['--budget', 'r=2', '--steps', '2', '--start-rank', '3'], /--start-rank: uniform has the same ranks/],
     [['--budget', 'r=2', '--steps', '2', '--method', 'adalora'], /adalora needs at least 10/],
+    [
+      ['--budget', 'r=2', '--method', 'adalora'],
+      /--steps: adalora trains; say for how many steps, or 0 for a calibration surrogate/,
+    ],
   ])('%j is refused in one line, and nothing is written', async (args, message) => {
     const { code, stderr } = await runCli(['adapt', 'base', '-o', 'refused', '--quiet', ...QUICK, ...args], { cwd });
     expect(stderr).toMatch(message);
@@ -297,6 +301,60 @@ describe('without steps', () => {
     expect(inverted.modules).not.toEqual(modules);
   });
 
+  it.each([
+    ['adalora', 'best'],
+    ['adalora', 'paper'],
+    ['increlora', 'best'],
+    ['increlora', 'paper'],
+    ['triadaptlora', 'best'],
+    ['triadaptlora', 'paper'],
+  ])('%s, preset %s, is stood in for by calibration, and says so', async (method, preset) => {
+    const name = `surrogate-${method}-${preset}`;
+    const args = ['--method', method, '--preset', preset, '--budget', 'r=3'];
+    const { before, best, modules, budget, ...outcome } = await heldOut(name, ...args);
+    expect(outcome).toMatchObject({
+      method: `calibration surrogate of ${method}, preset ${preset}`,
+      label: 'surrogate',
+      notes: expect.arrayContaining([expect.stringContaining(`results published for ${method} say nothing about it`)]),
+    });
+    // Ties and remainders of the published growth overshoot.
+    if (!(method === 'increlora' && preset === 'paper')) expect(budget.spent).toBe(budget.total);
+    expect(new Set(modules.map(({ rank }) => rank)).size).toBeGreaterThan(1);
+    expect(best).toBeLessThan(before);
+    const { plan } = JSON.parse(readFileSync(at(name, 'pcomp.json'), 'utf8')) as {
+      plan: { label: string; surrogate: object; modules: Record<string, { rank: number; scores: number[] }> };
+    };
+    expect(plan).toMatchObject({ label: 'surrogate', surrogate: { of: method, components: 'gradient', windows: 32 } });
+    for (const { name: layer, rank } of modules) expect(plan.modules[layer]).toMatchObject({ rank });
+    expect(Object.values(plan.modules).every(({ scores }) => scores.length > 0)).toBe(true);
+    // The same bytes again: nothing is drawn.
+    if (method !== 'adalora') return;
+    await heldOut(`${name}-again`, ...args);
+    for (const file of ['adapter_model.safetensors', 'pcomp.json'])
+      expect(readFileSync(at(`${name}-again`, file)).equals(readFileSync(at(name, file)))).toBe(true);
+  });
+
+  it('a surrogate of a quantized base chooses from what quantization lost', async () => {
+    await runQuantize(at('base'), at('q2-rtn'), { bits: 2, method: 'rtn', preset: 'paper', formats: ['safetensors'] });
+    const request = { method: 'increlora', steps: 0, against: at('base'), budget: 'r=6' };
+    await adapt(at('q2-rtn'), at('q2-grown'), requestOf(request), MODES);
+    const options = {
+      text: [at('text.txt')],
+      against: at('base'),
+      sequenceLength: 32,
+      accuracy: 'exact',
+      device: 'cpu',
+      threads: 1,
+      maxMemory: 2 ** 30,
+    } as const;
+    const alone = await evaluate(at('q2-rtn'), options);
+    const grown = await evaluate(at('q2-rtn'), { ...options, adapter: at('q2-grown') });
+    expect(grown.kl!).toBeLessThan(0.95 * alone.kl!);
+    expect(JSON.parse(readFileSync(at('q2-grown', 'pcomp.json'), 'utf8'))).toMatchObject({
+      plan: { surrogate: { components: 'error' } },
+    });
+  });
+
   it('qerror gives a quantized base back a part of what it lost', async () => {
     await runQuantize(at('base'), at('q2'), { bits: 2, method: 'rtn', preset: 'paper', formats: ['safetensors'] });
     const { modules } = await adapt(
@@ -348,6 +406,7 @@ describe('without steps', () => {
   it.each([
     [{ method: 'qerror' }, /--against: qerror needs the float model/],
     [{ method: 'gora', against: 'base' }, /--against: gora compares with nothing/],
+    [{ method: 'adalora', steps: 20, against: 'base' }, /--against: adalora compares with nothing/],
     [{ method: 'uniform', growth: 'linear' }, /--growth: uniform has no such law; triadaptlora does/],
     [{ method: 'increlora', init: 'eva' }, /--init eva: increlora starts from small random factors/],
     [{ rMin: 2 }, /--r-min: uniform, preset best, shares no ranks out by it; eva and qerror do, and gora/],

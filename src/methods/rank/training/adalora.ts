@@ -1,5 +1,6 @@
 /** AdaLoRA (Zhang et al., arXiv 2303.10512): every layer starts with half as many components again, and the least important go (adapters.md 8.1). */
 import { RecipeError } from '../../../errors.ts';
+import { keepBest } from '../keep-best.ts';
 import { normal, place } from './initial.ts';
 import type { ScheduleOptions } from './options.ts';
 import type { TraceEntry, TrainedModule, TrainingSchedule } from './schedule.ts';
@@ -8,7 +9,7 @@ import { Sensitivity } from './sensitivity.ts';
 /** Standard deviation of the factors at the start; `e` starts at 0, so that nothing changes. */
 const SPREAD = 0.02;
 /** Components at the start, for each that stays. */
-const START_RATIO = 1.5;
+export const START_RATIO = 1.5;
 const SCALE = 8;
 const REGULARISER = 0.1;
 /** Parts of the run before the first component goes, and after the last. */
@@ -28,6 +29,11 @@ export function cubicBudget(
   return to + (from - to) * (1 - (t - start) / (end - start)) ** 3;
 }
 
+/** The last step before the first cut, and the last cut. */
+export function cutTimes(steps: number): { readonly start: number; readonly end: number } {
+  return { start: Math.floor(WARM_UP * steps), end: steps - Math.floor(FINAL * steps) };
+}
+
 interface State {
   readonly scores: Readonly<Record<string, Readonly<Record<string, readonly [readonly number[], readonly number[]]>>>>;
   readonly masked: Readonly<Record<string, readonly number[]>>;
@@ -36,8 +42,7 @@ interface State {
 
 export function adalora(options: ScheduleOptions): TrainingSchedule {
   const { steps, budget, preset, seed } = options;
-  const start = Math.floor(WARM_UP * steps);
-  const end = steps - Math.floor(FINAL * steps);
+  const { start, end } = cutTimes(steps);
   const interval = Math.max(1, Math.floor(steps / CUTS));
   if (steps < LEAST_STEPS)
     throw new RecipeError(`--steps ${steps}: adalora needs at least ${LEAST_STEPS}, to cut ranks on its way`);
@@ -56,29 +61,23 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
     const allowed = cubicBudget(step, { from: startCost, to: budget.total, start, end });
     const before = new Map(modules.map(({ name }) => [name, [...masked.get(name)!].sort((a, b) => a - b).join()]));
     // The whole of what the cubic law gives is a number of ranks under `r`.
-    keepBest(modules, Math.floor(allowed + 1e-9));
+    keepWithin(modules, Math.floor(allowed + 1e-9));
     const changed = modules.filter(({ name }) => [...masked.get(name)!].sort((a, b) => a - b).join() !== before.get(name));
     if (changed.length > 0) trace.push({ step, totalRank: totalRank(modules), changed: changed.map(({ name }) => name) });
   };
-  const keepBest = (modules: readonly TrainedModule[], allowed: number): void => {
-    const triplets = modules.flatMap((module) =>
-      Array.from({ length: module.rank }, (_, k) => ({
-        module,
+  const keepWithin = (modules: readonly TrainedModule[], allowed: number): void => {
+    const triplets = modules.flatMap((layer) =>
+      Array.from({ length: layer.rank }, (_, k) => ({
+        layer,
         k,
-        cost: budget.cost(module),
-        value: importance(module, scores.get(module.name)!, k),
+        cost: budget.cost(layer),
+        value: importance(layer, scores.get(layer.name)!, k),
       })),
     );
-    triplets.sort(
-      (a, b) =>
-        b.value / b.cost - a.value / a.cost ||
-        (a.module.name < b.module.name ? -1 : a.module.name > b.module.name ? 1 : a.k - b.k),
-    );
-    for (const { name } of modules) masked.get(name)!.clear();
-    let spent = 0;
-    for (const { module, k, cost } of triplets) {
-      if (spent + cost <= allowed) spent += cost;
-      else masked.get(module.name)!.add(k);
+    const kept = keepBest(triplets, allowed);
+    for (const { name, rank } of modules) {
+      const own = new Set(kept.get(name));
+      masked.set(name, new Set(Array.from({ length: rank }, (_, k) => k).filter((k) => !own.has(k))));
     }
   };
   const mask = (modules: readonly TrainedModule[]): void => {

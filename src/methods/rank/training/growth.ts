@@ -1,5 +1,5 @@
 /** Layers that get more components while they are trained: how a layer grows, and who gets how much of what is left (adapters.md 8.2 and 8.3). */
-import type { SpendableBudget } from '../rank-budget.ts';
+import type { AdaptedShape, SpendableBudget } from '../rank-budget.ts';
 import { normal } from './initial.ts';
 import type { TrainedModule } from './schedule.ts';
 
@@ -39,8 +39,15 @@ export function shrinkModule(module: TrainedModule, rank: number): void {
   module.rank = rank;
 }
 
+/** One in so many layers grows at a time in IncreLoRA. */
+const LAYERS_A_TIME = 6;
+
+export function layersAtATime(layers: number): number {
+  return Math.ceil(layers / LAYERS_A_TIME);
+}
+
 /** What one growth gives each layer. */
-export interface GrowthOptions {
+export interface GrowthOptions<Layer extends AdaptedShape> {
   readonly budget: SpendableBudget;
   /** Components that exist, by layer. */
   readonly ranks: ReadonlyMap<string, number>;
@@ -48,27 +55,28 @@ export interface GrowthOptions {
   readonly most: number;
   /** Ranks that each of them gets. */
   readonly each: number;
-  score(module: TrainedModule): number;
+  /** Largest rank of a layer; absent: what its shape allows. */
+  mostOf?(module: Layer): number;
+  score(module: Layer): number;
 }
 
 /**
  * The layers of the best scores for their cost, and the ranks that each gets: the last one what is left, so that the budget is met and never exceeded.
  * Equal scores go by name. Empty: nothing fits any more.
  */
-export function grownExactly(
-  modules: readonly TrainedModule[],
-  { budget, ranks, most, each, score }: GrowthOptions,
-): ReadonlyMap<TrainedModule, number> {
+export function grownExactly<Layer extends AdaptedShape>(
+  modules: readonly Layer[],
+  { budget, ranks, most, each, mostOf = smallerSide, score }: GrowthOptions<Layer>,
+): ReadonlyMap<Layer, number> {
   let left = budget.total - modules.reduce((sum, module) => sum + ranks.get(module.name)! * budget.cost(module), 0);
   const order = modules
     .map((module) => ({ module, value: score(module) / budget.cost(module) }))
     .toSorted((a, b) => b.value - a.value || (a.module.name < b.module.name ? -1 : 1));
-  const grown = new Map<TrainedModule, number>();
+  const grown = new Map<Layer, number>();
   for (const { module } of order) {
     if (grown.size === most) break;
-    const { name, outFeatures, inFeatures } = module;
     const cost = budget.cost(module);
-    const room = Math.min(outFeatures, inFeatures) - ranks.get(name)!;
+    const room = mostOf(module) - ranks.get(module.name)!;
     const count = Math.min(each, room, Math.floor(left / cost + 1e-9));
     if (count < 1) continue;
     grown.set(module, count);
@@ -78,24 +86,28 @@ export function grownExactly(
 }
 
 /** All layers whose score is at least the `most`-th best: ties and all, as published, whatever that costs. */
-export function grownByThreshold(
-  modules: readonly TrainedModule[],
-  { ranks, most, each, score }: Omit<GrowthOptions, 'budget'>,
-): ReadonlyMap<TrainedModule, number> {
+export function grownByThreshold<Layer extends AdaptedShape>(
+  modules: readonly Layer[],
+  { ranks, most, each, mostOf = smallerSide, score }: Omit<GrowthOptions<Layer>, 'budget'>,
+): ReadonlyMap<Layer, number> {
   const scores = modules.map(score);
   const threshold = scores.toSorted((a, b) => b - a)[Math.min(most, modules.length) - 1];
-  const grown = new Map<TrainedModule, number>();
+  const grown = new Map<Layer, number>();
   for (const [i, module] of modules.entries()) {
-    const room = Math.min(module.outFeatures, module.inFeatures) - ranks.get(module.name)!;
+    const room = mostOf(module) - ranks.get(module.name)!;
     if (scores[i] >= threshold && room > 0) grown.set(module, Math.min(each, room));
   }
   return grown;
 }
 
+function smallerSide({ outFeatures, inFeatures }: AdaptedShape): number {
+  return Math.min(outFeatures, inFeatures);
+}
+
 /** The mean rank that the budget allows, and the ranks of all layers together. */
 export function rankTargets(
   budget: SpendableBudget,
-  modules: readonly TrainedModule[],
+  modules: readonly AdaptedShape[],
 ): { readonly mean: number; readonly total: number } {
   const mean = budget.total / modules.reduce((sum, module) => sum + budget.cost(module), 0);
   return { mean, total: mean * modules.length };

@@ -1,6 +1,6 @@
 /** IncreLoRA (Zhang et al., arXiv 2308.12043): layers start with next to nothing, and those that the loss pulls hardest get components (adapters.md 8.2). */
 import { RecipeError } from '../../../errors.ts';
-import { growModule, grownByThreshold, grownExactly, rankTargets, shrinkModule } from './growth.ts';
+import { growModule, grownByThreshold, grownExactly, layersAtATime, rankTargets, shrinkModule } from './growth.ts';
 import { place } from './initial.ts';
 import type { ScheduleOptions } from './options.ts';
 import { GradientProbe, type ProbeState } from './probe.ts';
@@ -13,8 +13,6 @@ const REGULARISER = 0.1;
 /** Parts of the run before the first growth, and from then to the last one. */
 const WARM_UP = 0.05;
 const GROWING = 0.45;
-/** One in so many layers grows at a time. */
-const LAYERS_A_TIME = 6;
 /** Part of the run that a new component warms up in. */
 const RESTART = 0.03;
 /** What a component holds that learns in advance, before it is selected: frozen, and too little to matter. */
@@ -102,7 +100,7 @@ export function increlora(options: ScheduleOptions): TrainingSchedule {
       const { mean, total } = rankTargets(budget, modules);
       alpha = (options.scale ?? SCALE) * Math.max(1, Math.floor(mean));
       each = Math.max(1, Math.floor(mean / 2));
-      most = Math.ceil(modules.length / LAYERS_A_TIME);
+      most = layersAtATime(modules.length);
       if (total < startRank * modules.length)
         throw new RecipeError(
           `--budget: allows ${mean.toFixed(2)} ranks a layer, and increlora starts with ${startRank}, to which it only adds`,

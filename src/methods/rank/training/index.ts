@@ -7,15 +7,22 @@ import type { ScheduleOptions } from './options.ts';
 import type { TrainingSchedule } from './schedule.ts';
 import { triadaptlora } from './triadaptlora.ts';
 
+type Schedule = (options: ScheduleOptions) => TrainingSchedule;
+
+/** Without a step nothing moves: what was found as a start goes out as plain LoRA. */
+const withSteps =
+  (method: Schedule): Schedule =>
+  (options) =>
+    (options.steps > 0 ? method : lora)(options);
+
 export const TRAINING_SCHEDULES = {
   uniform: lora,
   eva: lora,
   gora: lora,
   qerror: lora,
-  // Without a step there is no core to train: the spectral start goes out as plain LoRA.
-  lamda: (options) => (options.steps > 0 ? lamda : lora)(options),
-  'lamda++': (options) => (options.steps > 0 ? lamda : lora)(options),
-  adalora,
-  increlora,
-  triadaptlora,
-} as const satisfies Record<string, (options: ScheduleOptions) => TrainingSchedule>;
+  lamda: withSteps(lamda),
+  'lamda++': withSteps(lamda),
+  adalora: withSteps(adalora),
+  increlora: withSteps(increlora),
+  triadaptlora: withSteps(triadaptlora),
+} as const satisfies Record<string, Schedule>;

@@ -12,10 +12,15 @@ export class Sensitivity {
     this.deviation = new Float32Array(length);
   }
 
-  /** Takes in one step: `I = |w g|`. The deviation is from the updated mean. */
+  /** Takes in one step: `I = |w g|`. */
   add(values: Float32Array, gradient: Float32Array): void {
-    for (let i = 0; i < values.length; i++) {
-      const now = Math.abs(values[i] * gradient[i]);
+    this.addImportance(values.map((value, i) => Math.abs(value * gradient[i])));
+  }
+
+  /** Takes in one step's I. The deviation is from the updated mean. */
+  addImportance(importance: Float32Array): void {
+    for (let i = 0; i < importance.length; i++) {
+      const now = importance[i];
       this.mean[i] = SENSITIVITY_DECAY * this.mean[i] + (1 - SENSITIVITY_DECAY) * now;
       this.deviation[i] = UNCERTAINTY_DECAY * this.deviation[i] + (1 - UNCERTAINTY_DECAY) * Math.abs(now - this.mean[i]);
     }

@@ -12,7 +12,7 @@ const SCALE_GUARD = 1e-5;
 const REGULARISERS = { best: 0.1, paper: 0.5 };
 const WARM_UP = 0.05;
 /** Part of the run after which all layers grow at once until the budget is met. */
-const GROWN_AFTER = { best: 0.7, paper: 1 };
+export const GROWN_AFTER = { best: 0.7, paper: 1 };
 /** Looks at who should grow. */
 const LOOKS = 40;
 const LEAST_STEPS = 20;
