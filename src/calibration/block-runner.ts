@@ -1,4 +1,5 @@
 /** One block at a time on an engine: its weights loaded once, its graph run over every batch of hidden states. */
+import { attentionOn } from '../compute/devices.ts';
 import type { Engine, NdArray, Program, ResidentArray } from '../compute/engine.ts';
 import { FusedGrams, type GramTarget } from '../compute/fused-gram.ts';
 import { FormatError } from '../errors.ts';
@@ -52,7 +53,7 @@ export class BlockRunner {
     targets: readonly GramTarget[] = [],
     from?: BlockCut,
   ): Promise<LoadedBlock> {
-    const graph = this.#model.blockGraph(block, states.longest);
+    const graph = this.#model.blockGraph(block, states.longest, attentionOn(this.#engine.device));
     const given = [...(from?.values.keys() ?? [])];
     const pruned = pruneModel(graph.model, outputs, given);
     const grams = targets.length === 0 ? undefined : new FusedGrams(pruned, targets);

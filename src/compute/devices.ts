@@ -1,5 +1,6 @@
 /** Which device a run ends up on: probing and choosing, apart from the runtime that is probed. */
 import { EnvironmentError } from '../errors.ts';
+import type { AttentionLowering } from '../graph/attention.ts';
 import type { Device, DeviceRequest } from './engine.ts';
 
 /** What a choice needs to know about the machine. */
@@ -58,4 +59,13 @@ async function failureOf(device: Device, probe: DeviceProbe): Promise<Environmen
     if (error instanceof EnvironmentError && error.code === 'DEVICE_UNAVAILABLE') return error;
     throw error;
   }
+}
+
+/**
+ * How graphs for a device attend; undefined: as suits the CPU best. Elsewhere onnxruntime 1.30's GroupQueryAttention is not to be trusted
+ * with fp32: from 32 tokens a window on, WebGPU's is wrong by a fifth of the largest value on adapters with small subgroups (onnxruntime
+ * issue 26064), and CUDA's takes half precision only, so that the whole operator would go to the CPU and back.
+ */
+export function attentionOn(device: Device): AttentionLowering | undefined {
+  return device === 'cpu' ? undefined : 'plain';
 }

@@ -124,14 +124,19 @@ function render(description: DecoderDescription, named: BlockDescription, render
 }
 
 /** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
-export function buildBlockGraph(description: DecoderDescription, named: BlockDescription, positions: number): BlockGraph {
-  const rendering = { positions, batch: 'batch', sequence: 'sequence' };
+export function buildBlockGraph(
+  description: DecoderDescription,
+  named: BlockDescription,
+  positions: number,
+  lowering?: AttentionLowering,
+): BlockGraph {
+  const rendering: Rendering = { positions, batch: 'batch', sequence: 'sequence', ...(lowering && { lowering }) };
   const { builder, hiddenOut, weights, siteInputs, residuals, make } = render(description, named, rendering);
   builder.output('hidden_out', hiddenOut);
   for (const [name, value] of siteInputs) builder.output(name, value);
   return {
     model: builder.build(),
-    key: make,
+    key: lowering ? `${make} ${lowering}` : make,
     weights: sourcesOf(weights),
     siteInputs: new Map([...siteInputs.keys()].map((input) => [`${named.name}.${input}`, input])),
     residuals,

@@ -1,6 +1,7 @@
 /** A Model made from a description: everything an architecture did not have to say. */
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorSource } from '../../formats/tensor.ts';
+import type { AttentionLowering } from '../graph/attention.ts';
 import { buildBlockGradient, buildBlockGraph, buildBlockLoss, buildBlockStep, buildNormGraph } from './block-graph.ts';
 import { buildDecoderGraph } from './decoder-graph.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
@@ -51,8 +52,8 @@ export class DecoderModel implements Model {
     this.#description = description;
   }
 
-  blockGraph(block: Block, positions: number = this.shape.contextLength): BlockGraph {
-    return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions);
+  blockGraph(block: Block, positions: number = this.shape.contextLength, lowering?: AttentionLowering): BlockGraph {
+    return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions, lowering);
   }
 
   blockStep(block: Block, positions: number): BlockStep {

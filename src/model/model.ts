@@ -1,6 +1,7 @@
 /** A network as pcomp sees it: blocks in order, and in each block the linear layers ("sites") that may be compressed. */
 import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
+import type { AttentionLowering } from '../graph/attention.ts';
 import type { GraphBuilder, Value } from '../graph/builder.ts';
 
 /** One linear layer's place in a network: `y = x W^T + b`, W is (outFeatures, inFeatures). */
@@ -173,8 +174,11 @@ export interface Model {
   readonly otherTensors: readonly string[];
   /** Checkpoint tensors the architecture has no use for, known buffers aside: a reason to warn. */
   readonly unusedTensors: readonly string[];
-  /** @param positions tokens of the longest sequence it will run on; default: the whole context */
-  blockGraph(block: Block, positions?: number): BlockGraph;
+  /**
+   * @param positions tokens of the longest sequence it will run on; default: the whole context
+   * @param lowering how attention is computed; default: what is fastest on the CPU
+   */
+  blockGraph(block: Block, positions?: number, lowering?: AttentionLowering): BlockGraph;
   /** @param positions tokens of the longest row that it will run on */
   blockStep(block: Block, positions: number): BlockStep;
   /** The derivative of a block for batches of `batch` rows of `sequence` tokens. */

@@ -7,9 +7,9 @@ import type { Engine, NdArray } from '../../src/compute/engine.ts';
 import { createEngine } from '../../src/compute/ort.ts';
 import { createBlas } from '../../src/compute/ort-blas.ts';
 import { createModel } from '../../src/model/architectures/index.ts';
-import type { LinearSite, Model, WeightReader } from '../../src/model/model.ts';
+import type { Model, WeightReader } from '../../src/model/model.ts';
 import { referenceForward } from '../support/reference-forward.ts';
-import { type TinyModel, tinyGpt2, tinyLlama } from '../support/tiny-models.ts';
+import { type TinyModel, tinyGpt2, tinyLlama, weightsOf } from '../support/tiny-models.ts';
 
 /** fp32 block graphs against float64 loops, values of about 1. */
 const FORWARD_TOLERANCE = 2e-4;
@@ -26,27 +26,6 @@ beforeAll(async () => {
   blas = createBlas(engine);
 });
 afterAll(() => engine[Symbol.asyncDispose]());
-
-function weightsOf(tiny: TinyModel): WeightReader {
-  const info = (name: string) => tiny.source.tensors.get(name);
-  return {
-    load: async (name) => tiny.source.values(name)!,
-    loadRows: async (name, start, end) => {
-      const columns = info(name)!.shape[1];
-      return tiny.source.values(name)!.slice(start * columns, end * columns);
-    },
-    loadSite: async (site: LinearSite) => {
-      const stored = tiny.source.values(`${site.name}.weight`)!;
-      if (!site.transposed) return stored;
-      const { outFeatures, inFeatures } = site;
-      return Float32Array.from(
-        { length: stored.length },
-        (_, i) => stored[(i % inFeatures) * outFeatures + Math.floor(i / inFeatures)],
-      );
-    },
-    info,
-  };
-}
 
 function open(
   tiny: TinyModel,

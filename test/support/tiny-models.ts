@@ -1,5 +1,6 @@
 /** Tiny random checkpoints of every architecture and every choice it offers, made in code. */
 import { type FloatDType, fromFloat32 } from '../../formats/dtype.ts';
+import type { LinearSite, WeightReader } from '../../src/model/model.ts';
 import { MemorySource } from './memory-source.ts';
 import { randomSource, randomValues } from './random.ts';
 
@@ -177,4 +178,26 @@ function tensorMaker(label: string, dtype: FloatDType): AddTensor {
     source.add(name, dtype, shape, fromFloat32(dtype, randomValues(random, count, spread, center)));
   };
   return Object.assign(add, { source });
+}
+
+/** Its weights as the product reads them. */
+export function weightsOf(tiny: TinyModel): WeightReader {
+  const info = (name: string) => tiny.source.tensors.get(name);
+  return {
+    load: async (name) => tiny.source.values(name)!,
+    loadRows: async (name, start, end) => {
+      const columns = info(name)!.shape[1];
+      return tiny.source.values(name)!.slice(start * columns, end * columns);
+    },
+    loadSite: async (site: LinearSite) => {
+      const stored = tiny.source.values(`${site.name}.weight`)!;
+      if (!site.transposed) return stored;
+      const { outFeatures, inFeatures } = site;
+      return Float32Array.from(
+        { length: stored.length },
+        (_, i) => stored[(i % inFeatures) * outFeatures + Math.floor(i / inFeatures)],
+      );
+    },
+    info,
+  };
 }
