@@ -2,11 +2,12 @@
 import { Command, Option } from 'commander';
 import type { DeviceRequest } from '../src/compute/engine.ts';
 import type { EngineName } from '../src/compute/engines.ts';
-import { type Evaluation, evaluate } from '../src/evaluate.ts';
+import type { EvaluateOptions, Evaluation } from '../src/evaluate.ts';
 import { integer } from '../src/recipe-fields.ts';
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandFiles } from './files.ts';
 import { deviceOption, engineOption, jsonOption, quietOption, threadsOption } from './options.ts';
+import { inThread } from './runs.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs } from './ui/table.ts';
 
@@ -49,21 +50,18 @@ export function evaluateCommand(signal: AbortSignal): Command {
     .action(async (model: string, flags: Flags) => {
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
-        const result = await evaluate(
-          model,
-          {
-            text: await expandFiles('--text', flags.text),
-            ...(flags.against === undefined ? {} : { against: flags.against }),
-            ...(flags.adapter === undefined ? {} : { adapter: flags.adapter }),
-            sequenceLength: integer('sequenceLength', flags.sequenceLength, 2, 1_048_576),
-            accuracy: flags.accuracy,
-            device: flags.device,
-            engine: flags.engine,
-            threads: flags.threads,
-            maxMemory: parseSize('--max-memory', flags.maxMemory),
-          },
-          console.hooks,
-        );
+        const options: EvaluateOptions = {
+          text: await expandFiles('--text', flags.text),
+          ...(flags.against === undefined ? {} : { against: flags.against }),
+          ...(flags.adapter === undefined ? {} : { adapter: flags.adapter }),
+          sequenceLength: integer('sequenceLength', flags.sequenceLength, 2, 1_048_576),
+          accuracy: flags.accuracy,
+          device: flags.device,
+          engine: flags.engine,
+          threads: flags.threads,
+          maxMemory: parseSize('--max-memory', flags.maxMemory),
+        };
+        const result = await inThread('evaluate', [model, options], console.hooks);
         console.result(result, describe(result));
       } finally {
         console.close();

@@ -8,6 +8,7 @@ import { evaluateCommand } from './evaluate.ts';
 import { inspectCommand } from './inspect.ts';
 import { mergeCommand } from './merge.ts';
 import { quantizeCommand } from './quantize.ts';
+import { endNow } from './runs.ts';
 
 const EXIT = { done: 0, failed: 1, badRequest: 2, interrupted: 130 } as const;
 
@@ -28,10 +29,10 @@ async function main(args: readonly string[]): Promise<number> {
     program.addCommand(made);
   }
 
-  // The first Ctrl-C stops at the next safe point; the second at once. Both leave a state that --resume continues.
+  // The first Ctrl-C stops at the next safe point, the second at once. Both leave a state that --resume continues.
   process.on('SIGINT', () => {
-    if (abort.signal.aborted) process.exit(EXIT.interrupted);
-    process.stderr.write('\npcomp: stopping after this step; Ctrl-C again stops now\n');
+    if (abort.signal.aborted) endNow();
+    process.stderr.write('\npcomp: stopping; what is finished is kept\n');
     abort.abort();
   });
   try {

@@ -10,7 +10,7 @@ import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
 import { TRANSFORMS } from '../src/methods/quantize/quantizer.ts';
 import { COMPENSATION_VARIANTS } from '../src/methods/rank/compensation.ts';
-import { type QuantizeOutcome, quantize } from '../src/quantize.ts';
+import type { QuantizeOutcome } from '../src/quantize.ts';
 import {
   FORMATS,
   GROUP_SIZES,
@@ -23,6 +23,7 @@ import {
 import { formatSize, parseSize } from '../src/size.ts';
 import { expandFiles } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
+import { inThread } from './runs.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
@@ -143,13 +144,9 @@ export function quantizeCommand(signal: AbortSignal): Command {
       const recipe = quantizeRecipe(await readRequest(flags), CORES);
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
-        const outcome = await quantize(
-          model,
-          flags.output,
-          { ...recipe, calibration: await expandFiles('--calibration', recipe.calibration) },
-          { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true },
-          console.hooks,
-        );
+        const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
+        const calibration = await expandFiles('--calibration', recipe.calibration);
+        const outcome = await inThread('quantize', [model, flags.output, { ...recipe, calibration }, mode], console.hooks);
         console.result(outcome, describe(outcome));
       } finally {
         console.close();

@@ -1,13 +1,24 @@
 /** Threads that do jobs one at a time, and their errors on the way back. */
-import { parentPort, type TransferListItem, Worker } from 'node:worker_threads';
+import { parentPort, SHARE_ENV, type TransferListItem, Worker, type WorkerOptions } from 'node:worker_threads';
 import { type EnvironmentCode, EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from '../errors.ts';
 
-/** Does jobs, one at a time. */
-export interface JobRunner<Job, Result> extends AsyncDisposable {
-  run(job: Job): Promise<Result>;
+/** How a job is heard of, and stopped, while it goes on. */
+export interface JobOptions<Event> {
+  /** What the job tells, in order. */
+  readonly onEvent?: (event: Event) => void;
+  /** Aborting asks the job to stop; it then fails with an AbortError, or ends well if it was nearly through. */
+  readonly signal?: AbortSignal | undefined;
 }
 
-type Answer<Result> = { readonly result: Result } | { readonly error: PortableError };
+/** Does jobs, one at a time. */
+export interface JobRunner<Job, Result, Event = never> extends AsyncDisposable {
+  run(job: Job, options?: JobOptions<Event>): Promise<Result>;
+}
+
+/** What a thread is sent. */
+type Order<Job> = { readonly job: Job } | { readonly abort: true };
+
+type Answer<Result, Event> = { readonly result: Result } | { readonly error: PortableError } | { readonly event: Event };
 
 /** An error on its way between threads, which forget its class. */
 interface PortableError {
@@ -23,27 +34,40 @@ interface PortableError {
  * Starts a thread from the module `name` beside the module at the URL `caller`; that module calls `serveJobs`. Jobs and results are copied as
  * structured clones. A job fails as it failed in the thread, stack included, or because the thread has ended.
  */
-export function startJobThread<Job, Result>(caller: string, name: string, workerData?: unknown): JobRunner<Job, Result> {
+export function startJobThread<Job, Result, Event = never>(
+  caller: string,
+  name: string,
+  workerData?: unknown,
+): JobRunner<Job, Result, Event> {
   const worker = startWorker(caller, name, workerData);
-  let waiting: { resolve: (result: Result) => void; reject: (error: unknown) => void } | undefined;
+  let waiting: { resolve: (result: Result) => void; reject: (error: unknown) => void; tell?: (event: Event) => void } | undefined;
   let ended: unknown;
   const end = (error: unknown): void => {
     ended ??= error;
     waiting?.reject(ended);
   };
-  worker.on('message', (answer: Answer<Result>) => {
-    if ('result' in answer) waiting?.resolve(answer.result);
+  const send = (order: Order<Job>): void => worker.postMessage(order);
+  worker.on('message', (answer: Answer<Result, Event>) => {
+    if ('event' in answer) waiting?.tell?.(answer.event);
+    else if ('result' in answer) waiting?.resolve(answer.result);
     else waiting?.reject(fromPortable(answer.error));
   });
   worker.on('error', end);
   worker.on('exit', (code) => end(new Error(`the thread of ${name} ended with code ${code}`)));
   return {
-    run(job) {
-      return new Promise((resolve, reject) => {
-        if (ended !== undefined) return reject(ended);
-        waiting = { resolve, reject };
-        worker.postMessage(job);
-      });
+    async run(job, { onEvent, signal } = {}) {
+      const abort = (): void => send({ abort: true });
+      try {
+        return await new Promise<Result>((resolve, reject) => {
+          if (ended !== undefined) return reject(ended);
+          waiting = { resolve, reject, ...(onEvent && { tell: onEvent }) };
+          send({ job });
+          if (signal?.aborted) abort();
+          else signal?.addEventListener('abort', abort);
+        });
+      } finally {
+        signal?.removeEventListener('abort', abort);
+      }
     },
     async [Symbol.asyncDispose]() {
       waiting = undefined;
@@ -54,23 +78,36 @@ export function startJobThread<Job, Result>(caller: string, name: string, worker
 
 /** Published, the entry is JavaScript; from source, the thread must be taught TypeScript first, which Node's flags do not do for threads. */
 function startWorker(caller: string, name: string, workerData: unknown): Worker {
-  if (!caller.endsWith('.ts')) return new Worker(new URL(`./${name}.js`, caller), { workerData });
+  // One environment: native libraries read the process's own, not a thread's copy.
+  const options: WorkerOptions = { workerData, env: SHARE_ENV };
+  if (!caller.endsWith('.ts')) return new Worker(new URL(`./${name}.js`, caller), options);
   const [tsx, entry] = [import.meta.resolve('tsx/esm/api'), new URL(`./${name}.ts`, caller).href];
   const code = `import(${JSON.stringify(tsx)}).then(({ register }) => { register(); return import(${JSON.stringify(entry)}); })`;
-  return new Worker(code, { eval: true, workerData, execArgv: [] });
+  return new Worker(code, { ...options, eval: true, execArgv: [] });
+}
+
+/** What a job hears and says while it goes on. */
+interface JobContext<Event> {
+  readonly signal: AbortSignal;
+  tell(event: Event): void;
 }
 
 /** In a thread: answers every job. @param transfer what of a result changes hands instead of being copied */
-export function serveJobs<Job, Result>(
-  run: (job: Job) => Result | Promise<Result>,
+export function serveJobs<Job, Result, Event = never>(
+  run: (job: Job, context: JobContext<Event>) => Result | Promise<Result>,
   transfer: (result: Result) => TransferListItem[] = () => [],
 ): void {
-  parentPort?.on('message', async (job: Job) => {
+  const answer = (message: Answer<Result, Event>, transferred: TransferListItem[] = []): void =>
+    parentPort?.postMessage(message, transferred);
+  let current = new AbortController();
+  parentPort?.on('message', async (order: Order<Job>) => {
+    if ('abort' in order) return current.abort();
+    current = new AbortController();
     try {
-      const result = await run(job);
-      parentPort?.postMessage({ result } satisfies Answer<Result>, transfer(result));
+      const result = await run(order.job, { signal: current.signal, tell: (event) => answer({ event }) });
+      answer({ result }, transfer(result));
     } catch (error) {
-      parentPort?.postMessage({ error: toPortable(error) } satisfies Answer<Result>);
+      answer({ error: toPortable(error) });
     }
   });
 }

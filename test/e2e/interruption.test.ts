@@ -1,6 +1,7 @@
 /** Whatever ends a run: nothing half under the final name, and a state that --resume turns into the same bytes. */
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { beforeAll, describe, expect, it, onTestFinished } from 'vitest';
@@ -13,6 +14,8 @@ import { scratchFolder } from '../support/scratch-folder.ts';
 const scratch = scratchFolder();
 const cwd = scratch.path;
 const BLOCKS = 8;
+/** A moment, on a busy machine. */
+const ANSWER_MS = 2000;
 const at = (...path: string[]) => join(cwd, ...path);
 const command = (output: string, ...more: string[]) => [
   ...['quantize', 'model', '--bits', '2', '--group-size', '32', '--calibration', 'text.txt', '--samples', '32', '--quiet'],
@@ -105,13 +108,30 @@ describe('Ctrl-C', () => {
     running.process.kill('SIGINT');
     const { code, stdout, stderr } = await running.done;
     expect({ code, stdout }).toEqual({ code: 130, stdout: '' });
-    expect(stderr).toMatch(/pcomp: stopping after this step; Ctrl-C again stops now\n$/);
+    expect(stderr).toMatch(/pcomp: stopping; what is finished is kept\n$/);
     expect(existsSync(at('stopped'))).toBe(false);
-    expect(readdirSync(at('stopped.partial')).sort()).toEqual(['parts', 'state.json']);
+    expect(readdirSync(at('stopped.partial'))).toEqual(expect.arrayContaining(['parts', 'state.json']));
 
     const resumed = await run('stopped', '--resume');
     expect(resumed).toMatchObject({ code: 0, stderr: expect.stringMatching(/note: resuming: [2-8] of 8/) });
     expect(artifactTree(at('stopped'))).toEqual(whole);
+  });
+
+  it('is answered at once, and ends a run that comes to no safe point', async ({ skip }) => {
+    const pipe = at('pipe.txt');
+    skip(spawnSync('mkfifo', [pipe]).status !== 0, 'this system has no named pipes');
+    const running = startCli(['evaluate', 'model', '--text', pipe], { cwd });
+    // Opened when the run opens it, and nothing is written: the run waits for its text, and hears nothing.
+    await using writer = await open(pipe, 'w');
+    expect(writer.fd).toBeGreaterThan(0);
+    const asked = performance.now();
+    running.process.kill('SIGINT');
+    const answered = new Promise<number>((resolve) => {
+      running.process.stderr.once('data', () => resolve(performance.now() - asked));
+    });
+    expect(await running.done).toEqual({ code: 130, stdout: '', stderr: '\npcomp: stopping; what is finished is kept\n' });
+    expect(await answered).toBeLessThan(ANSWER_MS);
+    expect(performance.now() - asked).toBeLessThan(1000 + ANSWER_MS);
   });
 
   it('twice stops at once, and evaluate stops too', async () => {

@@ -9,7 +9,7 @@ const PROGRAM = fileURLToPath(new URL('cli/pcomp.ts', ROOT));
 const TSX = import.meta.resolve('tsx');
 
 export interface CliResult {
-  /** Exit code; null when a signal ended the process. */
+  /** Exit code as a shell tells it: 130 for a program that Ctrl-C ended; null when another signal did. */
   readonly code: number | null;
   readonly stdout: string;
   readonly stderr: string;
@@ -43,7 +43,7 @@ export function startCli(args: readonly string[], options: CliOptions = {}): Run
   }
   const done = new Promise<CliResult>((resolve, reject) => {
     child.on('error', reject);
-    child.on('close', (code) => resolve({ code, ...text }));
+    child.on('close', (code, signal) => resolve({ code: signal === 'SIGINT' ? 130 : code, ...text }));
   });
   return { process: child, done };
 }
