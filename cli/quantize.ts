@@ -2,6 +2,7 @@
 import { readFile } from 'node:fs/promises';
 import { Command, Option } from 'commander';
 import { parse as parseYaml } from 'yaml';
+import { ONNX_CONTAINERS } from '../src/artifacts/onnx/linear-layout.ts';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { DEVICES } from '../src/compute/engine.ts';
 import { ENGINES } from '../src/compute/engines.ts';
@@ -103,6 +104,12 @@ export function quantizeCommand(signal: AbortSignal): Command {
       new Option('--lowrank-inputs <kind>', `what branches take inputs for (default: ${D.lowrankInputs})`).choices([
         ...COMPENSATION_VARIANTS,
       ]),
+    )
+    .addOption(
+      new Option(
+        '--onnx-container <bits>',
+        `ONNX: operands the runtime holds. auto: one a layer, the narrowest that holds it; 2: each group in the narrowest, the least memory; 4: none of 2 bits, as CUDA needs it (default: ${D.onnxContainer})`,
+      ).choices([...ONNX_CONTAINERS]),
     )
     .option('--no-compact', 'ONNX: store codes in operands of 2, 4 and 8 bits, as the runtime holds them')
     .option('--seed <seed>', `seed of the window crops (default: ${D.seed})`)

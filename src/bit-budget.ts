@@ -13,10 +13,11 @@ import { formatSize } from './size.ts';
 /** Part of a budget that counts files, kept for the padding of rows. */
 const PADDING = 0.002;
 
-/** Widths files hold at their true size; those a compact ONNX file does; and the widths of a runtime's operands: others take the room of the next of these. */
+/** Widths files hold at their true size; those a compact ONNX file does; and the widths of a runtime's operands, all or those of `--onnx-container 4`: others take the room of the next of these. */
 const ALL_WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8];
 const COMPACT_WIDTHS = [1, 2, 3, 4, 8];
 const OPERAND_WIDTHS = [2, 4, 8];
+const WIDE_OPERANDS = [4, 8];
 
 /** A budget in bits, and how to say such bits the user's way. */
 export interface BitBudget {
@@ -37,9 +38,10 @@ export interface FixedCosts {
 }
 
 /** Widths the allocator may choose from: those that do not waste room in what the budget counts. */
-export function candidateWidths({ formats, compact, runtimeMemory }: QuantizeRecipe): readonly number[] {
+export function candidateWidths({ formats, compact, runtimeMemory, onnxContainer }: QuantizeRecipe): readonly number[] {
   if (!formats.includes('onnx')) return ALL_WIDTHS;
-  return compact && runtimeMemory === undefined ? COMPACT_WIDTHS : OPERAND_WIDTHS;
+  if (compact && runtimeMemory === undefined) return COMPACT_WIDTHS;
+  return onnxContainer === '4' ? WIDE_OPERANDS : OPERAND_WIDTHS;
 }
 
 /** What files are counted by: the first format asked for. */

@@ -11,6 +11,7 @@ import { decoded } from './quantize-blocks.ts';
 import { predictSizes } from './quantize-estimate.ts';
 import type { QuantizeJob } from './quantize-job.ts';
 import { choiceSets, type ModelSurvey } from './quantize-survey.ts';
+import { onnxStorageOf } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import type { Score } from './scoring.ts';
 
@@ -112,7 +113,7 @@ async function makeRound(run: LossBudgetRun, index: number, size: number, origin
   const { nll, perplexity } = await run.evaluate(asMade(source.weights, parts, job));
   const plans = planOf(job, parts);
   const linears = new Map([...job.expected.keys()].map((site) => [site, plans.modules[site.name]]));
-  const sizes = predictSizes(source.tensors, linears, job.expectedEmbeddings, recipe.formats[0], recipe.compact);
+  const sizes = predictSizes(source.tensors, linears, job.expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
   const { averageBits, bitsPerWeight, quantizedBytes } = sizes;
   return { size, nll, perplexity, rise: perplexity / original.perplexity - 1, averageBits, bitsPerWeight, quantizedBytes };
 }

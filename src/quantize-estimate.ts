@@ -11,7 +11,7 @@ import {
   summarizeStorage,
 } from './artifacts/accounting.ts';
 import { whyNotGptq } from './artifacts/gptq.ts';
-import { layOutShape, type OnnxLinearLayout } from './artifacts/onnx/linear-layout.ts';
+import { layOutShape, type OnnxLinearLayout, type OnnxStorageOptions } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import { rotatedRun } from './methods/quantize/input-transform.ts';
 import type { Measuring, SitePlan } from './methods/quantize/quantizer.ts';
@@ -115,16 +115,16 @@ export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactF
 /**
  * What an artifact with these widths would take; graph, headers and padding of the files are left out.
  * @param linears layers of the blocks with their widths, @param embeddings the same of embeddings and output head,
- * @param compact how an ONNX file is to store codes
+ * @param onnx how an ONNX file is to store codes
  */
 export function predictSizes(
   tensors: TensorSource,
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
-  compact = true,
+  onnx: OnnxStorageOptions = {},
 ): ArtifactSizes {
-  const storage = summarizeStorage(storageOf(linears, format, compact), storageOf(embeddings, format, compact), 0);
+  const storage = summarizeStorage(storageOf(linears, format, onnx), storageOf(embeddings, format, onnx), 0);
   const modules = [...storage.modules, ...storage.embeddings];
   const replaced = new Set(modules.map(({ name }) => `${name}.weight`));
   const kept = [...tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
@@ -132,7 +132,11 @@ export function predictSizes(
   return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
 }
 
-function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFormat, compact: boolean): ModuleStorage[] {
+function storageOf(
+  sites: ReadonlyMap<LinearSite, SitePlan>,
+  format: ArtifactFormat,
+  options: OnnxStorageOptions,
+): ModuleStorage[] {
   const inputs = new Set<string>();
   const all = [...sites].map(([site, { groupSize, bits, transform: kind, rank }]) => {
     const lowRank = rank === undefined ? {} : { lowRank: { rank, dtype: 'F16' as const } };
@@ -155,14 +159,14 @@ function storageOf(sites: ReadonlyMap<LinearSite, SitePlan>, format: ArtifactFor
           shapes.map(({ site, shape }): [string, string, OnnxLinearLayout] => [
             site.name,
             site.input,
-            layOutShape(shape, compact),
+            layOutShape(shape, options),
           ]),
         )
       : undefined;
   return shapes.map(({ site, own, shape }) => {
     const bits = onnx?.get(site.name) ?? { storedBits: format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(own) };
     const { lowRank, ...rest } = shape;
-    const dtype = format === 'onnx' && !compact ? 'F32' : 'F16';
+    const dtype = format === 'onnx' && options.compact === false ? 'F32' : 'F16';
     const branch = lowRank && { rank: lowRank.rank, storedBits: lowRankBits({ ...shape, lowRank: { ...lowRank, dtype } }) };
     return { ...rest, bits: [...shape.bits], codeBits: codeBitsOf(shape), ...(branch && { lowRank: branch }), ...bits };
   });
@@ -178,10 +182,10 @@ export function fixedCosts(
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
-  compact = true,
+  onnx: OnnxStorageOptions = {},
 ): { weights: number; fileBytes: number; runtimeBytes: number } {
-  const sizes = predictSizes(tensors, linears, embeddings, format, compact);
-  const storage = storageOf(embeddings, format, compact);
+  const sizes = predictSizes(tensors, linears, embeddings, format, onnx);
+  const storage = storageOf(embeddings, format, onnx);
   const embedded = sum(storage.map(({ storedBits }) => storedBits)) / 8;
   const count = tensors.tensors.size + 4 * linears.size;
   return {

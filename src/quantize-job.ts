@@ -15,7 +15,7 @@ import type { LinearSite } from './model/model.ts';
 import { packageRoot } from './package-root.ts';
 import { embeddingGroups, embeddingSites } from './quantize-embeddings.ts';
 import { fixedCosts } from './quantize-estimate.ts';
-import { QUANTIZE_DEFAULTS, type QuantizeRecipe } from './recipe.ts';
+import { onnxStorageOf, QUANTIZE_DEFAULTS, type QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import { checkPlanFits, readPlan, selectSites } from './site-selection.ts';
 import { parseSize } from './size.ts';
@@ -90,7 +90,13 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
     if (rank > 0) for (const [site, plan] of expected) expected.set(site, { ...plan, rank });
   }
   checkFormats(recipe, expected);
-  const unbranched = fixedCosts(source.tensors, withoutRanks(expected), expectedEmbeddings, recipe.formats[0], recipe.compact);
+  const unbranched = fixedCosts(
+    source.tensors,
+    withoutRanks(expected),
+    expectedEmbeddings,
+    recipe.formats[0],
+    onnxStorageOf(recipe),
+  );
   const fixed = rankBudget && (recipe.size ?? recipe.runtimeMemory) ? withReserve(unbranched, recipe, rankBudget) : unbranched;
   const surveys = given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
   if (surveys) checkBudget(recipe, fixed, sites);

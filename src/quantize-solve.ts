@@ -16,7 +16,7 @@ import { predictSizes } from './quantize-estimate.ts';
 import { branchBits, type QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
-import type { QuantizeRecipe } from './recipe.ts';
+import { onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
 import type { Progress, RunHooks } from './run.ts';
 import { SensitivityProbe } from './sensitivity-probe.ts';
 import { readSurvey, recordSurvey } from './survey-record.ts';
@@ -221,7 +221,7 @@ async function surveyOf(
 /** Bits of the quantized layers with these widths: stored ones, or as the runtime holds them where the budget counts those. */
 function sizeOfPlan({ source, recipe, expected, fixed }: QuantizeJob, plan: ReadonlyMap<string, SitePlan>): number {
   const linears = new Map([...expected.keys()].map((site) => [site, plan.get(site.name)!]));
-  const sizes = predictSizes(source.tensors, linears, new Map(), recipe.formats[0], recipe.compact);
+  const sizes = predictSizes(source.tensors, linears, new Map(), recipe.formats[0], onnxStorageOf(recipe));
   if (recipe.runtimeMemory !== undefined) return 8 * (sizes.runtimeBytes ?? 0);
   return sizes.bitsPerWeight * fixed.weights;
 }

@@ -18,7 +18,7 @@ import { type ArtifactSizes, estimatePeakBytes, predictSizes, sizesOf } from './
 import { describeInputs, type RunInputs } from './quantize-inputs.ts';
 import { prepareJob, type QuantizeJob } from './quantize-job.ts';
 import { measuringOf, solve } from './quantize-solve.ts';
-import type { ArtifactFormat, QuantizeRecipe } from './recipe.ts';
+import { type ArtifactFormat, onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
 import { mixesWidths } from './recipe-rules.ts';
 import type { RunHooks } from './run.ts';
 
@@ -142,7 +142,7 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     folder: output.artifactPath,
     formats: recipe.formats,
     version: packageVersion(),
-    compact: recipe.compact,
+    onnxStorage: onnxStorageOf(recipe),
   });
   for (const note of written.notes) hooks.note?.(note);
   const details = detailsOf(job, parts);
@@ -258,7 +258,7 @@ function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): Qu
   const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };
   const artifacts = recipe.formats.map((format) => ({
     format,
-    ...predictSizes(source.tensors, expected, expectedEmbeddings, format, recipe.compact),
+    ...predictSizes(source.tensors, expected, expectedEmbeddings, format, onnxStorageOf(recipe)),
   }));
   return { ...outlineOf(job, plan, notes), averageBits: artifacts[0].averageBits, artifacts };
 }

@@ -78,6 +78,11 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   if (!recipe.compact && !recipe.formats.includes('onnx')) {
     throw new RecipeError('--no-compact: says how ONNX files store codes, and no ONNX is written');
   }
+  if (request.onnxContainer !== undefined && !recipe.formats.includes('onnx')) {
+    throw new RecipeError(
+      `--onnx-container ${recipe.onnxContainer}: says which operands onnxruntime holds, and no ONNX is written`,
+    );
+  }
   if (recipe.runtimeMemory !== undefined && !recipe.formats.includes('onnx')) {
     throw new RecipeError('--runtime-memory: counts operands of onnxruntime, and no ONNX is written; use --size or --bpw');
   }

@@ -1,4 +1,5 @@
 /** What to do, as validated plain data. Flags and a YAML/JSON file are two spellings of it. */
+import { ONNX_CONTAINERS, type OnnxContainer, type OnnxStorageOptions } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import { DEVICES, type DeviceRequest } from './compute/engine.ts';
 import { ENGINES, type EngineName } from './compute/engines.ts';
@@ -83,6 +84,8 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly lowrankInputs: CompensationVariant;
   /** ONNX: codes at their true width in the file, expanded when it is loaded. */
   readonly compact: boolean;
+  /** ONNX: which operands the runtime is to hold. */
+  readonly onnxContainer: OnnxContainer;
   /** A plan file, or an artifact's pcomp.json. */
   readonly plan?: string;
   /** Bound on pcomp's own buffers for activations, in bytes; what does not fit is spooled to disk. */
@@ -118,6 +121,7 @@ export const QUANTIZE_DEFAULTS = {
   lowrankOuter: 2,
   lowrankInputs: 'exact',
   compact: true,
+  onnxContainer: 'auto',
   device: 'cpu',
   engine: 'ort',
   maxMemory: 2 ** 30,
@@ -165,6 +169,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     lowrankOuter: integer('lowrankOuter', given.lowrankOuter, 1, 4),
     lowrankInputs: oneOf('lowrankInputs', given.lowrankInputs, COMPENSATION_VARIANTS),
     compact: boolean('compact', given.compact),
+    onnxContainer: oneOf('onnxContainer', String(given.onnxContainer), ONNX_CONTAINERS),
     device: oneOf('device', given.device, DEVICES),
     engine: oneOf('engine', given.engine, Object.keys(ENGINES) as EngineName[]),
     threads: integer('threads', given.threads ?? cores, 1, 1024),
@@ -173,6 +178,12 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
   };
   checkRecipe(recipe, request, QUANTIZE_DEFAULTS);
   return recipe;
+}
+
+/** How ONNX files are to store codes. Where operands are what is counted or stored, the default is the smallest. */
+export function onnxStorageOf({ compact, onnxContainer, runtimeMemory }: QuantizeRecipe): Required<OnnxStorageOptions> {
+  const counted = !compact || runtimeMemory !== undefined;
+  return { compact, container: onnxContainer === 'auto' && counted ? '2' : onnxContainer };
 }
 
 const KNOWN: ReadonlySet<string> = new Set([

@@ -13,6 +13,7 @@ import { gptqLoaders } from './gptq-config.ts';
 import { writeJson } from './manifest.ts';
 import type { ModelSource } from './model-source.ts';
 import { genaiConfig } from './onnx/genai-config.ts';
+import type { OnnxStorageOptions } from './onnx/linear-layout.ts';
 import { OnnxTensors, onnxModules } from './onnx/onnx-modules.ts';
 import { type WrittenOnnxArtifact, writeOnnxArtifact } from './onnx/write-onnx.ts';
 import type { LayoutName } from './quant-metadata.ts';
@@ -36,8 +37,8 @@ export interface WriteOptions {
   readonly version: string;
   /** Bound on each weight file; default 2 GB for ONNX data, 5 GB for safetensors. */
   readonly maxShardBytes?: number;
-  /** ONNX: codes at their true width and scales as F16, which a runtime unfolds when it loads the model. Default true. */
-  readonly compact?: boolean;
+  /** How an ONNX file stores codes. */
+  readonly onnxStorage?: OnnxStorageOptions;
 }
 
 /** One format as it was written. */
@@ -73,7 +74,7 @@ async function write({
   formats,
   version,
   maxShardBytes,
-  compact = true,
+  onnxStorage,
 }: WriteOptions): Promise<WrittenArtifact> {
   const { model } = source;
   const notes: string[] = [];
@@ -94,7 +95,10 @@ async function write({
   let onnx: WrittenOnnxArtifact | undefined;
   for (const format of formats) {
     if (format === 'onnx') {
-      onnx = await writeOnnxArtifact({ model, tensors, quantized, folder, version, compact, ...shards });
+      onnx = await writeOnnxArtifact({
+        ...{ model, tensors, quantized, folder, version, ...shards },
+        ...(onnxStorage && { storage: onnxStorage }),
+      });
       written.push(await checkOnnx(folder, onnx, finish));
       changes['transformers.js_config'] = transformersJsConfig(source.config, onnx);
       continue;

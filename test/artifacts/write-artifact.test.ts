@@ -7,7 +7,7 @@ import { openOnnx } from '../../formats/onnx/reader.ts';
 import { createShardedSink } from '../../formats/safetensors/sharded-writer.ts';
 import { gptqStoredBits, groupStorage, onnxStorage, planesStoredBits } from '../../src/artifacts/accounting.ts';
 import { openModelSource } from '../../src/artifacts/model-source.ts';
-import { layOutLinear } from '../../src/artifacts/onnx/linear-layout.ts';
+import { layOutLinear, type OnnxStorageOptions } from '../../src/artifacts/onnx/linear-layout.ts';
 import { embeddingGroupSize } from '../../src/artifacts/onnx/lowering.ts';
 import { type ArtifactFormat, writeArtifact } from '../../src/artifacts/write-artifact.ts';
 import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from '../../src/errors.ts';
@@ -90,8 +90,8 @@ async function write(
   {
     maxShardBytes,
     hadamard,
-    compact,
-  }: { readonly maxShardBytes?: number; readonly hadamard?: number; readonly compact?: boolean } = {},
+    onnxStorage,
+  }: { readonly maxShardBytes?: number; readonly hadamard?: number; readonly onnxStorage?: OnnxStorageOptions } = {},
 ): Promise<Written> {
   const folder = await save(tiny);
   const out = join(root, 'out');
@@ -105,7 +105,7 @@ async function write(
     formats,
     version: '0.0.0',
     ...(maxShardBytes ? { maxShardBytes } : {}),
-    ...(compact === undefined ? {} : { compact }),
+    ...(onnxStorage && { onnxStorage }),
   });
   writeFileSync(join(out, 'pcomp.json'), '{}');
   return { out, linears, artifact };
@@ -126,83 +126,88 @@ function difference(a: ArrayLike<number>, b: ArrayLike<number>): number {
 
 describe.each([
   ['onnx', [1, 2, 3, 4, 8], {}],
-  ['onnx', [1, 2, 3, 4, 8], { compact: false }],
+  ['onnx', [1, 2, 3, 4, 8], { onnxStorage: { compact: false } }],
+  ['onnx', [2, 1, 4, 3], { onnxStorage: { container: '2' } }],
+  ['onnx', [2, 1, 4, 3, 8], { onnxStorage: { container: '4' } }],
   ['onnx', [4, 3, 2, 1], { hadamard: 0 }],
   ['onnx', [4, 3, 2, 1], { hadamard: 32 }],
   ['safetensors', [1, 2, 3, 4, 5, 6, 7, 8], {}],
   ['safetensors', [4, 3, 2, 1], { hadamard: 32 }],
   ['gptq', [3], {}],
-] as const)('an artifact of format %s, %s bits, %o', (format, bits, options: { hadamard?: number; compact?: boolean }) => {
-  it('opens again as a model with the solved weights, the plain tensors as they were, and what it cost', async () => {
-    const tiny = llama();
-    const { out, linears, artifact } = await write(tiny, [format], bits, undefined, options);
-    await using source = await openModelSource(out);
-    expect(source.kind).toBe(format === 'safetensors' ? 'planes' : format);
-    for (const site of source.model.blocks.flatMap((block) => block.sites)) {
-      expect(await source.weights.loadSite(site)).toEqual(dequantize(linears.get(site.name)!));
-    }
-    for (const name of source.model.otherTensors) {
-      const { dtype, data } = await source.tensors.read(name);
-      const original = tiny.source.tensors.get(name)!;
-      expect([name, dtype, toFloat32(dtype, data)]).toEqual([name, original.dtype, toFloat32(original.dtype, original.data)]);
-    }
-    const corrected = 'model.layers.1.self_attn.q_proj';
-    const { dtype, data } = await source.tensors.read(`${corrected}.bias`);
-    expect([dtype, toFloat32(dtype, data)]).toEqual(['BF16', linears.get(corrected)!.bias]);
-    const [written] = artifact.formats;
-    expect(source.storage).toEqual(written.storage);
-    expect(source.weightBytes).toBe(written.files.reduce((sum, file) => sum + statSync(join(out, file)).size, 0));
-    expect(source.storage.modules.map((module) => module.bits)).toEqual([...linears.values()].map((q) => [...q.bits]));
-  });
+] as const)(
+  'an artifact of format %s, %s bits, %o',
+  (format, bits, options: { hadamard?: number; onnxStorage?: OnnxStorageOptions }) => {
+    it('opens again as a model with the solved weights, the plain tensors as they were, and what it cost', async () => {
+      const tiny = llama();
+      const { out, linears, artifact } = await write(tiny, [format], bits, undefined, options);
+      await using source = await openModelSource(out);
+      expect(source.kind).toBe(format === 'safetensors' ? 'planes' : format);
+      for (const site of source.model.blocks.flatMap((block) => block.sites)) {
+        expect(await source.weights.loadSite(site)).toEqual(dequantize(linears.get(site.name)!));
+      }
+      for (const name of source.model.otherTensors) {
+        const { dtype, data } = await source.tensors.read(name);
+        const original = tiny.source.tensors.get(name)!;
+        expect([name, dtype, toFloat32(dtype, data)]).toEqual([name, original.dtype, toFloat32(original.dtype, original.data)]);
+      }
+      const corrected = 'model.layers.1.self_attn.q_proj';
+      const { dtype, data } = await source.tensors.read(`${corrected}.bias`);
+      expect([dtype, toFloat32(dtype, data)]).toEqual(['BF16', linears.get(corrected)!.bias]);
+      const [written] = artifact.formats;
+      expect(source.storage).toEqual(written.storage);
+      expect(source.weightBytes).toBe(written.files.reduce((sum, file) => sum + statSync(join(out, file)).size, 0));
+      expect(source.storage.modules.map((module) => module.bits)).toEqual([...linears.values()].map((q) => [...q.bits]));
+    });
 
-  it('takes exactly the bits that were predicted', async () => {
-    const { out, linears } = await write(llama(), [format], bits, undefined, options);
-    await using source = await openModelSource(out);
-    const sites = source.model.blocks.flatMap((block) => block.sites);
-    const predicted = {
-      onnx: () => {
-        const layouts = sites.map((site) => layOutLinear(linears.get(site.name)!, options.compact));
-        const storage = onnxStorage(sites.map((site, i) => [site.name, site.input, layouts[i]]));
-        expect(source.storage.modules.map(({ runtimeBits }) => runtimeBits)).toEqual(
-          [...storage.values()].map(({ runtimeBits }) => runtimeBits),
-        );
-        return new Map([...storage].map(([name, { storedBits }]) => [name, storedBits]));
-      },
-      safetensors: () => {
-        const first = (site: LinearSite) => sites.find((other) => other.input === site.input) === site;
-        return new Map(
-          sites.map((site) => {
-            const { transform, ...shape } = linears.get(site.name)!;
-            return [site.name, planesStoredBits(transform && first(site) ? { ...shape, transform } : shape)];
-          }),
-        );
-      },
-      gptq: () => new Map(sites.map((site) => [site.name, gptqStoredBits(linears.get(site.name)!)])),
-    }[format]();
-    const stored = new Map(source.storage.modules.map((module) => [module.name, module.storedBits]));
-    expect(stored).toEqual(predicted);
-    const weights = sites.reduce((sum, site) => sum + site.outFeatures * site.inFeatures, 0);
-    const codeBits = [...linears.values()].reduce((sum, q) => {
-      return sum + q.codes.reduce((inner, _, i) => inner + q.bits[Math.floor((i % q.inFeatures) / q.groupSize)], 0);
-    }, 0);
-    expect(source.storage.averageBits).toBeCloseTo(codeBits / weights, 12);
-    expect(source.storage.bitsPerWeight).toBeCloseTo([...predicted.values()].reduce((a, b) => a + b, 0) / weights, 12);
-  });
+    it('takes exactly the bits that were predicted', async () => {
+      const { out, linears } = await write(llama(), [format], bits, undefined, options);
+      await using source = await openModelSource(out);
+      const sites = source.model.blocks.flatMap((block) => block.sites);
+      const predicted = {
+        onnx: () => {
+          const layouts = sites.map((site) => layOutLinear(linears.get(site.name)!, options.onnxStorage));
+          const storage = onnxStorage(sites.map((site, i) => [site.name, site.input, layouts[i]]));
+          expect(source.storage.modules.map(({ runtimeBits }) => runtimeBits)).toEqual(
+            [...storage.values()].map(({ runtimeBits }) => runtimeBits),
+          );
+          return new Map([...storage].map(([name, { storedBits }]) => [name, storedBits]));
+        },
+        safetensors: () => {
+          const first = (site: LinearSite) => sites.find((other) => other.input === site.input) === site;
+          return new Map(
+            sites.map((site) => {
+              const { transform, ...shape } = linears.get(site.name)!;
+              return [site.name, planesStoredBits(transform && first(site) ? { ...shape, transform } : shape)];
+            }),
+          );
+        },
+        gptq: () => new Map(sites.map((site) => [site.name, gptqStoredBits(linears.get(site.name)!)])),
+      }[format]();
+      const stored = new Map(source.storage.modules.map((module) => [module.name, module.storedBits]));
+      expect(stored).toEqual(predicted);
+      const weights = sites.reduce((sum, site) => sum + site.outFeatures * site.inFeatures, 0);
+      const codeBits = [...linears.values()].reduce((sum, q) => {
+        return sum + q.codes.reduce((inner, _, i) => inner + q.bits[Math.floor((i % q.inFeatures) / q.groupSize)], 0);
+      }, 0);
+      expect(source.storage.averageBits).toBeCloseTo(codeBits / weights, 12);
+      expect(source.storage.bitsPerWeight).toBeCloseTo([...predicted.values()].reduce((a, b) => a + b, 0) / weights, 12);
+    });
 
-  it('has the same bytes when it is written again', async () => {
-    const bytes = async () => {
-      const { out } = await write(llama(), [format], bits, undefined, options);
-      const files = readdirSync(out, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile());
-      const contents = files
-        .map((file) => [file.name, readFileSync(join(file.parentPath, file.name)).toString('base64')] as const)
-        .sort();
-      rmSync(out, { recursive: true });
-      rmSync(join(root, 'model'), { recursive: true });
-      return contents;
-    };
-    expect(await bytes()).toEqual(await bytes());
-  });
-});
+    it('has the same bytes when it is written again', async () => {
+      const bytes = async () => {
+        const { out } = await write(llama(), [format], bits, undefined, options);
+        const files = readdirSync(out, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile());
+        const contents = files
+          .map((file) => [file.name, readFileSync(join(file.parentPath, file.name)).toString('base64')] as const)
+          .sort();
+        rmSync(out, { recursive: true });
+        rmSync(join(root, 'model'), { recursive: true });
+        return contents;
+      };
+      expect(await bytes()).toEqual(await bytes());
+    });
+  },
+);
 
 describe('an ONNX artifact', () => {
   it('holds what transformers.js and onnxruntime-genai look for', async () => {
@@ -451,7 +456,7 @@ describe('the cost of a group', () => {
       ['onnx-plain', false],
     ] as const) {
       const { fileBits, runtimeBits } = groupStorage(format, rows, 64, bits);
-      expect(onnxStorage([['m', 'x', layOutLinear(q, compact)]]).get('m')).toEqual({
+      expect(onnxStorage([['m', 'x', layOutLinear(q, { compact })]]).get('m')).toEqual({
         storedBits: 8 * fileBits,
         runtimeBits: 8 * runtimeBits,
       });

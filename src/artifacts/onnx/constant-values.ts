@@ -74,6 +74,8 @@ function fold(node: Node, inputs: readonly ConstantValue[]): ConstantValue | und
       return node.attributes.direction?.value === 'RIGHT' ? bytewise(a, b, (x, y) => x >> y) : undefined;
     case 'Concat':
       return joined(inputs, Number(node.attributes.axis?.value));
+    case 'Gather':
+      return Number(node.attributes.axis?.value) === 1 ? picked(a, Array.from(b.values, Number)) : undefined;
     case 'Reshape': {
       const shape = Array.from(b.values, Number);
       return elementCount(shape) === elementCount(a.shape) ? { ...a, shape } : undefined;
@@ -97,21 +99,39 @@ function bytewise(a: ConstantValue, b: ConstantValue, operation: (x: number, y: 
   return { ...a, values: x.map((value, i) => operation(value, y[i * step])) };
 }
 
-/** Bytes side by side along the last axis. */
+/** Bytes side by side along an axis. */
 function joined(parts: readonly ConstantValue[], axis: number): ConstantValue | undefined {
   const [{ dtype, shape }] = parts;
-  if (axis !== shape.length - 1 || parts.some(({ values }) => !(values instanceof Uint8Array))) return undefined;
-  const widths = parts.map((part) => part.shape[axis]);
-  const width = widths.reduce((sum, one) => sum + one, 0);
-  const rows = elementCount(shape.slice(0, -1));
-  const values = new Uint8Array(rows * width);
+  if (!(axis >= 0 && axis < shape.length) || parts.some(({ values }) => !(values instanceof Uint8Array))) return undefined;
+  const length = parts.reduce((sum, part) => sum + part.shape[axis], 0);
+  const inner = elementCount(shape.slice(axis + 1));
+  const rows = elementCount(shape.slice(0, axis));
+  const values = new Uint8Array(rows * length * inner);
   let first = 0;
-  parts.forEach((part, p) => {
+  for (const part of parts) {
     const source = part.values as Uint8Array;
-    for (let row = 0; row < rows; row++) values.set(source.subarray(row * widths[p], (row + 1) * widths[p]), row * width + first);
-    first += widths[p];
-  });
-  return { dtype, shape: [...shape.slice(0, -1), width], values };
+    const width = part.shape[axis] * inner;
+    for (let row = 0; row < rows; row++)
+      values.set(source.subarray(row * width, (row + 1) * width), row * length * inner + first);
+    first += width;
+  }
+  return { dtype, shape: [...shape.slice(0, axis), length, ...shape.slice(axis + 1)], values };
+}
+
+/** Entries of the second axis of bytes. */
+function picked({ dtype, shape, values }: ConstantValue, places: readonly number[]): ConstantValue | undefined {
+  const [rows, count] = shape;
+  if (!(values instanceof Uint8Array) || places.some((place) => !(place >= 0 && place < count))) return undefined;
+  const inner = elementCount(shape.slice(2));
+  const result = new Uint8Array(rows * places.length * inner);
+  for (let row = 0, target = 0; row < rows; row++) {
+    for (const place of places) {
+      const from = (row * count + place) * inner;
+      result.set(values.subarray(from, from + inner), target);
+      target += inner;
+    }
+  }
+  return { dtype, shape: [rows, places.length, ...shape.slice(2)], values: result };
 }
 
 /** Elementwise product of two constants of one rank, whose axes of size 1 stretch. */

@@ -60,9 +60,9 @@ export class LinearRenderer {
   /** What part `i` of a linear multiplies with: codes, scales and zero points as the runtime wants them. */
   operands(layout: OnnxLinearLayout, constants: LinearInitializers, i: number): [Value, Value, Value] {
     const { qweight, scales, qzeros } = constants.parts[i];
-    const operand = this.#once(`operand ${qweight[0].name}`, () => {
-      const stored = qweight.map((piece) => this.#builder.initializer(piece));
-      return operandOf(this.#builder, layout.parts[i].codeBits, stored);
+    const operand = this.#once(`operand ${qweight[0][0].name}`, () => {
+      const stored = qweight.map((piece) => piece.map((one) => this.#builder.initializer(one)));
+      return operandOf(this.#builder, layout.parts[i], stored);
     });
     return [operand, this.#float(scales), this.#builder.initializer(qzeros)];
   }

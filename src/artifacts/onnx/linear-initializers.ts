@@ -9,25 +9,30 @@ import {
   layOutLinear,
   type OnnxLinearLayout,
   type OnnxPart,
+  type OnnxStorageOptions,
   packMeans,
   packPart,
   partRowBytes,
   storedShapes,
 } from './linear-layout.ts';
 
-/** Names of a part's constants; `suffix` is empty for a uniform layer, else `_<bits of its codes>`. An operand in pieces numbers them. */
-function partNames(site: string, layout: Pick<OnnxLinearLayout, 'parts'>, part: OnnxPart) {
+/** Names of a part's constants. Where there are several, codes end in `_<their bits>`, grids in `_<bits of the operand>`; 3-bit codes in `.0`, `.1`, `.2` too. */
+function partNames(site: string, { parts }: Pick<OnnxLinearLayout, 'parts'>, part: OnnxPart) {
   const prefix = `${site}.MatMulNBits`;
-  const suffix = layout.parts.length > 1 ? `_${part.codeBits}` : '';
-  const operand = `${prefix}.qweight${suffix}`;
-  const qweight = part.codeBits === 3 ? [0, 1, 2].map((piece) => `${operand}.${piece}`) : [operand];
+  const suffix = parts.length > 1 ? `_${part.bits}` : '';
+  const mixed = parts.reduce((sum, { pieces }) => sum + pieces.length, 0) > 1;
+  const qweight = part.pieces.map(({ codeBits }) => {
+    const name = `${prefix}.qweight${mixed ? `_${codeBits}` : ''}`;
+    return codeBits === 3 ? [0, 1, 2].map((stored) => `${name}.${stored}`) : [name];
+  });
   return { qweight, scales: `${prefix}.scales${suffix}`, qzeros: `${prefix}.qzeros${suffix}` };
 }
 
 /** Constants of one linear. */
 export interface LinearInitializers {
   readonly parts: readonly {
-    readonly qweight: readonly Initializer[];
+    /** For each piece, what it folds from. */
+    readonly qweight: readonly (readonly Initializer[])[];
     readonly scales: Initializer;
     readonly qzeros: Initializer;
   }[];
@@ -55,11 +60,15 @@ export class QuantizedInitializers {
     this.#layouts = layouts;
   }
 
-  /** Reads the grids of the modules named, and lays them out. @param compact codes at their true width, scales as F16 */
-  static async create(source: QuantizedSource, names: Iterable<string>, compact = true): Promise<QuantizedInitializers> {
+  /** Reads the grids of the modules named, and lays them out. */
+  static async create(
+    source: QuantizedSource,
+    names: Iterable<string>,
+    options: OnnxStorageOptions = {},
+  ): Promise<QuantizedInitializers> {
     const layouts = new Map<string, OnnxLinearLayout>();
     for (const name of names) {
-      if (source.has(name)) layouts.set(name, layOutLinear(await source.readGrid(name), compact));
+      if (source.has(name)) layouts.set(name, layOutLinear(await source.readGrid(name), options));
     }
     return new QuantizedInitializers(source, layouts);
   }
@@ -78,8 +87,10 @@ export class QuantizedInitializers {
       const blocks = part.groups.length;
       const bytes = partRowBytes(part, blockSize);
       return {
-        qweight: storedShapes(part, rows, blockSize).map((shape, piece) =>
-          this.#initializer(site, names.qweight[piece], 'U8', shape, shape[0] * shape[1] * shape[2]),
+        qweight: part.pieces.map((piece, p) =>
+          storedShapes(piece, rows, blockSize).map((shape, i) =>
+            this.#initializer(site, names.qweight[p][i], 'U8', shape, shape[0] * shape[1] * shape[2]),
+          ),
         ),
         scales: this.#initializer(site, names.scales, scaleDtype, [rows, blocks], rows * blocks * scaleBytes),
         qzeros: this.#initializer(site, names.qzeros, 'U8', [rows, bytes.qzeros], rows * bytes.qzeros),
@@ -126,8 +137,10 @@ export class QuantizedInitializers {
     for (const part of layout.parts) {
       const names = partNames(site, layout, part);
       const packed = packPart(q, layout, part);
-      packed.qweight.forEach((bytes, piece) => {
-        tensors.set(names.qweight[piece], bytes);
+      packed.qweight.forEach((piece, p) => {
+        piece.forEach((bytes, i) => {
+          tensors.set(names.qweight[p][i], bytes);
+        });
       });
       tensors.set(names.scales, fromFloat32(layout.scaleDtype, packed.scales)).set(names.qzeros, packed.qzeros);
     }

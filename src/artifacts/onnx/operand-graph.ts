@@ -1,25 +1,48 @@
-/** The operation that unfolds an operand stored at the true width of its codes. All of it is on constants: a runtime does it when it loads the model. */
+/** The operations that unfold an operand stored at the true width of its codes. All of it is on constants: a runtime does it when it loads the model. */
 import { text } from '../../graph/attributes.ts';
 import type { GraphBuilder, Value } from '../../graph/builder.ts';
-import { ONE_BIT_MASK, THREE_BIT_MASK } from '../packing/squeezed.ts';
-import type { CodeBits } from './linear-layout.ts';
+import { CODE_MASKS, placesOf, THREE_BIT_PLACES } from '../packing/squeezed.ts';
+import type { OnnxPart } from './linear-layout.ts';
 
-/** `stored` as `squeezeThree` or `squeezeOne` leaves it -> U8 (outFeatures, blocks, blockSize * operand bits / 8). */
-export function operandOf(builder: GraphBuilder, codeBits: CodeBits, stored: readonly Value[]): Value {
-  // Every result stays in memory until the whole model is loaded, so there are as few and as small ones as possible: bytes, and no table of indices.
-  const byte = (value: number): Value => builder.constant('U8', [value], []);
-  const mask = (value: Value, bits: number): Value => builder.node1('BitwiseAnd', [value, byte(bits)], value);
-  const right = (value: Value, places: number): Value =>
-    builder.node1('BitShift', [value, byte(places)], value, { direction: text('RIGHT') });
-  const xor = (a: Value, b: Value): Value => builder.node1('BitwiseXor', [a, b], a);
-  if (codeBits === 3) {
-    const [s0, s1, s2] = stored;
-    const fourth = xor(xor(right(s0, 3), right(s1, 2)), right(s2, 1));
+/** Pieces of a part as `squeeze` leaves them -> U8 (outFeatures, blocks, blockSize * operand bits / 8). */
+export function operandOf(builder: GraphBuilder, part: OnnxPart, stored: readonly (readonly Value[])[]): Value {
+  const unfolded = part.pieces.map(({ codeBits }, i) => {
+    if (codeBits === part.bits) return stored[i][0];
+    const quarters =
+      codeBits === 3 ? threeBitQuarters(builder, stored[i]) : shifted(builder, stored[i][0], placesOf(codeBits, part.bits));
     return builder.concat(
-      [s0, s1, s2, fourth].map((quarter) => mask(quarter, THREE_BIT_MASK)),
+      quarters.map((quarter) => masked(builder, quarter, CODE_MASKS[part.bits][codeBits])),
       -1,
     );
-  }
-  if (codeBits !== 1) return stored[0];
-  return builder.concat([mask(stored[0], ONE_BIT_MASK), mask(right(stored[0], 1), ONE_BIT_MASK)], -1);
+  });
+  if (unfolded.length === 1) return unfolded[0];
+  const joined = builder.concat(unfolded, 1);
+  const order = part.pieces.flatMap(({ groups }) => groups);
+  // Here rather than at the input: sorting blocks of constants costs nothing when the model runs.
+  const places = part.groups.map((group) => order.indexOf(group));
+  if (places.every((place, block) => place === block)) return joined;
+  return builder.gather(joined, builder.constant('I32', places, [places.length]), 1);
+}
+
+// Every result stays in memory until the whole model is loaded, so there are as few and as small ones as possible: bytes, and no table of indices.
+
+function threeBitQuarters(builder: GraphBuilder, stored: readonly Value[]): readonly Value[] {
+  const [a, b, c] = stored.map((value, i) => right(builder, value, THREE_BIT_PLACES[i]));
+  return [...stored, xor(builder, xor(builder, a, b), c)];
+}
+
+function shifted(builder: GraphBuilder, stored: Value, places: readonly number[]): readonly Value[] {
+  return places.map((count) => (count === 0 ? stored : right(builder, stored, count)));
+}
+
+function masked(builder: GraphBuilder, value: Value, bits: number): Value {
+  return builder.node1('BitwiseAnd', [value, builder.constant('U8', [bits], [])], value);
+}
+
+function right(builder: GraphBuilder, value: Value, places: number): Value {
+  return builder.node1('BitShift', [value, builder.constant('U8', [places], [])], value, { direction: text('RIGHT') });
+}
+
+function xor(builder: GraphBuilder, a: Value, b: Value): Value {
+  return builder.node1('BitwiseXor', [a, b], a);
 }

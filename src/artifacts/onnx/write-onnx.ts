@@ -11,6 +11,7 @@ import { quantMetadata } from '../quant-metadata.ts';
 import type { QuantizedSource } from '../quantized-source.ts';
 import type { AccuracyLevel } from './linear-graph.ts';
 import { QuantizedInitializers } from './linear-initializers.ts';
+import type { OnnxStorageOptions } from './linear-layout.ts';
 import { quantizedLowering } from './lowering.ts';
 
 export interface OnnxArtifactOptions {
@@ -24,8 +25,7 @@ export interface OnnxArtifactOptions {
   readonly version: string;
   /** Default 4: what runs fast. */
   readonly accuracyLevel?: AccuracyLevel;
-  /** Codes at their true width and scales as F16, which a runtime unfolds when it loads the model. Default true. */
-  readonly compact?: boolean;
+  readonly storage?: OnnxStorageOptions;
   /** Every data file stays shorter; default 2 GB. */
   readonly maxShardBytes?: number;
 }
@@ -51,7 +51,7 @@ export function suffixOf(averageBits: number | undefined): string {
 export async function writeOnnxArtifact(options: OnnxArtifactOptions): Promise<WrittenOnnxArtifact> {
   const { model, tensors, quantized, folder } = options;
   const modules = await describeModules(model, quantized);
-  const initializers = await QuantizedInitializers.create(quantized, modules.keys(), options.compact ?? true);
+  const initializers = await QuantizedInitializers.create(quantized, modules.keys(), options.storage);
   const lowering = quantizedLowering({ model, tensors, quantized: initializers, accuracyLevel: options.accuracyLevel ?? 4 });
   const graph = model.decoderGraph(tensors, lowering);
   graph.producerVersion = options.version;

@@ -5,7 +5,7 @@ import type { Graph, OnnxModel } from '../../../formats/onnx/model.ts';
 import { decodeLinear, storedLinears } from '../../../src/artifacts/onnx/linear-decode.ts';
 import { type AccuracyLevel, LinearRenderer } from '../../../src/artifacts/onnx/linear-graph.ts';
 import { QuantizedInitializers } from '../../../src/artifacts/onnx/linear-initializers.ts';
-import { layOutLinear } from '../../../src/artifacts/onnx/linear-layout.ts';
+import { layOutLinear, ONNX_CONTAINERS, type OnnxStorageOptions } from '../../../src/artifacts/onnx/linear-layout.ts';
 import type { QuantizedSource } from '../../../src/artifacts/quantized-source.ts';
 import { asBytes } from '../../../src/artifacts/tensor-bytes.ts';
 import { FormatError, RecipeError } from '../../../src/errors.ts';
@@ -23,9 +23,9 @@ async function graphOf(
   linears: Readonly<Record<string, QuantizedLinear>>,
   level: AccuracyLevel,
   bias?: Float32Array,
-  compact = true,
+  storage: OnnxStorageOptions = {},
 ): Promise<OnnxModel> {
-  const initializers = await QuantizedInitializers.create(sourceOf(linears), Object.keys(linears), compact);
+  const initializers = await QuantizedInitializers.create(sourceOf(linears), Object.keys(linears), storage);
   const builder = new GraphBuilder();
   const [first] = Object.values(linears);
   const x = builder.input('x', 'F32', ['batch_size', 'sequence_length', first.inFeatures]);
@@ -106,12 +106,15 @@ describe('a quantized linear in ONNX', () => {
     const x = inputs(q.inFeatures);
     const bias = Float32Array.from({ length: q.outFeatures }, (_, i) => i / 10 - 1);
     const expected = multiply(x, dequantize(q), q, bias);
-    for (const [level, tolerance, compact] of [
-      [1, 1e-5, true],
-      [4, 8e-3, true],
-      [1, 1e-5, false],
+    for (const [level, tolerance, storage] of [
+      [1, 1e-5, {}],
+      [4, 8e-3, {}],
+      [1, 1e-5, { container: '2' }],
+      [1, 1e-5, { container: '4' }],
+      [1, 1e-5, { compact: false }],
+      [1, 1e-5, { compact: false, container: '4' }],
     ] as const) {
-      const model = await graphOf({ m: q }, level, bias, compact);
+      const model = await graphOf({ m: q }, level, bias, storage);
       expectLint(model.graph, level);
       const session = await openGraph(model);
       const { 'y.m': y } = await session.run({ x: f32([2, 3, q.inFeatures], x) });
@@ -138,11 +141,12 @@ describe('a quantized linear in ONNX', () => {
     await fc.assert(
       fc.asyncProperty(options, async (chosen) => {
         const q = randomLinear(chosen);
-        for (const compact of [true, false]) {
-          const { graph } = await graphOf({ m: q }, 4, undefined, compact);
-          const stored = (await storedLinears('m.onnx', graph)).get('m')!;
-          expect(await decodeLinear('m.onnx', stored, q.inFeatures)).toEqual(dequantize(q));
-        }
+        for (const container of ONNX_CONTAINERS)
+          for (const compact of [true, false]) {
+            const { graph } = await graphOf({ m: q }, 4, undefined, { compact, container });
+            const stored = (await storedLinears('m.onnx', graph)).get('m')!;
+            expect(await decodeLinear('m.onnx', stored, q.inFeatures)).toEqual(dequantize(q));
+          }
       }),
       { numRuns: 60 },
     );
@@ -165,12 +169,12 @@ describe('a quantized linear in ONNX', () => {
     const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [1, 4, 2, 4], seed: 1 });
     const k = randomLinear({ rows: 6, columns: 128, groupSize: 32, bits: [1, 3, 2, 3], seed: 2 });
     const v = randomLinear({ rows: 6, columns: 128, groupSize: 32, bits: [2, 4, 4, 2], seed: 3 });
-    const model = await graphOf({ q, k, v }, 1);
+    const model = await graphOf({ q, k, v }, 1, undefined, { container: '2' });
     const count = (op: string) => model.graph.nodes.filter((node) => node.op === op).length;
     expect({ splits: count('Split'), sums: count('ReduceSum'), products: count('MatMulNBits') }).toEqual({
       splits: 2,
       sums: 1,
-      products: 8,
+      products: 6,
     });
     expect([...model.graph.initializers.keys()].filter((name) => name.endsWith('.group_order'))).toEqual([
       'q.group_order',
@@ -198,8 +202,8 @@ describe('a quantized linear in ONNX', () => {
     };
     const { graph } = await graphOf(linears, 1);
     const count = (op: string) => graph.nodes.filter((node) => node.op === op).length;
-    // One Mul makes the matrix; the products are its own and MatMulNBits of both linears in both widths.
-    expect([count('Gather'), count('MatMul'), count('Mul'), count('Split'), count('MatMulNBits')]).toEqual([1, 1, 1, 1, 6]);
+    // One Mul makes the matrix; the products are its own and one MatMulNBits of each linear.
+    expect([count('Gather'), count('MatMul'), count('Mul'), count('Split'), count('MatMulNBits')]).toEqual([1, 1, 1, 0, 2]);
     expect([...graph.initializers.keys()].filter((name) => !name.includes('MatMulNBits') && !name.startsWith('/'))).toEqual([
       'q.input_order',
       'hadamard_32.left',
@@ -221,9 +225,24 @@ describe('a quantized linear in ONNX', () => {
     expect(await decodeLinear('m.onnx', stored, 128)).toEqual(dequantize(inOrder));
   });
 
+  it('is one product of its input as it comes, whatever the order of its widths, with the narrowest operand that holds them', async () => {
+    const bitsOf = async (bits: readonly number[], storage: OnnxStorageOptions = {}) => {
+      const { graph } = await graphOf({ q: randomLinear({ rows: 8, columns: 128, groupSize: 32, bits }) }, 4, undefined, storage);
+      const products = graph.nodes.filter(({ op }) => op === 'MatMulNBits');
+      expect(graph.initializers.has('q.group_order')).toBe(products.length > 1);
+      expect(products.some(({ inputs }) => inputs[0] === 'x')).toBe(products.length === 1);
+      return products.map(({ attributes }) => Number(attributes.bits.value));
+    };
+    expect(await bitsOf([2, 4, 3, 2])).toEqual([4]);
+    expect(await bitsOf([2, 2, 2, 2])).toEqual([2]);
+    expect(await bitsOf([2, 2, 2, 2], { container: '4' })).toEqual([4]);
+    expect(await bitsOf([2, 4, 3, 2], { container: '2' })).toEqual([4, 2]);
+    expect(await bitsOf([2, 8, 3, 2])).toEqual([8, 4]);
+  });
+
   it('needs no gather when its parts lie in order, and nothing to unfold in a plain file', async () => {
     const q = randomLinear({ rows: 8, columns: 128, groupSize: 32, bits: [4, 3, 2, 2] });
-    const { graph } = await graphOf({ q }, 4, undefined, false);
+    const { graph } = await graphOf({ q }, 4, undefined, { compact: false });
     expect(graph.nodes.map((node) => node.op)).toEqual(['Split', 'MatMulNBits', 'MatMulNBits', 'Add']);
   });
 
@@ -235,9 +254,16 @@ describe('a quantized linear in ONNX', () => {
     expect([...uniform.graph.initializers.keys()]).toEqual(
       ['qweight', 'scales', 'qzeros'].map((part) => `model.layers.0.self_attn.q_proj.MatMulNBits.${part}`),
     );
-    const mixed = await graphOf({ q: randomLinear({ rows: 4, columns: 64, groupSize: 32, bits: [4, 2] }) }, 4);
-    expect([...mixed.graph.initializers.keys()].filter((name) => name.startsWith('q.'))).toEqual(
+    const mixed = randomLinear({ rows: 4, columns: 64, groupSize: 32, bits: [4, 2] });
+    const named = async (storage: OnnxStorageOptions) => {
+      const { graph } = await graphOf({ q: mixed }, 4, undefined, storage);
+      return [...graph.initializers.keys()].filter((name) => name.startsWith('q.'));
+    };
+    expect(await named({ container: '2' })).toEqual(
       ['4', '2'].flatMap((bits) => ['qweight', 'scales', 'qzeros'].map((part) => `q.MatMulNBits.${part}_${bits}`)),
+    );
+    expect(await named({ container: '4' })).toEqual(
+      ['qweight_4', 'qweight_2', 'scales', 'qzeros'].map((part) => `q.MatMulNBits.${part}`),
     );
   });
 
@@ -267,8 +293,8 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
       'onnx-linear-size',
       (graph) =>
         graph.initializers.set(
-          'm.MatMulNBits.qweight_2',
-          inlineInitializer('m.MatMulNBits.qweight_2', 'U8', [8], new Uint8Array(8)),
+          'm.MatMulNBits.qzeros_2',
+          inlineInitializer('m.MatMulNBits.qzeros_2', 'U8', [8], new Uint8Array(8)),
         ),
     ],
     [
@@ -295,7 +321,7 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
   ];
 
   it.each(damaged)('is refused for %s', async (_, rule, damage) => {
-    const { graph } = await graphOf({ m: q }, 4);
+    const { graph } = await graphOf({ m: q }, 4, undefined, { container: '2' });
     damage(graph);
     const decode = async () => decodeLinear('m.onnx', (await storedLinears('m.onnx', graph)).get('m')!, 128);
     const error = await decode().catch((thrown: unknown) => thrown);
@@ -304,7 +330,7 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
   });
 
   it('is refused when its groups do not make the layer', async () => {
-    const { graph } = await graphOf({ m: q }, 4);
+    const { graph } = await graphOf({ m: q }, 4, undefined, { container: '2' });
     const stored = (await storedLinears('m.onnx', graph)).get('m')!;
     await expect(decodeLinear('m.onnx', stored, 64)).rejects.toMatchObject({ rule: 'onnx-linear-shape' });
   });
@@ -315,7 +341,7 @@ describe('an ONNX graph that is not as pcomp writes it', () => {
     ['a negative column', [-1, ...Array.from({ length: 127 }, (_, k) => k + 1)]],
     ['too few columns', Array.from({ length: 127 }, (_, k) => k)],
   ])('is refused when the order of its columns has %s', async (_, order) => {
-    const { graph } = await graphOf({ m: q }, 4);
+    const { graph } = await graphOf({ m: q }, 4, undefined, { container: '2' });
     const bytes = asBytes(Int32Array.from(order));
     graph.initializers.set('m.input_order', inlineInitializer('m.input_order', 'I32', [order.length], bytes));
     const stored = (await storedLinears('m.onnx', graph)).get('m')!;
