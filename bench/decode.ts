@@ -1,16 +1,22 @@
 /**
  * Speed of written artifacts in onnxruntime, batch 1: a prefill of 128 tokens, then one token a run on the KV cache.
  * `npx tsx bench/decode.ts [lab] [1b]`; rows replace those of the same model in bench/results/decode.{json,md}. The artifacts take turns
- * in short rounds, so that what else the machine does falls on all of them alike; medians over all rounds. Once with one thread and once with
+ * in short rounds, so that what else the machine does falls on all of them alike; medians over all rounds, ratios within one. Once with one thread and once with
  * all cores: sessions here do not spin between operators, so with several threads every operator also pays for waking them.
  */
 import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { openCheckpoint } from '../formats/checkpoint.ts';
 import { openOnnx } from '../formats/onnx/reader.ts';
 import { openModelSource } from '../src/artifacts/model-source.ts';
+import { ONNX_CONTAINERS, type OnnxContainer } from '../src/artifacts/onnx/linear-layout.ts';
+import { onnxModules } from '../src/artifacts/onnx/onnx-modules.ts';
 import { writeOnnxArtifact } from '../src/artifacts/onnx/write-onnx.ts';
+import { readPlanes, readPlanesGrid } from '../src/artifacts/planes.ts';
+import { parseQuantMetadata } from '../src/artifacts/quant-metadata.ts';
+import { storageOfModules } from '../src/artifacts/storage-of-modules.ts';
 import type { Program } from '../src/compute/engine.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import { nextFeeds } from '../src/generate.ts';
@@ -25,7 +31,7 @@ const LAB = root('fixtures/lab/base');
 const CALIBRATION = root('fixtures/lab/text/python.train.txt');
 const PREFILL = 128;
 const STEPS = 24;
-const ROUNDS = 15;
+const ROUNDS = 9;
 /** Blocks of the 1B shape: 61 M weights each, so that even two bits exceed most caches. */
 const BLOCKS = 2;
 
@@ -38,20 +44,28 @@ const MODELS: Readonly<Record<string, (folder: string) => Promise<string>>> = {
 };
 
 /** The first is what the others are measured against. `undefined`: the checkpoint as it is. */
-const ARTIFACTS: readonly [string, QuantizeRequest | undefined][] = [
-  ['rtn, 4 bits', { method: 'rtn', preset: 'paper', bits: 4 }],
-  ['float', undefined],
-  ['rtn, 2 bits', { method: 'rtn', preset: 'paper', bits: 2 }],
-  ['slim-llm, paper, 2 bits', { method: 'slim-llm', preset: 'paper', bits: 2 }],
-  ['slim-llm, best, 2 bits', { bits: 2 }],
-  ['slim-llm, best, 2 bits, without transform', { bits: 2, without: ['transform'] }],
-  ['slim-llm, best, 2 bits, without allocation', { bits: 2, without: ['allocation'] }],
+const SOLUTIONS: readonly [string, QuantizeRequest | undefined, readonly OnnxContainer[]][] = [
+  ['rtn, 4 bits', { method: 'rtn', preset: 'paper', bits: 4 }, ['auto']],
+  ['float', undefined, ['auto']],
+  ['rtn, 2 bits', { method: 'rtn', preset: 'paper', bits: 2 }, ONNX_CONTAINERS.filter((one) => one !== '2')],
+  ['slim-llm, paper, 2 bits', { method: 'slim-llm', preset: 'paper', bits: 2 }, ONNX_CONTAINERS],
+  ['slim-llm, best, 2 bits', { bits: 2 }, ONNX_CONTAINERS],
+  ['slim-llm, best, 2 bits, without transform', { bits: 2, without: ['transform'] }, ['auto']],
 ];
 
 const cores = availableParallelism();
 
-interface Candidate {
+/** One artifact of a model. */
+interface Written {
   readonly artifact: string;
+  readonly container: string;
+  readonly path: string;
+  /** Quantized operands as the runtime holds them. */
+  readonly runtimeMegabytes: number;
+}
+
+interface Candidate {
+  readonly written: Written;
   readonly nodes: number;
   readonly program: Program;
   readonly prefill: number[];
@@ -67,8 +81,8 @@ for (const name of names) {
   rows.sort((a, b) => Number(a['model'] === '1b') - Number(b['model'] === '1b'));
   await writeResults('decode', 'npx tsx bench/decode.ts', rows, [
     `lab: fixtures/lab/base. 1b: ${BLOCKS} blocks of hidden 2048, intermediate 8192, vocabulary 2048, random weights. Batch 1, prefill of ${PREFILL} ` +
-      `tokens, ${STEPS} tokens decoded, ${ROUNDS} rounds in which the artifacts take turns, accuracy level 4. ` +
-      'Ratios above 1 are faster than 4 bits. Nodes: of the file, before onnxruntime folds constants.',
+      `tokens, ${STEPS} tokens decoded, ${ROUNDS} rounds in which the artifacts take turns, accuracy level 4; a machine shared with other work. ` +
+      'Ratios are medians of those of one round; above 1 is faster than 4 bits. Operands: what onnxruntime holds of quantized layers. Nodes: of the file, before onnxruntime folds constants.',
   ]);
 }
 
@@ -76,43 +90,50 @@ async function measure(name: string): Promise<Row[]> {
   const scratch = await mkdtemp(join(tmpdir(), 'pcomp-decode-'));
   try {
     const folder = await MODELS[name](join(scratch, 'model'));
-    const paths: string[] = [];
-    for (const [artifact, request] of ARTIFACTS) {
-      paths.push(await write(folder, join(scratch, `${paths.length}`), request));
+    const artifacts: Written[] = [];
+    for (const [artifact, request, containers] of SOLUTIONS) {
+      artifacts.push(...(await write(folder, join(scratch, `${artifacts.length}`), artifact, request, containers)));
       console.error(`${name}: ${artifact} written`);
     }
     const rows: Row[] = [];
-    for (const threads of new Set([1, cores])) rows.push(...(await measureWith(threads, name, folder, paths)));
+    for (const threads of new Set([1, cores])) rows.push(...(await measureWith(threads, name, folder, artifacts)));
     return rows;
   } finally {
     await rm(scratch, { recursive: true, force: true });
   }
 }
 
-async function measureWith(threads: number, name: string, folder: string, paths: readonly string[]): Promise<Row[]> {
+async function measureWith(threads: number, name: string, folder: string, artifacts: readonly Written[]): Promise<Row[]> {
   await using source = await openModelSource(folder);
   await using engine = await createEngine({ threads });
   const candidates: Candidate[] = [];
-  for (const [i, path] of paths.entries()) {
-    await using file = await openOnnx(path);
+  for (const written of artifacts) {
+    await using file = await openOnnx(written.path);
     const nodes = file.model.graph.nodes.length;
-    candidates.push({ artifact: ARTIFACTS[i][0], nodes, program: await engine.open(path), prefill: [], decode: [] });
+    candidates.push({ written, nodes, program: await engine.open(written.path), prefill: [], decode: [] });
   }
   // Round 0 warms up.
   for (let round = 0; round <= ROUNDS; round++) {
     for (const one of candidates) await generate(source.model, one, round > 0);
   }
-  const against = { decode: median(candidates[0].decode), prefill: median(candidates[0].prefill) };
-  return candidates.map(({ artifact, nodes, decode, prefill }) => ({
+  const [first] = candidates;
+  return candidates.map(({ written, nodes, decode, prefill }) => ({
     model: name,
-    artifact,
+    artifact: written.artifact,
+    container: written.container,
+    'operands, MB': written.runtimeMegabytes,
     nodes,
     threads,
     'decode, tokens/s': 1000 / median(decode),
-    'decode / 4 bits': against.decode / median(decode),
+    'decode / 4 bits': ratio(first.decode, decode),
     'prefill, tokens/s': (1000 * PREFILL) / median(prefill),
-    'prefill / 4 bits': against.prefill / median(prefill),
+    'prefill / 4 bits': ratio(first.prefill, prefill),
   }));
+}
+
+/** Median of the ratios of runs that followed each other. */
+function ratio(ours: readonly number[], theirs: readonly number[]): number {
+  return median(ours.map((milliseconds, i) => milliseconds / theirs[i]));
 }
 
 /** Prompt and tokens are made up: what a model says does not change how fast it says it. */
@@ -130,26 +151,49 @@ async function generate(model: Model, { program, prefill, decode }: Candidate, c
   }
 }
 
-/** Writes the artifact, or the checkpoint as it is, to `folder`; returns the path of the .onnx file. */
-async function write(model: string, folder: string, request: QuantizeRequest | undefined): Promise<string> {
-  if (request === undefined) {
-    await using source = await openModelSource(model);
-    const refuse = () => Promise.reject(new Error('no module is quantized'));
-    const quantized = { has: () => false, readGrid: refuse, read: refuse };
-    await mkdir(folder);
-    const written = await writeOnnxArtifact({ model: source.model, tensors: source.tensors, quantized, folder, version: '0' });
-    return join(folder, written.modelFile);
-  }
+/** Quantizes once, or takes the checkpoint as it is, and writes an ONNX file for each container below `folder`. */
+async function write(
+  model: string,
+  folder: string,
+  artifact: string,
+  request: QuantizeRequest | undefined,
+  containers: readonly OnnxContainer[],
+): Promise<Written[]> {
+  await using source = await openModelSource(model);
   // How well codes fit does not change their speed, so a little text does; it decides the plan, which does.
-  const text = request.method === 'rtn' ? {} : { calibration: [CALIBRATION], samples: 8, sequenceLength: 128 };
-  await quantize(model, folder, quantizeRecipe({ ...request, ...text }, cores), {
-    overwrite: false,
-    resume: false,
-    dryRun: false,
-  });
-  await using artifact = await openModelSource(folder);
-  if (artifact.onnxPath === undefined) throw new Error(`${folder} holds no ONNX model`);
-  return artifact.onnxPath;
+  const text =
+    request === undefined || request.method === 'rtn' ? {} : { calibration: [CALIBRATION], samples: 8, sequenceLength: 128 };
+  if (request) {
+    const recipe = quantizeRecipe({ ...request, ...text, formats: ['safetensors'] }, cores);
+    await quantize(model, folder, recipe, { overwrite: false, resume: false, dryRun: false });
+  }
+  await using solution = request ? await openCheckpoint(folder) : undefined;
+  const modules = solution ? parseQuantMetadata(solution.path, solution.metadata) : new Map();
+  const quantized = {
+    has: (name: string) => modules.has(name),
+    readGrid: (name: string) => readPlanesGrid(solution!, name, modules.get(name)!),
+    read: (name: string) => readPlanes(solution!, name, modules.get(name)!),
+  };
+  const written: Written[] = [];
+  for (const container of containers) {
+    const target = `${folder}-${container}`;
+    await mkdir(target);
+    const { tensors } = source;
+    const { modelFile } = await writeOnnxArtifact({
+      model: source.model,
+      tensors,
+      quantized,
+      folder: target,
+      version: '0',
+      storage: { container },
+    });
+    const path = join(target, modelFile);
+    await using file = await openOnnx(path);
+    const { modules: stored } = request ? await storageOfModules(source.model, await onnxModules(file)) : { modules: [] };
+    const runtimeMegabytes = stored.reduce((sum, { runtimeBits = 0 }) => sum + runtimeBits, 0) / 8e6;
+    written.push({ artifact, container: request ? container : '', path, runtimeMegabytes });
+  }
+  return written;
 }
 
 function median(values: readonly number[]): number {
