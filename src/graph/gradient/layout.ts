@@ -96,6 +96,22 @@ const gemm: Vjp = (call) => {
   ];
 };
 
+/** Values go back to where they were found; a choice has no derivative. */
+const topK: Vjp = ({ builder, inputs, outputs, cotangents }) => [
+  cotangents[0] && builder.scatterElements(zerosLike(builder, inputs[0]!), outputs[1]!, cotangents[0]),
+];
+
+/** What was written over gets nothing. */
+const scatterElements: Vjp = (call) => {
+  const { builder, inputs, wanted } = call;
+  const [, indices, updates] = inputs;
+  return [
+    wanted[0] ? builder.scatterElements(only(call), indices!, zerosLike(builder, updates!)) : undefined,
+    undefined,
+    wanted[2] ? builder.gatherElements(only(call), indices!) : undefined,
+  ];
+};
+
 export const LAYOUT: Readonly<Record<string, Vjp>> = {
   Reshape: reshaped,
   Unsqueeze: reshaped,
@@ -106,6 +122,8 @@ export const LAYOUT: Readonly<Record<string, Vjp>> = {
   Split: split,
   Concat: concat,
   Gather: gather,
+  TopK: topK,
+  ScatterElements: scatterElements,
   Cast: cast,
   Slice: slice,
   Gemm: gemm,

@@ -95,6 +95,33 @@ export class LayoutOps extends GraphCore {
     return this.node1('Gather', [x, indices], { dtype: x.dtype, shape }, { axis: int(at) });
   }
 
+  /** Picks an entry along the last axis for each of the I64 `indices`, (..., count). */
+  gatherElements(x: Value, indices: Value): Value {
+    return this.node1('GatherElements', [x, indices], { dtype: x.dtype, shape: indices.shape }, { axis: int(-1) });
+  }
+
+  /** `x` with `updates` (..., count) in the places of the last axis that `indices` name, I64 (..., count), no place twice. */
+  scatterElements(x: Value, indices: Value, updates: Value): Value {
+    if (!sameShape(indices.shape, updates.shape) || updates.dtype !== x.dtype)
+      throw new GraphError(`ScatterElements: ${describe(updates)} does not fill ${describe(indices)} places of ${describe(x)}`);
+    return this.node1('ScatterElements', [x, indices, updates], x, { axis: int(-1) });
+  }
+
+  /** The `count` largest entries along the last axis, descending, and where they stand (I64); of equal ones the first. */
+  topK(x: Value, count: number): { readonly values: Value; readonly indices: Value } {
+    const last = x.shape[x.shape.length - 1];
+    if (typeof last === 'number' && count > last) throw new GraphError(`TopK: ${count} of the ${last} entries of ${describe(x)}`);
+    const shape = [...x.shape.slice(0, -1), count];
+    const [values, indices] = this.node('TopK', [x, this.vector([count])], {
+      attributes: { axis: int(-1) },
+      outputs: [
+        { dtype: x.dtype, shape },
+        { dtype: 'I64', shape },
+      ],
+    });
+    return { values, indices };
+  }
+
   /** Entries [start, end) of one axis, with bounds computed in the graph (I64 vectors of one element); `length` names the result's size. */
   slice(x: Value, start: Value, end: Value, axis: number, length: Dim): Value {
     const at = normalizeAxis(axis, x.shape.length, 'Slice');

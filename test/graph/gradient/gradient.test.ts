@@ -72,6 +72,20 @@ const CASES: readonly (readonly [string, Inputs, Build])[] = [
   ],
   ['slice', { x: random([5, 3]) }, (g, { x }) => g.slice(x, g.vector([1]), g.vector([4]), 0, 3)],
   ['gather, a row twice', { x: random([4, 3]) }, (g, { x }) => g.gather(x, g.constant('I64', [2, 0, 2], [3]))],
+  ['the largest of a row', { x: random([3, 5]) }, (g, { x }) => g.topK(x, 2).values],
+  [
+    'values put in places',
+    { x: random([2, 4], 1), u: random([2, 2], 2) },
+    (g, { x, u }) => g.mul(x, g.scatterElements(x, g.constant('I64', [3, 0, 1, 2], [2, 2]), u)),
+  ],
+  [
+    'a softmax of the two largest, in their places',
+    { x: random([3, 4], 3) },
+    (g, { x }) => {
+      const { values, indices } = g.topK(x, 2);
+      return g.scatterElements(g.constant('F64', new Array<number>(12).fill(0), [3, 4]), indices, g.softmax(values));
+    },
+  ],
   ['rms norm', norm(5), (g, { x, w }) => g.simplifiedLayerNorm(x, w, 1e-5)],
   ['layer norm', norm(5), (g, { x, w, b }) => g.layerNorm(x, w, b, 1e-5)],
   ['a value used twice', { x: random([4]) }, (g, { x }) => g.add(g.mul(x, x), g.exp(x))],
