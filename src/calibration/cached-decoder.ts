@@ -124,7 +124,7 @@ export class CachedDecoder {
     const longest = prompts.reduce((most, { length }) => Math.max(most, length), 0) + room;
     // In steps, so that batches of other prompts find the same graph.
     const positions = POSITIONS * Math.ceil(longest / POSITIONS);
-    const { model: graph, key, weights: sources } = model.blockStep(block, positions);
+    const { model: graph, key, weights: sources } = model.blockStep(block, positions, weights.routed?.bind(weights));
     const program = await engine.compile(graph, { key, memoryArena: false });
     const none: NdArray = { dtype: 'F32', shape: [prompts.length, kvHeadCount, 0, headDim], data: new Float32Array() };
     const past = this.#caches[block.index];

@@ -20,13 +20,22 @@ export interface ModelGradientOptions {
   /** Tokens, pads included, that run at once. */
   readonly batchTokens: number;
   readonly signal?: AbortSignal | undefined;
+  /** What the evenness of experts counts in the loss; default 0. Of every batch by itself, by its part of the tokens. */
+  readonly balance?: number;
 }
 
 /** Called before a block is gone through: may add to the cotangent of its output, (tokens, hiddenSize). */
 export type BeforeBlock = (block: Block, cotangent: StateStore) => Promise<void>;
 
-/** Gets the gradient of every site's W, (outFeatures, inFeatures), summed over all windows. The arrays are used again afterwards. */
-export type OnGradients = (block: Block, gradients: ReadonlyMap<LinearSite, Float32Array>) => Promise<void>;
+/**
+ * Gets the gradient of every site's W, (outFeatures, inFeatures), summed over all windows; of a site with experts, those of their tensors instead, by name.
+ * The arrays are used again afterwards.
+ */
+export type OnGradients = (
+  block: Block,
+  gradients: ReadonlyMap<LinearSite, Float32Array>,
+  experts: ReadonlyMap<string, Float32Array>,
+) => Promise<void>;
 
 /** What is done on the way back. */
 export interface BackwardHooks {
@@ -101,13 +110,15 @@ export class ModelGradient implements AsyncDisposable {
     on: OnGradients,
     each: OnGradients | undefined,
   ): Promise<void> {
-    const { model, engine } = this.#options;
+    const { model, engine, balance = 0 } = this.#options;
     const { hiddenSize, batches } = this.#states;
     const loaded = new Map<string, NdArray>();
     const sums = new Map<LinearSite, Float32Array>();
+    const expertSums = new Map<string, Float32Array>();
     for (const batch of batches) {
       const size = { batch: batch.lengths.length, sequence: batch.sequence };
-      const { model: graph, key, weights: sources, sites } = model.blockGradient(block, size);
+      const gradient = model.blockGradient(block, size, weights.routed?.bind(weights));
+      const { model: graph, key, weights: sources, sites, experts } = gradient;
       const program = await engine.compile(graph, { key, memoryArena: false });
       for (const { name, shape } of graph.graph.inputs) {
         const source = sources.get(name);
@@ -125,18 +136,31 @@ export class ModelGradient implements AsyncDisposable {
         hidden: await rows(this.#entering[block.index]),
         lengths: { dtype: 'I32', shape: [size.batch], data: batch.lengths },
         cotangent: await rows(cotangent),
+        balance: {
+          dtype: 'F32',
+          shape: [1],
+          data: Float32Array.of((balance * (batch.rowEnd - batch.rowStart)) / this.tokenCount),
+        },
       };
       for (const name of program.inputNames) feeds[name] = given[name];
-      const made = await program.run(feeds, { outputs: ['hidden_cotangent', ...sites.values()] });
+      const made = await program.run(feeds, { outputs: ['hidden_cotangent', ...sites.values(), ...experts.values()] });
       await cotangent.write(batch.rowStart, dropPads(batch, made['hidden_cotangent'].data as Float32Array, hiddenSize));
-      const gradients = new Map(block.sites.map((site) => [site, made[sites.get(site.name)!].data as Float32Array]));
-      await each?.(block, gradients);
-      for (const [site, own] of gradients) {
-        const sum = sums.get(site);
-        if (sum === undefined) sums.set(site, own);
-        else for (let i = 0; i < sum.length; i++) sum[i] += own[i];
+      const gradients = new Map<LinearSite, Float32Array>();
+      for (const site of block.sites) {
+        const output = sites.get(site.name);
+        if (output !== undefined) gradients.set(site, made[output].data as Float32Array);
       }
+      const ofExperts = new Map([...experts].map(([name, output]) => [name, made[output].data as Float32Array] as const));
+      await each?.(block, gradients, ofExperts);
+      for (const [site, own] of gradients) accumulate(sums, site, own);
+      for (const [name, own] of ofExperts) accumulate(expertSums, name, own);
     }
-    await on(block, sums);
+    await on(block, sums, expertSums);
   }
+}
+
+function accumulate<K>(sums: Map<K, Float32Array>, key: K, own: Float32Array): void {
+  const sum = sums.get(key);
+  if (sum === undefined) sums.set(key, own);
+  else for (let i = 0; i < sum.length; i++) sum[i] += own[i];
 }

@@ -4,11 +4,13 @@ import type { Dim } from '../../formats/onnx/model.ts';
 import { type AttentionLowering, attention } from '../graph/attention.ts';
 import { GraphBuilder, type Value } from '../graph/builder.ts';
 import { gradient } from '../graph/gradient/gradient.ts';
+import { stop } from '../graph/gradient/straight-through.ts';
+import { balanceLoss, ROUTED_TENSORS, type RoutedBranch, routedBranch, routedSizes } from '../graph/routed-branch.ts';
 import { positionsFromLengths, positionsFromSlots } from '../graph/token-positions.ts';
 import { type BlockParts, renderBlock, renderNorm } from './block-renderer.ts';
 import type { BlockDescription, DecoderDescription } from './description.ts';
 import { blockSites } from './expected-tensors.ts';
-import type { BlockGradient, BlockGraph, BlockLoss, BlockStep, LinearSite, NormGraph } from './model.ts';
+import type { BlockGradient, BlockGraph, BlockLoss, BlockStep, LinearSite, NormGraph, RoutedSites } from './model.ts';
 import { rotaryTable } from './rotary.ts';
 
 /** Graph output: the residual stream between attention and MLP. */
@@ -26,6 +28,10 @@ interface RenderedBlock {
   readonly residuals: Map<string, string>;
   /** Keys and values of all tokens so far, where the block has a cache. */
   readonly present: { readonly key: Value; readonly value: Value } | undefined;
+  /** By site, without the block's name. */
+  readonly branches: Map<string, RoutedBranch>;
+  /** 1 for real tokens, 0 for pads, (batch, sequence, 1). */
+  counts(): Value;
   /** A digest of all that shapes the block. */
   readonly make: string;
 }
@@ -37,11 +43,12 @@ interface Rendering {
   readonly lowering?: AttentionLowering;
   /** Tokens of earlier calls come in as keys and values. */
   readonly cached?: boolean;
+  readonly routed?: RoutedSites | undefined;
 }
 
 function render(description: DecoderDescription, named: BlockDescription, rendering: Rendering): RenderedBlock {
   const { shape } = description;
-  const { positions, batch, sequence, lowering, cached = false } = rendering;
+  const { positions, batch, sequence, lowering, cached = false, routed } = rendering;
   // The tables are part of the graph: for a context of a million tokens they would be 512 MB of it, whatever the text's length.
   const rotary = description.rotary && { ...description.rotary, positions: Math.min(positions, description.rotary.positions) };
   const { headCount, kvHeadCount, headDim, hiddenSize } = shape;
@@ -75,6 +82,7 @@ function render(description: DecoderDescription, named: BlockDescription, render
   const weights: RenderedBlock['weights'] = new Map();
   const siteInputs = new Map<string, Value>();
   const residuals = new Map<string, string>();
+  const branches: RenderedBlock['branches'] = new Map();
   let residual = 'hidden';
   const input = (name: string, dims: readonly number[], source: LinearSite | string): Value => {
     const value = builder.input(name, 'F32', dims);
@@ -85,11 +93,19 @@ function render(description: DecoderDescription, named: BlockDescription, render
   const parts: BlockParts = {
     tensor,
     linear(site, x) {
-      const weight = input(`${site.name}.weight`, [site.outFeatures, site.inFeatures], sites.get(prefix + site.name)!);
+      const full = sites.get(prefix + site.name)!;
+      const weight = input(`${site.name}.weight`, [site.outFeatures, site.inFeatures], full);
+      const experts = routed?.(full);
       return builder.rootScope(site.name, () => {
         // onnxruntime makes one product of the two, without moving the weight.
-        const y = builder.matmul(x, builder.transpose(weight, [1, 0]));
-        return site.hasBias ? builder.add(y, tensor(`${site.name}.bias`, [site.outFeatures])) : y;
+        const product = builder.matmul(x, builder.transpose(weight, [1, 0]));
+        const y = site.hasBias ? builder.add(product, tensor(`${site.name}.bias`, [site.outFeatures])) : product;
+        if (!experts) return y;
+        const sizes = routedSizes(experts, site);
+        const [router, expertsA, expertsB] = ROUTED_TENSORS.map((key) => tensor(`${site.name}.${key}`, sizes[key]));
+        const branch = routedBranch(builder, x, experts, { router, expertsA, expertsB });
+        branches.set(site.name, branch);
+        return builder.add(y, branch.output);
       });
     },
     attend: (_, q, k, v) => {
@@ -119,8 +135,13 @@ function render(description: DecoderDescription, named: BlockDescription, render
   const normed = renderNorm(builder, parts, block.attentionNorm, hidden);
   const last = renderBlock(builder, shape, block, parts, hidden, normed);
   const hiddenOut = builder.add(last.hidden, last.branch);
-  const make = graphKey({ headCount, kvHeadCount, headDim, rotary, block });
-  return { builder, hidden, hiddenOut, weights, siteInputs, residuals, present, make };
+  const experts = routed && [...sites.values()].map(routed);
+  const make = graphKey({ headCount, kvHeadCount, headDim, rotary, block, ...(experts?.some(Boolean) ? { experts } : {}) });
+  const counts = () => {
+    const real = builder.less(tokens.indices(), builder.unsqueeze(builder.cast(builder.valueNamed('lengths'), 'I64'), [1]));
+    return stop(builder, builder.unsqueeze(builder.cast(real, 'F32'), [2]));
+  };
+  return { builder, hidden, hiddenOut, weights, siteInputs, residuals, branches, counts, present, make };
 }
 
 /** See BlockGraph in model.ts for inputs and outputs; names in the graph are the checkpoint's without the block's own. */
@@ -129,8 +150,9 @@ export function buildBlockGraph(
   named: BlockDescription,
   positions: number,
   lowering?: AttentionLowering,
+  routed?: RoutedSites,
 ): BlockGraph {
-  const rendering: Rendering = { positions, batch: 'batch', sequence: 'sequence', ...(lowering && { lowering }) };
+  const rendering: Rendering = { positions, batch: 'batch', sequence: 'sequence', routed, ...(lowering && { lowering }) };
   const { builder, hiddenOut, weights, siteInputs, residuals, make } = render(description, named, rendering);
   builder.output('hidden_out', hiddenOut);
   for (const [name, value] of siteInputs) builder.output(name, value);
@@ -144,8 +166,13 @@ export function buildBlockGraph(
 }
 
 /** See BlockStep in model.ts. Attention is made of plain operators: what onnxruntime fuses wants a row's tokens side by side. */
-export function buildBlockStep(description: DecoderDescription, named: BlockDescription, positions: number): BlockStep {
-  const rendering: Rendering = { positions, batch: 'batch', sequence: 'sequence', lowering: 'plain', cached: true };
+export function buildBlockStep(
+  description: DecoderDescription,
+  named: BlockDescription,
+  positions: number,
+  routed?: RoutedSites,
+): BlockStep {
+  const rendering: Rendering = { positions, batch: 'batch', sequence: 'sequence', lowering: 'plain', cached: true, routed };
   const { builder, hiddenOut, weights, present, make } = render(description, named, rendering);
   builder.output('hidden_out', hiddenOut);
   builder.output('present_key', present!.key);
@@ -158,26 +185,56 @@ export function buildBlockGradient(
   description: DecoderDescription,
   named: BlockDescription,
   { batch, sequence }: { readonly batch: number; readonly sequence: number },
+  routed?: RoutedSites,
 ): BlockGradient {
-  const rendering: Rendering = { positions: sequence, batch, sequence, lowering: 'plain' };
-  const { builder, hidden, hiddenOut, weights, make } = render(description, named, rendering);
+  const rendering: Rendering = { positions: sequence, batch, sequence, lowering: 'plain', routed };
+  const rendered = render(description, named, rendering);
+  const { builder, hidden, hiddenOut, weights, branches, make } = rendered;
   const cotangent = builder.input('cotangent', 'F32', hiddenOut.shape);
-  const linear = [...weights].filter(([, { source }]) => typeof source !== 'string');
-  const wrt = [hidden, ...linear.map(([, { value }]) => value)];
-  const [ofHidden, ...ofWeights] = gradient(builder, [hiddenOut], [cotangent], wrt);
+  const balance = blockBalance(rendered);
+  const trained = [...weights].filter(([name, { source }]) =>
+    typeof source === 'string' ? branches.has(siteOf(name)) && !/\.(weight|bias)$/.test(name) : !branches.has(siteOf(name)),
+  );
+  const wrt = [hidden, ...trained.map(([, { value }]) => value)];
+  const outputs = balance ? [hiddenOut, balance] : [hiddenOut];
+  const cotangents = balance ? [cotangent, builder.input('balance', 'F32', [1])] : [cotangent];
+  const [ofHidden, ...ofTrained] = gradient(builder, outputs, cotangents, wrt);
   builder.output('hidden_cotangent', ofHidden);
+  if (balance) builder.output('balance_loss', balance);
   const sites = new Map<string, string>();
-  ofWeights.forEach((value, i) => {
-    const [name, { source }] = linear[i];
+  const experts = new Map<string, string>();
+  ofTrained.forEach((value, i) => {
+    const [name, { source }] = trained[i];
     builder.output(`${name} cotangent`, value);
-    sites.set((source as LinearSite).name, `${name} cotangent`);
+    if (typeof source === 'string') experts.set(source, `${name} cotangent`);
+    else sites.set(source.name, `${name} cotangent`);
   });
   return {
     model: builder.build(),
     key: `${make} gradient ${batch} ${sequence}`,
     weights: sourcesOf(weights),
     sites,
+    experts,
   };
+}
+
+/** The site that a graph input belongs to. */
+function siteOf(input: string): string {
+  return input.slice(0, input.lastIndexOf('.'));
+}
+
+/** How evenly the block's routers pick, those of equally many experts together; absent where none picks. */
+function blockBalance({ builder, branches, counts }: RenderedBlock): Value | undefined {
+  const groups = new Map<unknown, Required<RoutedBranch>[]>();
+  for (const { output, logits, picks } of branches.values()) {
+    const experts = logits.shape[2];
+    if (picks) groups.set(experts, [...(groups.get(experts) ?? []), { output, logits, picks }]);
+  }
+  if (groups.size === 0) return undefined;
+  return builder.rootScope('balance', () => {
+    const real = counts();
+    return [...groups.values()].map((routers) => balanceLoss(builder, routers, real)).reduce((sum, one) => builder.add(sum, one));
+  });
 }
 
 /** See BlockLoss in model.ts. */

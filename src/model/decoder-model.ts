@@ -19,6 +19,7 @@ import type {
   Model,
   ModelShape,
   NormGraph,
+  RoutedSites,
 } from './model.ts';
 
 export class DecoderModel implements Model {
@@ -52,16 +53,21 @@ export class DecoderModel implements Model {
     this.#description = description;
   }
 
-  blockGraph(block: Block, positions: number = this.shape.contextLength, lowering?: AttentionLowering): BlockGraph {
-    return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions, lowering);
+  blockGraph(
+    block: Block,
+    positions: number = this.shape.contextLength,
+    lowering?: AttentionLowering,
+    routed?: RoutedSites,
+  ): BlockGraph {
+    return buildBlockGraph(this.#description, this.#description.blocks[block.index], positions, lowering, routed);
   }
 
-  blockStep(block: Block, positions: number): BlockStep {
-    return buildBlockStep(this.#description, this.#description.blocks[block.index], positions);
+  blockStep(block: Block, positions: number, routed?: RoutedSites): BlockStep {
+    return buildBlockStep(this.#description, this.#description.blocks[block.index], positions, routed);
   }
 
-  blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient {
-    return buildBlockGradient(this.#description, this.#description.blocks[block.index], size);
+  blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }, routed?: RoutedSites): BlockGradient {
+    return buildBlockGradient(this.#description, this.#description.blocks[block.index], size, routed);
   }
 
   blockLoss(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockLoss {

@@ -3,6 +3,7 @@ import type { OnnxModel } from '../../formats/onnx/model.ts';
 import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
 import type { AttentionLowering } from '../graph/attention.ts';
 import type { GraphBuilder, Value } from '../graph/builder.ts';
+import type { RoutedShape } from '../graph/routed-branch.ts';
 
 /** One linear layer's place in a network: `y = x W^T + b`, W is (outFeatures, inFeatures). */
 export interface LinearSite {
@@ -52,7 +53,12 @@ export interface WeightReader {
   loadSite(site: LinearSite): Promise<Float32Array>;
   /** Header of a stored tensor, or undefined when absent. */
   info(name: string): TensorInfo | undefined;
+  /** Experts beside a site, whose tensors `load` gives as `<site>.router`, `<site>.expertsA` and `<site>.expertsB` (routed-branch.ts). */
+  routed?(site: LinearSite): RoutedShape | undefined;
 }
+
+/** Which sites have experts beside them: what a WeightReader says. */
+export type RoutedSites = (site: LinearSite) => RoutedShape | undefined;
 
 /** A block's calibration graph. Weights are graph inputs, so that one compiled program serves every block of the same make. */
 export interface BlockGraph {
@@ -90,14 +96,17 @@ export interface BlockStep {
 export interface BlockGradient {
   /**
    * Inputs `hidden` and `lengths` as a BlockGraph, `cotangent` of the block's output (batch, sequence, hiddenSize), and the weights. Outputs
-   * `hidden_cotangent` (batch, sequence, hiddenSize), and the gradient of every site's W (outFeatures, inFeatures).
+   * `hidden_cotangent` (batch, sequence, hiddenSize), and the gradient of every site's W (outFeatures, inFeatures), or of the tensors of its experts.
+   * Where experts are picked, also an input `balance` (1), the cotangent of how evenly, and an output `balance_loss` (1).
    */
   readonly model: OnnxModel;
   readonly key: string;
   /** As BlockGraph.weights. */
   readonly weights: ReadonlyMap<string, LinearSite | string>;
-  /** Site name -> the output that is its gradient. */
+  /** Site name -> the output that is the gradient of its W; sites with experts have none. */
   readonly sites: ReadonlyMap<string, string>;
+  /** Tensor of experts -> the output that is its gradient. */
+  readonly experts: ReadonlyMap<string, string>;
 }
 
 /** How far a block's output is from what it should be, and what its weights have to do with it; for batches of one size. */
@@ -178,11 +187,11 @@ export interface Model {
    * @param positions tokens of the longest sequence it will run on; default: the whole context
    * @param lowering how attention is computed; default: what is fastest on the CPU
    */
-  blockGraph(block: Block, positions?: number, lowering?: AttentionLowering): BlockGraph;
+  blockGraph(block: Block, positions?: number, lowering?: AttentionLowering, routed?: RoutedSites): BlockGraph;
   /** @param positions tokens of the longest row that it will run on */
-  blockStep(block: Block, positions: number): BlockStep;
+  blockStep(block: Block, positions: number, routed?: RoutedSites): BlockStep;
   /** The derivative of a block for batches of `batch` rows of `sequence` tokens. */
-  blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockGradient;
+  blockGradient(block: Block, size: { readonly batch: number; readonly sequence: number }, routed?: RoutedSites): BlockGradient;
   /** The loss of a block's output and its derivative, for batches of `batch` rows of `sequence` tokens. */
   blockLoss(block: Block, size: { readonly batch: number; readonly sequence: number }): BlockLoss;
   /** The loss at the output head and its derivative, for pieces of `rows` rows. */
