@@ -9,6 +9,7 @@ import {
   type AdaptRequest,
   adaptRecipe,
   GROWTH_LAWS,
+  ROUTERS,
 } from '../src/adapt-recipe.ts';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { SOLVERS } from '../src/methods/rank/solve.ts';
@@ -43,7 +44,10 @@ export function adaptCommand(signal: AbortSignal): Command {
       '--text <files...>',
       'text to train on: .txt, .jsonl[:field], .csv[:column]; globs allowed; the last 5 % are held out',
     )
-    .option('--budget <budget>', 'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25')
+    .option(
+      '--budget <budget>',
+      'what it may cost: r=16 (mean rank), params=2.5M, pct=0.5%, bytes=20MB, bpw=0.25, experts=160 (mola), density=0.05 (snella)',
+    )
     .addOption(new Option('--method <method>', `where ranks go (default: ${D.method})`).choices([...ADAPT_METHODS]))
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...ADAPT_PRESETS]))
     .option(
@@ -70,6 +74,14 @@ export function adaptCommand(signal: AbortSignal): Command {
         ...GROWTH_LAWS,
       ]),
     )
+    .option('--profile <digits>', 'mola: experts of the quarters of the depth, such as 2468, a list, or auto (default: 2882)')
+    .addOption(
+      new Option('--router <router>', 'mola: through the best experts, or through all on one A (default: topk)').choices([
+        ...ROUTERS,
+      ]),
+    )
+    .option('--top-k <experts>', 'mola: experts that a token goes through (default: 2)')
+    .option('--expert-rank <rank>', 'mola: rank of every expert (default: 8, or what the budget allows)')
     .option(
       '--start-rank <rank>',
       'rank of every layer before any is cut or added (default: adalora 1.5 times the mean of the budget; increlora and triadaptlora 0, or 1 in preset paper)',
@@ -121,12 +133,9 @@ function describe(outcome: AdaptOutcome): string {
     ['method', `${outcome.method} (${outcome.label})`],
     [
       'adapter',
-      `${parameters} parameters, rank ${Math.min(...ranks)} to ${Math.max(...ranks)}, ${mean.toFixed(2)} on average, in ${ranks.length} layers`,
+      `${parameters} ${budget.unit === 'non-zeros' ? 'non-zeros' : `parameters, rank ${Math.min(...ranks)} to ${Math.max(...ranks)}, ${mean.toFixed(2)} on average`}, in ${ranks.length} layers`,
     ],
-    [
-      'budget',
-      `${budget.requested}: ${budget.spent} of ${Math.floor(budget.total)} ${budget.requested.startsWith('r=') ? 'ranks' : 'parameters'}`,
-    ],
+    ['budget', `${budget.requested}: ${budget.spent} of ${Math.floor(budget.total)} ${budget.unit}`],
     ...(outcome.solved
       ? [
           [
@@ -150,17 +159,25 @@ function describe(outcome: AdaptOutcome): string {
   return `${renderPairs(pairs)}\n\n${renderRanks(modules)}\n\nWritten to ${run.output}`;
 }
 
-/** Ranks by block and layer: where the budget went. */
+/** Ranks, experts or densities by block and layer: where the budget went. */
 function renderRanks(modules: AdaptOutcome['modules']): string {
-  const split = modules.map(({ name, rank }) => {
+  const [{ experts: routed, density: sparse }] = modules;
+  const split = modules.map(({ name, rank, experts, density }) => {
     const match = /^(.*\.\d+)\.(.*)$/.exec(name);
-    return { block: match?.[1] ?? '', layer: match?.[2] ?? name, rank };
+    const got = density === undefined ? (experts ?? rank) : (100 * density).toFixed(2);
+    return { block: match?.[1] ?? '', layer: match?.[2] ?? name, got };
   });
   const layers = [...new Set(split.map(({ layer }) => layer))];
   const blocks = [...new Set(split.map(({ block }) => block))];
   const rows = blocks.map((block) => [
     block,
-    ...layers.map((layer) => split.find((one) => one.block === block && one.layer === layer)?.rank ?? ''),
+    ...layers.map((layer) => split.find((one) => one.block === block && one.layer === layer)?.got ?? ''),
   ]);
-  return renderTable(['rank', ...layers.map((layer) => layer.slice(layer.lastIndexOf('.') + 1))], rows);
+  return renderTable(
+    [
+      sparse !== undefined ? 'density, %' : routed !== undefined ? 'experts' : 'rank',
+      ...layers.map((layer) => layer.slice(layer.lastIndexOf('.') + 1)),
+    ],
+    rows,
+  );
 }

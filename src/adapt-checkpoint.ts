@@ -6,7 +6,7 @@ import { createSafetensorsSink } from '../formats/safetensors/writer.ts';
 import type { Progress, Trainer } from './adapt-train.ts';
 import { writeDurably } from './artifacts/durable.ts';
 import { Parameter } from './compute/optim/parameter.ts';
-import type { TrainedFactors } from './methods/rank/training/schedule.ts';
+import type { TrainedUpdate } from './methods/rank/training/schedule.ts';
 
 interface Checkpoint {
   /** File of the tensors. */
@@ -26,8 +26,17 @@ interface Checkpoint {
       readonly frozen: boolean;
     }[];
   }[];
-  readonly best: readonly { readonly name: string; readonly rank: number; readonly turned: boolean }[];
+  /** Updates at the best look: plain fields as they are, the lengths of those that are arrays, which are tensors. */
+  readonly best: readonly {
+    readonly name: string;
+    readonly fields: Readonly<Record<string, unknown>>;
+    readonly arrays: Readonly<Record<string, number>>;
+  }[];
 }
+
+/** Numbers of 4 bytes: a tensor of the checkpoint. */
+type Stored = Float32Array | Int32Array;
+const isStored = (value: unknown): value is Stored => value instanceof Float32Array || value instanceof Int32Array;
 
 const STATE = 'training.json';
 const PARTS = ['values', 'first', 'second'] as const;
@@ -35,7 +44,7 @@ const PARTS = ['values', 'first', 'second'] as const;
 export async function saveCheckpoint(folder: string, trainer: Trainer): Promise<void> {
   const { progress, modules, schedule, best } = trainer;
   const file = `training-${progress.step}.safetensors`;
-  const tensors = new Map<string, Float32Array>();
+  const tensors = new Map<string, Stored>();
   for (const { name, parameters } of modules) {
     for (const [key, parameter] of parameters) {
       for (const part of PARTS) tensors.set(`${name}/${key}/${part}`, parameter[part]);
@@ -44,17 +53,14 @@ export async function saveCheckpoint(folder: string, trainer: Trainer): Promise<
       if (typeof parameter.born !== 'number') tensors.set(`${name}/${key}/born`, Float32Array.from(parameter.born));
     }
   }
-  for (const [name, { rank, loraA, loraB, magnitude }] of best ?? []) {
-    if (magnitude) tensors.set(`${name}/best/magnitude`, magnitude);
-    if (rank === 0) continue;
-    tensors.set(`${name}/best/loraA`, loraA);
-    tensors.set(`${name}/best/loraB`, loraB);
+  for (const [name, update] of best ?? []) {
+    for (const [key, value] of Object.entries(update)) if (isStored(value)) tensors.set(`${name}/best/${key}`, value);
   }
   const used = [...tensors].filter(([, values]) => values.length > 0);
   const previous = await readState(folder);
   await using sink = await createSafetensorsSink(
     join(folder, file),
-    used.map(([name, { length }]) => ({ name, dtype: 'F32', shape: [length] })),
+    used.map(([name, values]) => ({ name, dtype: values instanceof Int32Array ? 'I32' : 'F32', shape: [values.length] })),
   );
   for (const [name, values] of used) await sink.write(name, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
   await sink.finalize();
@@ -73,7 +79,14 @@ export async function saveCheckpoint(folder: string, trainer: Trainer): Promise<
         frozen: frozen !== undefined,
       })),
     })),
-    best: [...(best ?? [])].map(([name, { rank, magnitude }]) => ({ name, rank, turned: magnitude !== undefined })),
+    best: [...(best ?? [])].map(([name, update]) => {
+      const entries = Object.entries(update);
+      return {
+        name,
+        fields: Object.fromEntries(entries.filter(([, value]) => !isStored(value))),
+        arrays: Object.fromEntries(entries.flatMap(([key, value]) => (isStored(value) ? [[key, value.length]] : []))),
+      };
+    }),
   };
   await writeDurably(join(folder, STATE), JSON.stringify(state));
   if (previous && previous.file !== file) await rm(join(folder, previous.file), { force: true });
@@ -118,15 +131,14 @@ export async function loadCheckpoint(folder: string, trainer: Trainer): Promise<
   }
   trainer.schedule.restore(state.schedule);
   Object.assign(trainer.progress, state.progress);
-  const best = new Map<string, TrainedFactors>();
-  for (const { name, rank, turned } of state.best) {
-    const module = trainer.modules.find((candidate) => candidate.name === name)!;
-    best.set(name, {
-      rank,
-      loraA: await read(`${name}/best/loraA`, rank * module.inFeatures),
-      loraB: await read(`${name}/best/loraB`, rank * module.outFeatures),
-      ...(turned ? { magnitude: await read(`${name}/best/magnitude`, module.outFeatures) } : {}),
-    });
+  const best = new Map<string, TrainedUpdate>();
+  for (const { name, fields, arrays } of state.best) {
+    const update: Record<string, unknown> = { ...fields };
+    for (const [key, length] of Object.entries(arrays)) {
+      const values = await read(`${name}/best/${key}`, length);
+      update[key] = key === 'indices' ? new Int32Array(values.buffer) : values;
+    }
+    best.set(name, update as unknown as TrainedUpdate);
   }
   if (best.size > 0) trainer.best = best;
   return true;

@@ -9,6 +9,7 @@ import { openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
 import { padded, writeAdapter } from './artifacts/peft.ts';
 import { RecipeError, UnsupportedError } from './errors.ts';
+import { type RoutedShape, routedParameters } from './graph/routed-branch.ts';
 import { merge } from './merge.ts';
 import { mergeRecipe } from './merge-recipe.ts';
 import { packageVersion } from './package-root.ts';
@@ -42,7 +43,10 @@ export interface AdaptedShape {
   readonly name: string;
   readonly outFeatures: number;
   readonly inFeatures: number;
+  /** Of all its experts together; 0 for a sparse update. */
   readonly rank: number;
+  readonly parameters: number;
+  readonly routed?: RoutedShape;
 }
 
 /** Throws RecipeError for a request that makes no sense, then as `readAdapterFolder` and `merge`. */
@@ -65,6 +69,7 @@ export async function convertAdapter(
   if (to.startsWith('onnx') && base === undefined)
     throw new RecipeError(`--base: --to ${to} needs the ONNX artifact that the adapter goes beside`);
   const contents = await readContents(path, base);
+  refuseForm(path, contents, to);
   const recipe = { adapter: basename(resolve(path)), to, ...(base === undefined ? {} : { base: basename(resolve(base)) }) };
   const inputs: Record<string, HashedFile> = await hashFolder(path);
   if (to.startsWith('onnx')) for (const [name, file] of Object.entries(await hashFolder(base!))) inputs[`base/${name}`] = file;
@@ -90,6 +95,14 @@ export async function convertAdapter(
   return { to, output, adapter: outlineOf({ ...contents, modules }) };
 }
 
+/** Forms that only say low-rank factors. */
+function refuseForm(path: string, { layout, routed, deltas }: AdapterContents, to: ConvertRequest['to']): void {
+  if (routed.length > 0)
+    throw new UnsupportedError(`${path}: routes every token through experts (${layout}), which --to ${to} cannot say`);
+  if (deltas.length > 0)
+    throw new UnsupportedError(`${path}: changes single weights (${layout}), which --to ${to} cannot say; --to merged adds them`);
+}
+
 async function refuseQuantized(base: string): Promise<void> {
   await using source = await openModelSource(base);
   if (source.kind === 'float') return;
@@ -105,15 +118,26 @@ async function readContents(path: string, base: string | undefined): Promise<Ada
 }
 
 /** What layers an adapter has. */
-function outlineOf({ layout, modules }: AdapterContents): NonNullable<ConvertOutcome['adapter']> {
-  const shapes = modules.map(({ name, rank, loraA, loraB }) => ({
-    name,
-    outFeatures: loraB.length / rank,
-    inFeatures: loraA.length / rank,
-    rank,
-  }));
-  const parameters = shapes.reduce((sum, { rank, outFeatures, inFeatures }) => sum + rank * (outFeatures + inFeatures), 0);
-  return { layout, modules: shapes, parameters };
+function outlineOf({ layout, modules, routed, deltas }: AdapterContents): NonNullable<ConvertOutcome['adapter']> {
+  const shapes: AdaptedShape[] = [
+    ...modules.map(({ name, rank, loraA, loraB }) => {
+      const [outFeatures, inFeatures] = [loraB.length / rank, loraA.length / rank];
+      return { name, outFeatures, inFeatures, rank, parameters: rank * (outFeatures + inFeatures) };
+    }),
+    ...routed.map((module) => {
+      const { name, outFeatures, inFeatures, routed: shape, expertsB } = module;
+      const rank = expertsB.length / outFeatures;
+      return { name, outFeatures, inFeatures, rank, parameters: routedParameters(shape, module), routed: shape };
+    }),
+    ...deltas.map(({ name, outFeatures, inFeatures, values }) => ({
+      name,
+      outFeatures,
+      inFeatures,
+      rank: 0,
+      parameters: values.length,
+    })),
+  ];
+  return { layout, modules: shapes, parameters: shapes.reduce((sum, { parameters }) => sum + parameters, 0) };
 }
 
 /** The layers of the adapter in the folder `path`; undefined for what is no adapter. */

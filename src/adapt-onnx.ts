@@ -60,6 +60,8 @@ export async function writeWithAdapter(base: string, contents: AdapterContents, 
  */
 export async function readAdapterFeeds(path: string): Promise<readonly AdapterFeed[]> {
   const contents = await readAdapterFolder(path);
+  if (contents.routed.length > 0 || contents.deltas.length > 0)
+    throw new UnsupportedError(`${path}: is no pair of factors a layer (${contents.layout}), which alone can be fed`);
   const unsaid = contents.modules.find(({ magnitude }) => magnitude !== undefined)?.name ?? contents.saved[0]?.name;
   if (unsaid !== undefined) throw new UnsupportedError(`${path}: "${unsaid}" is more than two factors, which cannot be fed`);
   return feedsOf(contents.modules);

@@ -1,7 +1,8 @@
 /** What adapter to make and how, as validated plain data. */
 import { DEVICES, type DeviceRequest } from './compute/engine.ts';
 import { RecipeError } from './errors.ts';
-import { parseRankBudget, type RankBudget } from './methods/rank/rank-budget.ts';
+import { type ExpertProfile, parseProfile } from './methods/rank/experts.ts';
+import { ADAPTER_KINDS, parseRankBudget, type RankBudget } from './methods/rank/rank-budget.ts';
 import { SOLVERS } from './methods/rank/solve.ts';
 import { SURROGATES } from './methods/rank/surrogate/index.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
@@ -11,6 +12,7 @@ import { parseSize } from './size.ts';
 export const ADAPT_PRESETS = ['best', 'paper'] as const;
 export const ADAPT_INITS = ['kaiming', 'eva', 'pissa', 'olora', 'loftq'] as const;
 export const GROWTH_LAWS = ['linear', 'exponential'] as const;
+export const ROUTERS = ['topk', 'soft'] as const;
 export const ADAPT_METHODS = Object.keys(TRAINING_SCHEDULES) as (keyof typeof TRAINING_SCHEDULES)[];
 
 /** A validated request to adapt. Everything but threads, memory and device decides the output's bytes. */
@@ -38,6 +40,11 @@ export interface AdaptRecipe {
   readonly invert: boolean;
   /** triadaptlora: how the number of layers that grow at once rises over the run. */
   readonly growth?: (typeof GROWTH_LAWS)[number];
+  /** mola: experts over the depth, how tokens are routed, experts of a token, rank of every expert; absent: the method's own. */
+  readonly profile?: ExpertProfile;
+  readonly router?: (typeof ROUTERS)[number];
+  readonly topK?: number;
+  readonly expertRank?: number;
   /** Bounds on the rank of every layer, where gains or importance share ranks out; `rMax` absent: the method's own. */
   readonly rMin: number;
   readonly rMax?: number;
@@ -65,7 +72,7 @@ export interface AdaptRecipe {
 /** A request as it comes in: every field optional, values as a flag parser yields them. */
 export type AdaptRequest = { readonly [K in keyof AdaptRecipe]?: unknown };
 
-const OWN_FACTORS: readonly string[] = ['gora', 'lamda', 'lamda++', 'qerror'];
+const OWN_FACTORS: readonly string[] = ['gora', 'lamda', 'lamda++', 'qerror', 'mola', 'snella'];
 /** Start from small random factors of ranks that change while they are trained. */
 const CHANGING: readonly string[] = ['adalora', 'increlora', 'triadaptlora'];
 
@@ -90,6 +97,8 @@ export const ADAPT_DEFAULTS = {
   maxMemory: 2 ** 30,
 } as const;
 
+const EXPERT_FIELDS = ['profile', 'router', 'topK', 'expertRank'] as const;
+
 /** Validates a request. Throws RecipeError naming the flag, the rule and the value. */
 export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   const known = new Set([
@@ -99,6 +108,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     'alpha',
     'against',
     'growth',
+    ...EXPERT_FIELDS,
     'rMax',
     'startRank',
     'steps',
@@ -118,7 +128,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   };
   const recipe: AdaptRecipe = {
     text: list('text', given['text']),
-    budget: parseRankBudget(text('budget', given['budget']), parseSize),
+    budget: parseRankBudget(text('budget', given['budget']), parseSize, '--budget', ADAPTER_KINDS),
     method: oneOf('method', given['method'], ADAPT_METHODS),
     preset: oneOf('preset', given['preset'], ADAPT_PRESETS),
     steps: integer('steps', given['steps'] ?? 0, 0, 10_000_000),
@@ -130,6 +140,10 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
     ...(given['against'] === undefined ? {} : { against: text('against', given['against']) }),
     invert: boolean('invert', given['invert']),
     ...(given['growth'] === undefined ? {} : { growth: oneOf('growth', given['growth'], GROWTH_LAWS) }),
+    ...(given['profile'] === undefined ? {} : { profile: parseProfile(text('profile', given['profile'])) }),
+    ...(given['router'] === undefined ? {} : { router: oneOf('router', given['router'], ROUTERS) }),
+    ...(given['topK'] === undefined ? {} : { topK: integer('topK', given['topK'], 1, 1024) }),
+    ...(given['expertRank'] === undefined ? {} : { expertRank: integer('expertRank', given['expertRank'], 1, 65_536) }),
     rMin: integer('rMin', given['rMin'], 0, 65_536),
     ...(given['rMax'] === undefined ? {} : { rMax: integer('rMax', given['rMax'], 1, 65_536) }),
     rankMultiple: integer('rankMultiple', given['rankMultiple'], 1, 65_536),
@@ -158,6 +172,7 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
       `--steps: ${recipe.method} trains; say for how many steps, or 0 for a calibration surrogate that trains nothing`,
     );
   checkRankRules(recipe, given);
+  checkExperts(recipe);
   if (recipe.growth !== undefined && method !== 'triadaptlora')
     throw new RecipeError(`--growth: ${method} has no such law; triadaptlora does`);
   if (init !== 'kaiming' && OWN_FACTORS.includes(method))
@@ -180,6 +195,24 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   if (recipe.rslora && recipe.alpha === undefined)
     throw new RecipeError('--rslora: goes with --alpha, which it divides by the root of the rank');
   return recipe;
+}
+
+/** What goes with experts and sparse updates, and what does not. */
+function checkExperts(recipe: AdaptRecipe): void {
+  const { method, budget, router, topK, padRanks, alpha } = recipe;
+  const used = EXPERT_FIELDS.find((key) => recipe[key] !== undefined);
+  if (used !== undefined && method !== 'mola') throw new RecipeError(`${flag(used)}: ${method} has no experts; mola does`);
+  if (router === 'soft' && topK !== undefined)
+    throw new RecipeError('--top-k: with --router soft a token goes through all experts');
+  if (budget.kind === 'experts' && method !== 'mola')
+    throw new RecipeError(`--budget experts=: ${method} has no experts; mola does`);
+  if (budget.kind === 'density' && method !== 'snella')
+    throw new RecipeError(`--budget density=: ${method} changes all weights of a layer; snella does not`);
+  if (method !== 'mola' && method !== 'snella') return;
+  if (padRanks) throw new RecipeError(`--pad-ranks: goes with plain factors, and ${method} was asked for`);
+  if (method === 'mola') return;
+  if (budget.kind === 'r') throw new RecipeError('--budget r=: snella has no ranks; give density=0.01, params= or pct=');
+  if (alpha !== undefined) throw new RecipeError('--alpha: snella has no scale');
 }
 
 /** Which methods the rules on ranks mean something to. */

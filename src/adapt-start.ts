@@ -7,6 +7,7 @@ import type { Matrix } from './compute/blas.ts';
 import { leadingQr, type QrFactors } from './compute/linalg/qr.ts';
 import type { Forward } from './expert-teachers.ts';
 import { type Directions, evaRanks } from './methods/rank/eva.ts';
+import { allocateExperts } from './methods/rank/experts.ts';
 import { type GradientStep, goraImportance, goraMostRank, goraRanks, goraSteps, gradientStep } from './methods/rank/gora.ts';
 import { lamdaRanks } from './methods/rank/lamda.ts';
 import { type SpendableBudget, uniformRank } from './methods/rank/rank-budget.ts';
@@ -37,6 +38,10 @@ export interface StartJob {
   readonly progress: RunHooks['progress'];
 }
 
+/** Experts of the quarters of the depth: more in the middle, as the last version of MoLA's paper has it; TMoE has four everywhere. */
+const USUAL_PROFILES = { topk: [2, 8, 8, 2], soft: [4] } as const;
+const USUAL_TOP_K = 2;
+
 /** The most ranks that qerror and lamda++ look at, in means of the budget. */
 const MOST_OF_MEAN = 8;
 
@@ -57,6 +62,7 @@ async function methodStart(job: StartJob): Promise<FoundStart | undefined> {
   if (method === 'gora') return await goraStart(job);
   if (method === 'lamda++' || method === 'lamda') return await lamdaStart(job);
   if (method === 'qerror') return await errorStart(job);
+  if (method === 'mola') return await expertStart(job);
   return method === 'eva' || init === 'eva' ? await evaStart(job) : undefined;
 }
 
@@ -184,6 +190,28 @@ async function goraStart({ recipe, forward, weights, modules, budget, training, 
     loraA: (name, rank) => steps.get(name)!.factors(rank).loraA,
     loraB: (name, rank) => steps.get(name)!.factors(rank).loraB,
     steps: goraSteps(preset),
+  };
+}
+
+/** Experts by a profile over the blocks, or by what gradients say of them. */
+async function expertStart({ recipe, forward, weights, modules, budget, training, progress }: StartJob): Promise<FoundStart> {
+  const blocks = forward.model.blocks.length;
+  const { router: routing = 'topk', topK = USUAL_TOP_K, expertRank: rank } = recipe;
+  const profile = recipe.profile ?? USUAL_PROFILES[routing];
+  const importance = new Array<number>(blocks).fill(0);
+  if (profile === 'auto') {
+    await surveyGradients(forward, weights, modules, training, progress, async (module, weight, gradient) => {
+      importance[module.block] += goraImportance(weight, gradient);
+    });
+  }
+  const options = { blocks, routing, topK, rank, budget };
+  const shapes = allocateExperts(
+    modules,
+    profile === 'auto' ? { ...options, profile: [1], importance } : { ...options, profile },
+  );
+  return {
+    ranks: new Map([...shapes].map(([name, { experts, rank: own }]) => [name, experts * own])),
+    routed: (name) => shapes.get(name)!,
   };
 }
 

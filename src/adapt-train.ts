@@ -7,7 +7,7 @@ import { cosine } from './compute/optim/schedule.ts';
 import { TrainingError } from './errors.ts';
 import type { Forward } from './expert-teachers.ts';
 import { addOrthogonality } from './methods/rank/training/orthogonality.ts';
-import type { TrainedFactors, TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
+import type { TrainedModule, TrainedUpdate, TrainingSchedule } from './methods/rank/training/schedule.ts';
 import type { WeightReader } from './model/model.ts';
 import { NextTokenLoss } from './next-token-loss.ts';
 
@@ -46,8 +46,8 @@ export class Trainer {
   readonly modules: readonly TrainedModule[];
   readonly schedule: TrainingSchedule;
   readonly progress: Progress = { step: 0, losses: [], looks: [], best: undefined, skipped: 0 };
-  /** Factors at the best look. */
-  best: Map<string, TrainedFactors> | undefined;
+  /** Updates at the best look. */
+  best: Map<string, TrainedUpdate> | undefined;
   readonly #forward: Forward;
   readonly #text: TrainingText;
   readonly #rules: TrainingRules;
@@ -112,6 +112,7 @@ export class Trainer {
         }
       }
       schedule.after(t, modules);
+      this.#weights.changed();
     } else {
       progress.skipped++;
       if (++this.#skippedInARow >= MOST_SKIPPED) {
@@ -123,23 +124,34 @@ export class Trainer {
   }
 
   async #look(): Promise<void> {
-    const { progress, modules, schedule } = this;
+    const { progress, schedule } = this;
     const nll = await this.heldOut();
     progress.looks.push({ step: progress.step, nll });
     const final = progress.step >= schedule.finalFrom || progress.step === this.#rules.steps;
     if (!final || (progress.best && progress.best.nll <= nll)) return;
     progress.best = { step: progress.step, nll };
-    this.best = new Map(modules.map((module) => [module.name, schedule.factors(module)]));
+    this.best = await this.updates();
+  }
+
+  /** What every layer's parameters come to. */
+  async updates(): Promise<Map<string, TrainedUpdate>> {
+    const { modules, schedule } = this;
+    const { blas } = this.#forward;
+    const found = new Map<string, TrainedUpdate>();
+    for (const module of modules) found.set(module.name, await schedule.factors(module, blas));
+    return found;
   }
 
   /** Mean loss of the windows; leaves the gradients with the parameters. */
   async #backward(windows: readonly Int32Array[]): Promise<number> {
     const { model, engine, spool, path, blas, signal } = this.#forward;
-    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal });
+    const { balance = 0 } = this.schedule;
+    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens: BATCH_TOKENS, signal, balance });
     const hidden = await pass.forward(this.#weights);
     await using cotangent = spool.allocate(pass.tokenCount, model.shape.hiddenSize);
     const loss = await (await this.#head()).score(hidden, windows, cotangent);
-    await pass.backward(this.#weights, cotangent, async (_, gradients) => {
+    await pass.backward(this.#weights, cotangent, async (_, gradients, experts) => {
+      for (const [name, gradient] of experts) this.#weights.pullBackExperts(name, gradient);
       for (const [site, gradient] of gradients) {
         const module = this.#byName.get(site.name);
         if (!module) continue;

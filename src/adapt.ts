@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto';
 import { basename, resolve } from 'node:path';
 import { loadCheckpoint, saveCheckpoint } from './adapt-checkpoint.ts';
+import { writeUpdates } from './adapt-output.ts';
 import type { AdaptRecipe } from './adapt-recipe.ts';
 import { type FoundStart, findStart } from './adapt-start.ts';
 import { readTrainingText } from './adapt-text.ts';
@@ -9,7 +10,6 @@ import { Trainer } from './adapt-train.ts';
 import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
 import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
-import { padded, writeAdapter } from './artifacts/peft.ts';
 import { Spool } from './calibration/state-store.ts';
 import { parseTextFile } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
@@ -17,7 +17,7 @@ import type { Device } from './compute/engine.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
 import { RecipeError } from './errors.ts';
-import { spendable } from './methods/rank/rank-budget.ts';
+import { type SpendableBudget, spendable } from './methods/rank/rank-budget.ts';
 import { SURROGATES } from './methods/rank/surrogate/index.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
 import type { TrainedModule, TrainingSchedule } from './methods/rank/training/schedule.ts';
@@ -32,9 +32,9 @@ export interface AdaptOutcome {
   readonly method: string;
   /** What may be said of results: of the published method, of one with changes, of what is known of one, of pcomp's own, of what stands in for a training. */
   readonly label: 'published' | 'published+changes' | 'reconstructed' | 'own' | 'surrogate';
-  readonly modules: readonly { readonly name: string; readonly rank: number; readonly scale: number }[];
+  readonly modules: readonly AdaptedLayer[];
   readonly parameters: number;
-  readonly budget: { readonly requested: string; readonly total: number; readonly spent: number };
+  readonly budget: { readonly requested: string; readonly unit: string; readonly total: number; readonly spent: number };
   /** Where gains share ranks out: by which solver, what they are worth, and what no ranks can exceed. */
   readonly solved?: FoundStart['solved'];
   readonly windows: { readonly training: number; readonly heldOut: number; readonly tokens: number };
@@ -51,6 +51,17 @@ export interface AdaptOutcome {
     readonly peakBytes: number;
     readonly device: Device;
   };
+}
+
+/** What a layer got. */
+export interface AdaptedLayer {
+  readonly name: string;
+  /** Of all its experts together; 0 for a sparse update, which has none. */
+  readonly rank: number;
+  readonly scale: number;
+  readonly experts?: number;
+  /** Non-zeros over weights, of a sparse update. */
+  readonly density?: number;
 }
 
 /** Seconds between two checkpoints. */
@@ -80,7 +91,7 @@ export async function adapt(
   await using source = await openModelSource(path);
   const { model } = source;
   const modules = modulesOf(model, recipe.targets);
-  const budget = spendable(recipe.budget, modules);
+  const budget = budgetOf(recipe, modules);
   const { steps, preset, seed, method } = recipe;
   const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
   const length = Math.min(recipe.sequenceLength, model.shape.contextLength);
@@ -100,13 +111,18 @@ export async function adapt(
     budget,
     preset,
     seed,
-    scale: scaleOf(recipe, modules),
+    scale: scaleOf(recipe, modules, start),
     startRank: recipe.startRank,
     growth: recipe.growth,
     start,
   });
   schedule.init(modules);
-  const spent = modules.reduce((sum, module) => sum + module.rank * budget.cost(module), 0);
+  const sizeOf = (module: TrainedModule, rank: number) =>
+    schedule.size?.(module) ?? {
+      spent: rank * budget.cost(module),
+      parameters: rank * (module.outFeatures + module.inFeatures),
+    };
+  const spent = modules.reduce((sum, module) => sum + sizeOf(module, module.rank).spent, 0);
   const overspent = (total: number): void => {
     if (total > budget.total) note(`${method}, preset ${preset}: spends ${total} of ${Math.floor(budget.total)}, as published`);
   };
@@ -120,18 +136,23 @@ export async function adapt(
   const learningRate = recipe.lr ?? schedule.learningRate;
   const outcome = (): Omit<AdaptOutcome, 'run'> => {
     const ranks = schedule.ranks(modules);
+    const sizes = modules.map((module) => sizeOf(module, ranks.get(module.name)!));
     return {
       method: `${start?.surrogate ? 'calibration surrogate of ' : ''}${method}, preset ${preset}`,
       label: labelOf(recipe),
-      modules: modules.map(({ name, scale }) => ({ name, rank: ranks.get(name)!, scale })),
-      parameters: modules.reduce(
-        (sum, { name, outFeatures, inFeatures }) => sum + ranks.get(name)! * (outFeatures + inFeatures),
-        0,
-      ),
+      modules: modules.map(({ name, scale, routed, kernel, outFeatures, inFeatures }, i) => ({
+        name,
+        rank: ranks.get(name)!,
+        scale,
+        ...(routed ? { experts: routed.experts } : {}),
+        ...(kernel ? { density: sizes[i].parameters / (outFeatures * inFeatures) } : {}),
+      })),
+      parameters: sizes.reduce((sum, { parameters }) => sum + parameters, 0),
       budget: {
         requested: `${recipe.budget.kind}=${recipe.budget.amount}`,
         total: budget.total,
-        spent: modules.reduce((sum, module) => sum + ranks.get(module.name)! * budget.cost(module), 0),
+        unit: kindOfSpent(budget, schedule),
+        spent: Math.round(sizes.reduce((sum, one) => sum + one.spent, 0)),
       },
       ...(start?.solved ? { solved: start.solved } : {}),
       windows: { training: text.training.length, heldOut: text.heldOut.length, tokens: length },
@@ -154,21 +175,19 @@ export async function adapt(
     note(`resuming after step ${trainer.progress.step} of ${steps}`);
   await train(trainer, output, steps, hooks);
 
-  const best = trainer.best ?? new Map(modules.map((module) => [module.name, schedule.factors(module)]));
+  const best = trainer.best ?? (await trainer.updates());
   const { looks, losses, skipped } = trainer.progress;
   const bestLook = trainer.progress.best ?? { step: 0, nll: begun };
   if (steps === 0) note(`nothing was trained${start?.loraB ? '' : ': the adapter changes nothing until it is'}`);
   if (bestLook.nll > before || (steps > 0 && bestLook.nll === before))
     note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
-  const most = Math.max(...[...best.values()].map(({ rank }) => rank));
   if (start?.subtracted)
     note(`--init ${recipe.init}: stored with twice the ranks, what was learned less the start, to go on the base as it is`);
   if (recipe.dora)
     note('a DoRA adapter: PEFT reads it; many servers and ONNX exporters do not; adapt convert --to merged folds it');
-  await writeAdapter(output.artifactPath, {
+  await writeUpdates(output.artifactPath, modules, best, {
     base: basename(resolve(path)),
-    modules: modules.map(({ name }) => ({ name, ...(recipe.padRanks ? padded(best.get(name)!, most) : best.get(name)!) })),
-    saved: [],
+    padRanks: recipe.padRanks,
     transposed: model.blocks.some(({ sites }) => sites.some(({ transposed }) => transposed)),
   });
   const made = outcome();
@@ -185,10 +204,12 @@ export async function adapt(
       ...(made.solved ? { solved: made.solved } : {}),
       modules: Object.fromEntries(
         modules.map((module) => {
-          const { name, outFeatures, inFeatures } = module;
+          const { name, outFeatures, inFeatures, routed } = module;
           const rank = schedule.ranks(modules).get(name)!;
+          const { spent: cost, parameters } = sizeOf(module, rank);
+          const kept = routed ? { routed } : module.kernel ? { nonZeros: parameters } : { rank };
           const scores = start?.surrogate?.scores.get(name);
-          return [name, { outFeatures, inFeatures, rank, cost: rank * budget.cost(module), ...(scores ? { scores } : {}) }];
+          return [name, { outFeatures, inFeatures, ...kept, cost, ...(scores ? { scores } : {}) }];
         }),
       ),
       ...(start?.surrogate
@@ -270,21 +291,36 @@ function modulesOf(model: Model, targets: readonly string[]): TrainedModule[] {
     }));
 }
 
-/** alpha over the rank that the budget allows on average, or over its root. */
-function scaleOf({ alpha, rslora, budget }: AdaptRecipe, modules: readonly TrainedModule[]): number | undefined {
+/** Bits of a non-zero as it is stored: its value, and where it stands. */
+const NON_ZERO_BITS = 64;
+
+function budgetOf({ budget, method }: AdaptRecipe, modules: readonly TrainedModule[]): SpendableBudget {
+  if (method === 'snella') return spendable(budget, modules, { parameterBits: NON_ZERO_BITS, least: 1 });
+  return spendable(budget, modules, method === 'mola' ? { least: 1 } : {});
+}
+
+function kindOfSpent({ unit }: SpendableBudget, { form }: TrainingSchedule): string {
+  return form === 'kernel' ? 'non-zeros' : unit;
+}
+
+/** alpha over the rank of an expert, or that the budget allows on average; or over its root. */
+function scaleOf(recipe: AdaptRecipe, modules: readonly TrainedModule[], start: FoundStart | undefined): number | undefined {
+  const { alpha, rslora } = recipe;
   if (alpha === undefined) return undefined;
-  const { total, cost } = spendable(budget, modules);
-  const rank = Math.max(1, Math.floor(total / modules.reduce((sum, module) => sum + cost(module), 0)));
+  const { total, cost } = budgetOf(recipe, modules);
+  const mean = Math.max(1, Math.floor(total / modules.reduce((sum, module) => sum + cost(module), 0)));
+  const rank = start?.routed?.(modules[0].name).rank ?? mean;
   return alpha / (rslora ? Math.sqrt(rank) : rank);
 }
 
-/** Methods that preset best does not follow to the letter. */
-const CHANGED_BY_BEST: readonly string[] = ['adalora', 'gora', 'increlora', 'triadaptlora'];
+/** Methods that preset best does not follow to the letter; mola is without dropout in both presets. */
+const CHANGED_BY_BEST: readonly string[] = ['adalora', 'gora', 'increlora', 'triadaptlora', 'snella'];
 
 function labelOf({ method, preset, steps }: AdaptRecipe): AdaptOutcome['label'] {
   if (steps === 0 && method in SURROGATES) return 'surrogate';
   if (method === 'qerror') return 'own';
   if (method === 'lamda++' || method === 'lamda') return 'reconstructed';
+  if (method === 'mola') return 'published+changes';
   return preset === 'best' && CHANGED_BY_BEST.includes(method) ? 'published+changes' : 'published';
 }
 

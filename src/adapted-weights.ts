@@ -1,7 +1,9 @@
 /** A frozen model with trainable low-rank updates: what a forward pass reads, and how a gradient of a weight becomes one of the factors. */
 import type { Blas, Matrix } from './compute/blas.ts';
 import type { Parameter } from './compute/optim/parameter.ts';
-import type { TrainedModule } from './methods/rank/training/schedule.ts';
+import type { RoutedShape } from './graph/routed-branch.ts';
+import { kernelDelta, kernelGradients, kernelStart, nonZeros } from './methods/rank/kernel-delta.ts';
+import type { SparseDelta, TrainedModule } from './methods/rank/training/schedule.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
 import { rowNorms, turnTo } from './model/row-norms.ts';
 
@@ -15,11 +17,14 @@ export interface AdaptedWeightsOptions {
 
 /**
  * `W + s B M A`, M by the adapter's form: nothing, a diagonal `e`, or a square `core`. Where there are `initialA` and `initialB`, less `s initialB initialA`;
- * where there is a `magnitude`, each row is then given that length (DoRA, arXiv 2402.09353).
+ * where there is a `magnitude`, each row is then given that length (DoRA, arXiv 2402.09353). Of the form `kernel`: W and few non-zeros. Of the form
+ * `routed`: W as it is, and the tensors of the experts beside it.
  */
 export class AdaptedWeights implements WeightReader {
   readonly #options: AdaptedWeightsOptions;
   readonly #kept = new Map<string, Float32Array>();
+  /** Updates of few non-zeros as they are now. */
+  readonly #sparse = new Map<string, SparseDelta>();
   #room: number;
 
   constructor(options: AdaptedWeightsOptions) {
@@ -29,7 +34,7 @@ export class AdaptedWeights implements WeightReader {
 
   async loadSite(site: LinearSite): Promise<Float32Array> {
     const module = this.#options.modules.get(site.name);
-    if (module === undefined) return await this.#base(site);
+    if (module === undefined || module.routed) return await this.#base(site);
     const weight = await this.#updated(site, module);
     const magnitude = module.parameters.get('magnitude');
     if (magnitude) turnTo(weight, magnitude.values, rowNorms(weight, site.outFeatures));
@@ -40,6 +45,7 @@ export class AdaptedWeights implements WeightReader {
   async pullBack(site: LinearSite, gradient: Float32Array): Promise<void> {
     const module = this.#options.modules.get(site.name);
     if (module === undefined) return;
+    if (module.kernel) return await kernelGradients(this.#options.blas, module, gradient, await this.#kernelStart(module));
     const magnitude = module.parameters.get('magnitude');
     if (magnitude) {
       const weight = await this.#updated(site, module);
@@ -52,6 +58,50 @@ export class AdaptedWeights implements WeightReader {
       turnTo(gradient, magnitude.values, norms);
     }
     await this.#pullFactors(module, gradient);
+  }
+
+  /** Parameters have changed. */
+  changed(): void {
+    this.#sparse.clear();
+  }
+
+  async #addKernel(weight: Float32Array, module: TrainedModule): Promise<void> {
+    let sparse = this.#sparse.get(module.name);
+    if (!sparse) {
+      const delta = await kernelDelta(this.#options.blas, module, await this.#kernelStart(module));
+      if (module.kernel!.kept === undefined) return addTo(weight, delta);
+      sparse = nonZeros(delta);
+      this.#sparse.set(module.name, sparse);
+    }
+    const { indices, values } = sparse;
+    for (let i = 0; i < indices.length; i++) weight[indices[i]] += values[i];
+  }
+
+  async #kernelStart(module: TrainedModule): Promise<Float32Array | undefined> {
+    const key = `${module.name} kernel at its start`;
+    const known = this.#kept.get(key);
+    if (known) return known;
+    const start = await kernelStart(this.#options.blas, module);
+    return start && this.#keep(key, start);
+  }
+
+  routed({ name }: LinearSite): RoutedShape | undefined {
+    return this.#options.modules.get(name)?.routed;
+  }
+
+  /** Adds the gradient of a tensor of experts, by the name that it is read by. */
+  pullBackExperts(name: string, gradient: Float32Array): void {
+    const { parameter, factor } = this.#experts(name)!;
+    for (let i = 0; i < gradient.length; i++) parameter.gradient[i] += factor * gradient[i];
+  }
+
+  /** A tensor of experts, and what it is multiplied by. */
+  #experts(name: string): { readonly parameter: Parameter; readonly factor: number } | undefined {
+    const dot = name.lastIndexOf('.');
+    const module = this.#options.modules.get(name.slice(0, dot));
+    const key = name.slice(dot + 1);
+    const parameter = module?.routed && module.parameters.get(key);
+    return parameter && { parameter, factor: key === 'expertsB' ? module.scale : 1 };
   }
 
   async #pullFactors(module: TrainedModule, gradient: Float32Array): Promise<void> {
@@ -82,6 +132,10 @@ export class AdaptedWeights implements WeightReader {
     const { rank, scale, parameters } = module;
     const { outFeatures: rows, inFeatures: columns } = site;
     const out: Matrix = { rows, columns, data: (await this.#base(site)).slice() };
+    if (module.kernel) {
+      await this.#addKernel(out.data, module);
+      return out.data;
+    }
     if (rank === 0) return out.data;
     const [initialA, initialB] = [parameters.get('initialA'), parameters.get('initialB')];
     if (initialA && initialB) {
@@ -94,6 +148,8 @@ export class AdaptedWeights implements WeightReader {
   }
 
   async load(name: string): Promise<Float32Array> {
+    const experts = this.#experts(name);
+    if (experts) return experts.parameter.values.map((value) => experts.factor * value);
     const known = this.#kept.get(name);
     return known ?? this.#keep(name, await this.#options.base.load(name));
   }

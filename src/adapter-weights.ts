@@ -4,6 +4,7 @@ import { type AdapterContents, readAdapterFolder } from './artifacts/adapter-rea
 import type { ModelSource } from './artifacts/model-source.ts';
 import type { Blas } from './compute/blas.ts';
 import { RecipeError } from './errors.ts';
+import { ROUTED_TENSORS, type RoutedShape } from './graph/routed-branch.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
 import { rowNorms, turnTo } from './model/row-norms.ts';
 
@@ -15,7 +16,8 @@ export async function withAdapter(
 ): Promise<WeightReader> {
   const contents = await readAdapterFolder(path, tensors.tensors);
   const sites = new Set(model.blocks.flatMap((block) => block.sites.map(({ name }) => name)));
-  const stray = contents.modules.find(({ name }) => !sites.has(name));
+  const { modules, routed, deltas } = contents;
+  const stray = [...modules, ...routed, ...deltas].find(({ name }) => !sites.has(name));
   if (stray) throw new RecipeError(`--adapter ${path}: "${stray.name}" is no linear layer of a block of ${basePath}`);
   return new AdapterWeights(weights, contents, blas);
 }
@@ -25,16 +27,26 @@ class AdapterWeights implements WeightReader {
   readonly #blas: Blas;
   readonly #modules: ReadonlyMap<string, AdapterContents['modules'][number]>;
   readonly #saved: ReadonlyMap<string, AdapterContents['saved'][number]>;
+  readonly #routed: ReadonlyMap<string, AdapterContents['routed'][number]>;
+  readonly #deltas: ReadonlyMap<string, AdapterContents['deltas'][number]>;
 
-  constructor(base: WeightReader, { modules, saved }: AdapterContents, blas: Blas) {
+  constructor(base: WeightReader, { modules, saved, routed, deltas }: AdapterContents, blas: Blas) {
     this.#base = base;
     this.#blas = blas;
     this.#modules = new Map(modules.map((module) => [module.name, module]));
+    this.#routed = new Map(routed.map((module) => [module.name, module]));
+    this.#deltas = new Map(deltas.map((module) => [module.name, module]));
     this.#saved = new Map(saved.map((module) => [`${module.name}.weight`, module]));
   }
 
   async loadSite(site: LinearSite): Promise<Float32Array> {
     const weight = await this.#base.loadSite(site);
+    const delta = this.#deltas.get(site.name);
+    if (delta) {
+      const updated = weight.slice();
+      for (const [i, at] of delta.indices.entries()) updated[at] += delta.values[i];
+      return updated;
+    }
     const module = this.#modules.get(site.name);
     if (!module) return weight;
     const { rank, loraA, loraB, magnitude } = module;
@@ -46,7 +58,15 @@ class AdapterWeights implements WeightReader {
     return out.data;
   }
 
+  routed({ name }: LinearSite): RoutedShape | undefined {
+    return this.#routed.get(name)?.routed;
+  }
+
   async load(name: string): Promise<Float32Array> {
+    const dot = name.lastIndexOf('.');
+    const experts = this.#routed.get(name.slice(0, dot));
+    const key = ROUTED_TENSORS.find((one) => one === name.slice(dot + 1));
+    if (experts && key) return experts[key];
     return this.#saved.get(name)?.weight ?? this.#base.load(name);
   }
 

@@ -1,23 +1,29 @@
 /** Adapters of every kind that pcomp knows, as factors at unit scale: what `convert` writes and `evaluate --adapter` applies. */
+import { existsSync } from 'node:fs';
 import { toFloat32 } from '../../formats/dtype.ts';
 import { quote } from '../../formats/safetensors/header.ts';
 import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
 import { RecipeError, UnsupportedError } from '../errors.ts';
 import { type Block, coreFactors, incrementalFactors, triangularFactors } from './adapter-lists.ts';
 import { readAdapter } from './merge/adapter.ts';
-import { ADAPTER_CONFIG, labelOf, type MergeInput, openInput, placesOf } from './merge/merge-input.ts';
+import { ADAPTER_CONFIG, labelOf, type MergeInput, openInput, placesOf, readJsonObject } from './merge/merge-input.ts';
 import type { AdapterModule, SavedModule } from './peft.ts';
+import { ROUTED_CONFIG, type RoutedModule, readRouted, routedLayout } from './routed-adapter.ts';
+import { type DeltaModule, isDelta, readDeltas } from './sparse-delta.ts';
 
 /** An adapter in memory: small beside any base. */
 export interface AdapterContents {
   /** What it was stored as. */
-  readonly layout: 'lora' | 'adalora' | 'increlora' | 'triadaptlora' | 'lamda';
+  readonly layout: 'lora' | 'adalora' | 'increlora' | 'triadaptlora' | 'lamda' | 'mola' | 'tmoe' | 'delta';
   /** `base_model_name_or_path`, if it is given. */
   readonly base: string | undefined;
   /** In the order of their names; a layer of rank 0 has none. */
   readonly modules: readonly AdapterModule[];
   /** Modules that are stored whole. */
   readonly saved: readonly SavedModule[];
+  /** Routed experts; a folder has these, or sparse updates, or factors. */
+  readonly routed: readonly RoutedModule[];
+  readonly deltas: readonly DeltaModule[];
   /** The base stores its layers (in, out). */
   readonly transposed: boolean;
 }
@@ -31,15 +37,31 @@ const LISTED =
  * Throws RecipeError for what is no adapter or does not fit the base, UnsupportedError for what plain factors cannot say, FormatError.
  */
 export async function readAdapterFolder(path: string, base?: ReadonlyMap<string, TensorInfo>): Promise<AdapterContents> {
-  return await opened(path, async (tensors, about) =>
-    isListed(tensors) ? checked(path, await readLists(tensors, about), base) : await readPlain(tensors, about, base),
-  );
+  return await opened(path, async (tensors, about) => {
+    const own = await readOwnForm(tensors, about);
+    return own ? checked(path, own, base) : await readPlain(tensors, about, base);
+  });
 }
 
-/** An open adapter in lists of blocks or with a square core; undefined for what is stored as plain factors, or is no adapter. */
-export async function readListed({ place, tensors, adapter }: MergeInput): Promise<AdapterContents | undefined> {
-  if (adapter === undefined || !isListed(tensors)) return undefined;
-  return await readLists(tensors, aboutOf(place.path, adapter));
+/** An open adapter in another form than plain factors; undefined for what is stored as those, or is no adapter. */
+export async function readUnplain({ place, tensors, adapter }: MergeInput): Promise<AdapterContents | undefined> {
+  return adapter === undefined ? undefined : await readOwnForm(tensors, aboutOf(place.path, adapter));
+}
+
+/** Lists of blocks, a square core, routed experts, a sparse update: undefined for none of them. */
+async function readOwnForm(tensors: TensorSource, about: About): Promise<AdapterContents | undefined> {
+  const { path, config, base } = about;
+  const names = [...tensors.tensors.keys()];
+  const common = { base, modules: [], saved: [], routed: [], deltas: [], transposed: config['fan_in_fan_out'] === true };
+  const layout = routedLayout(names);
+  if (layout) {
+    const file = `${path}/${ROUTED_CONFIG}`;
+    const routedConfig = existsSync(file) ? await readJsonObject(file) : undefined;
+    const routed = await readRouted({ path, config, routedConfig }, names, (name) => load(tensors, name));
+    return { ...common, layout, routed };
+  }
+  if (isDelta(names)) return { ...common, layout: 'delta', deltas: await readDeltas(path, config, tensors) };
+  return isListed(tensors) ? await readLists(tensors, about) : undefined;
 }
 
 async function opened<T>(path: string, read: (tensors: TensorSource, about: About) => Promise<T>): Promise<T> {
@@ -53,10 +75,15 @@ async function opened<T>(path: string, read: (tensors: TensorSource, about: Abou
   }
 }
 
-/** Lists have the base's own names. */
+/** What is not plain has the base's own names. */
 function checked(path: string, contents: AdapterContents, base?: ReadonlyMap<string, TensorInfo>): AdapterContents {
-  for (const { name, rank, loraA, loraB } of base ? contents.modules : []) {
-    const own = [loraB.length / rank, loraA.length / rank];
+  const factors = contents.modules.map(({ name, rank, loraA, loraB }) => ({
+    name,
+    outFeatures: loraB.length / rank,
+    inFeatures: loraA.length / rank,
+  }));
+  for (const { name, outFeatures, inFeatures } of base ? [...factors, ...contents.routed, ...contents.deltas] : []) {
+    const own = [outFeatures, inFeatures];
     const expected = contents.transposed ? own.toReversed() : own;
     const tensor = base!.get(`${name}.weight`);
     if (tensor?.shape.join() === expected.join()) continue;
@@ -113,7 +140,7 @@ async function readPlain(
     transposed ||= origin.transposed;
   }
   const layout = config['peft_type'] === 'ADALORA' ? 'adalora' : 'lora';
-  return { layout, base: baseName, modules: byName(modules), saved, transposed };
+  return { layout, base: baseName, modules: byName(modules), saved, routed: [], deltas: [], transposed };
 }
 
 function isListed({ tensors }: TensorSource): boolean {
@@ -157,7 +184,7 @@ async function readLists(tensors: TensorSource, { path, config, base }: About): 
     }
     return incrementalFactors(context, blocks, blocks.get('ranknum')?.[0].values[0]);
   });
-  return { layout, base, modules: byName(factors), saved: [], transposed: transposed === true };
+  return { layout, base, modules: byName(factors), saved: [], routed: [], deltas: [], transposed: transposed === true };
 }
 
 async function load(tensors: TensorSource, name: string): Promise<Block> {

@@ -53,12 +53,7 @@ export class BlockRunner {
     targets: readonly GramTarget[] = [],
     from?: BlockCut,
   ): Promise<LoadedBlock> {
-    const graph = this.#model.blockGraph(
-      block,
-      states.longest,
-      attentionOn(this.#engine.device),
-      weights.routed?.bind(weights),
-    );
+    const graph = this.#model.blockGraph(block, states.longest, attentionOn(this.#engine.device), weights.routed?.bind(weights));
     const given = [...(from?.values.keys() ?? [])];
     const pruned = pruneModel(graph.model, outputs, given);
     const grams = targets.length === 0 ? undefined : new FusedGrams(pruned, targets);

@@ -22,6 +22,8 @@ const PARTS: readonly (readonly [RegExp, string])[] = [
   [/\.(lora_[ABE])(?:\.[^.]+)?\.weight$/, '$1'],
   [/\.lora_B(?:\.[^.]+)?\.bias$/, 'lora_bias'],
   [/\.lora_embedding_([AB])(?:\.[^.]+)?$/, 'lora_$1'],
+  // What pcomp makes of a sparse update.
+  [/\.delta_weight$/, 'delta'],
   [/\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$/, 'magnitude'],
   // AdaLoRA keeps its factors as bare parameters.
   [/\.(lora_[ABE])(?:\.[^.]+)?$/, '$1'],
@@ -176,11 +178,13 @@ function originsOf(
     const full = parts.get(part);
     if (full) origins.push([`${name}.${part}`, { kind: 'stored', name: full.name }]);
   }
+  const added = parts.get('delta');
+  if (added) origins.push([`${name}.weight`, { kind: 'added', name: added.name, scale: 1 }]);
   const [a, b, e, bias] = ['lora_A', 'lora_B', 'lora_E', 'lora_bias'].map((part) => parts.get(part));
   const dropped = settings.adaptive && (a?.shape[0] ?? 0) === 0;
   if (dropped) return origins;
   if (!a || !b) {
-    const loose = [...parts.keys()].filter((part) => !['weight', 'bias', 'ranknum'].includes(part));
+    const loose = [...parts.keys()].filter((part) => !['weight', 'bias', 'ranknum', 'delta'].includes(part));
     if (loose.length === 0) return origins;
     const detail = `module ${quote(module)} has ${loose.join(', ')}, but lora_A and lora_B belong together`;
     throw new FormatError(input.path, 'adapter-factor-missing', detail);

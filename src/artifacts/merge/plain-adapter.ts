@@ -1,11 +1,13 @@
-/** Experts of a merge; an adapter that keeps lists of blocks or a square core is read as plain factors, which a temporary file holds. */
+/** Experts of a merge; an adapter in another form is read as plain factors, or as what it adds to whole weights, which a temporary file holds. */
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { FilePlace, PlacedSource } from '../../../formats/safetensors/reader.ts';
 import type { Tensor, TensorInfo } from '../../../formats/tensor.ts';
-import { readListed } from '../adapter-reader.ts';
+import { UnsupportedError } from '../../errors.ts';
+import { type AdapterContents, readUnplain } from '../adapter-reader.ts';
 import { writeAdapter } from '../peft.ts';
+import { writeDense } from '../sparse-delta.ts';
 import { type InputPlace, type MergeInput, openInput } from './merge-input.ts';
 
 /** As `openInput`. The temporary file of a converted adapter goes when its tensors are closed. */
@@ -13,10 +15,10 @@ export async function openExpert(place: InputPlace, label: string): Promise<Merg
   const input = await openInput(place, label);
   let folder: string | undefined;
   try {
-    const listed = await readListed(input);
-    if (listed === undefined) return input;
+    const read = await readUnplain(input);
+    if (read === undefined) return input;
     folder = await mkdtemp(join(tmpdir(), 'pcomp-adapter-'));
-    await writeAdapter(folder, { ...listed, base: listed.base ?? '' });
+    await writePlain(folder, place.path, read);
     const plain = await openInput({ kind: 'adapter', path: folder }, label);
     await input.tensors.close();
     return { ...plain, place, tensors: new PlainFactors(input.tensors, plain.tensors, folder) };
@@ -25,6 +27,15 @@ export async function openExpert(place: InputPlace, label: string): Promise<Merg
     if (folder !== undefined) await rm(folder, { recursive: true, force: true });
     throw error;
   }
+}
+
+async function writePlain(folder: string, path: string, contents: AdapterContents): Promise<void> {
+  if (contents.routed.length > 0)
+    throw new UnsupportedError(
+      `${path}: routes every token through experts of its own choice (${contents.layout}), which no weights can say; adapt convert --to peft --base MODEL --text FILE folds it where the router hardly chooses`,
+    );
+  if (contents.deltas.length > 0) await writeDense(folder, contents.deltas, contents.transposed);
+  else await writeAdapter(folder, { ...contents, base: contents.base ?? '' });
 }
 
 class PlainFactors implements PlacedSource {

@@ -3,8 +3,10 @@ import { adalora } from './adalora.ts';
 import { increlora } from './increlora.ts';
 import { lamda } from './lamda.ts';
 import { lora } from './lora.ts';
+import { mola } from './mola.ts';
 import type { ScheduleOptions } from './options.ts';
 import type { TrainingSchedule } from './schedule.ts';
+import { snella } from './snella.ts';
 import { triadaptlora } from './triadaptlora.ts';
 
 type Schedule = (options: ScheduleOptions) => TrainingSchedule;
@@ -25,4 +27,6 @@ export const TRAINING_SCHEDULES = {
   adalora: withSteps(adalora),
   increlora: withSteps(increlora),
   triadaptlora: withSteps(triadaptlora),
+  mola,
+  snella,
 } as const satisfies Record<string, Schedule>;

@@ -1,4 +1,5 @@
 /** What every training method is told. */
+import type { RoutedShape } from '../../../graph/routed-branch.ts';
 import type { SpendableBudget } from '../rank-budget.ts';
 
 /** What a training begins with that neither cuts nor adds ranks. */
@@ -13,6 +14,8 @@ export interface AdapterStart {
   readonly subtracted?: boolean;
   /** (outFeatures): norms of the weight's rows, where their lengths are trained beside what they point to. */
   magnitude?(name: string): Float32Array;
+  /** Experts of every layer, for the method that routes. */
+  routed?(name: string): RoutedShape;
 }
 
 export interface ScheduleOptions {

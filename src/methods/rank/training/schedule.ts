@@ -1,6 +1,8 @@
 /** What a method does while an adapter is trained: score, grow, mask and freeze, around the optimizer's step (adapters.md, sections 3 and 8). */
 import type { Blas } from '../../../compute/blas.ts';
 import type { Parameter } from '../../../compute/optim/parameter.ts';
+import type { RoutedShape } from '../../../graph/routed-branch.ts';
+import type { KernelShape } from '../kernel-delta.ts';
 
 /**
  * How parameters make the branch beside a frozen linear layer, y = x W^T + branch; n = inFeatures, m = outFeatures, R = rank. The graph of each is in
@@ -8,8 +10,10 @@ import type { Parameter } from '../../../compute/optim/parameter.ts';
  * - `lora`: s (x loraA^T) loraB^T; loraA (R, n), loraB (m, R)
  * - `svd`: s ((x loraA^T) * e) loraB^T; e (R) beside them (AdaLoRA, IncreLoRA)
  * - `core`: s ((x loraA^T) core^T) loraB^T; core (R, R) (TriAdaptLoRA, LaMDA): the update is s loraB core loraA
+ * - `routed`: experts weighed token by token (MoLA): `router`, `expertsA` and `expertsB` as src/graph/routed-branch.ts has them, expertsB times s
+ * - `kernel`: an update with few non-zeros, of a kernel between `kernelIn` and `kernelOut` (SNELLA): src/methods/rank/kernel-delta.ts
  */
-export type AdapterForm = 'lora' | 'svd' | 'core';
+export type AdapterForm = 'lora' | 'svd' | 'core' | 'routed' | 'kernel';
 
 /** One adapted layer in training. A schedule may change `parameters` (values, frozen) and replace them by larger ones. */
 export interface TrainedModule {
@@ -23,6 +27,10 @@ export interface TrainedModule {
   /** R: components that exist, masked ones included. */
   rank: number;
   readonly parameters: Map<string, Parameter>;
+  /** Of the form `routed`. */
+  routed?: RoutedShape;
+  /** Of the form `kernel`. */
+  kernel?: KernelShape;
 }
 
 /** What a layer's parameters come to. */
@@ -34,10 +42,27 @@ export interface TrainedFactors {
   readonly magnitude?: Float32Array;
 }
 
+/** Experts beside a layer, the scale in expertsB; tensors as routed-branch.ts has them. */
+export interface RoutedFactors {
+  readonly routed: RoutedShape;
+  readonly router: Float32Array;
+  readonly expertsA: Float32Array;
+  readonly expertsB: Float32Array;
+}
+
+/** An update with few non-zeros: values at flat places of the (outFeatures, inFeatures) weight, ascending. */
+export interface SparseDelta {
+  readonly indices: Int32Array;
+  readonly values: Float32Array;
+}
+
+/** What training makes of a layer. */
+export type TrainedUpdate = TrainedFactors | RoutedFactors | SparseDelta;
+
 /** A line of the plan's trace. */
 export interface TraceEntry {
   readonly step: number;
-  /** Sum of active ranks. */
+  /** Sum of active ranks, or of non-zeros. */
   readonly totalRank: number;
   /** Modules whose rank changed. */
   readonly changed: readonly string[];
@@ -47,6 +72,8 @@ export interface TrainingSchedule {
   readonly form: AdapterForm;
   /** Weight of the orthogonality of loraA's rows and loraB's columns in the loss; 0: none. */
   readonly regulariser: number;
+  /** Weight of how evenly experts are picked, in the loss; absent: none. */
+  readonly balance?: number;
   /** The rate it trains well at, unless the user gives another. */
   readonly learningRate: number;
   /** Makes the parameters of every module. */
@@ -61,11 +88,13 @@ export interface TrainingSchedule {
   rateFactor?(step: number, born: number): number;
   /** Active ranks now, by module name: what the plan reports and the budget counts. */
   ranks(modules: readonly TrainedModule[]): ReadonlyMap<string, number>;
+  /** What a layer costs of the budget, and the numbers that are stored of it; absent: its rank times what one costs, and the two factors. */
+  size?(module: TrainedModule): { readonly spent: number; readonly parameters: number };
   readonly trace: readonly TraceEntry[];
   /** From this step on the ranks are final: checkpoints from here on may be kept as the best. */
   readonly finalFrom: number;
-  /** Update without its scale baked: loraA (r, n), loraB (m, r) with the scale in loraB; r may be 0. */
-  factors(module: TrainedModule): TrainedFactors;
+  /** The update as it is stored: loraA (r, n), loraB (m, r) with the scale in loraB, where r may be 0, or another form of it. */
+  factors(module: TrainedModule, blas: Blas): TrainedUpdate | Promise<TrainedUpdate>;
   /** All that a stopped run needs besides the parameters, as plain JSON. */
   state(): unknown;
   restore(state: unknown): void;
