@@ -5,14 +5,15 @@ import { openOnnx } from '../formats/onnx/reader.ts';
 import { writeOnnx } from '../formats/onnx/writer.ts';
 import { type AdapterContents, readAdapterFolder } from './artifacts/adapter-reader.ts';
 import { copyModelFiles } from './artifacts/copied-files.ts';
+import { FOLDS_FILE } from './artifacts/folds-file.ts';
 import { writeJson } from './artifacts/manifest.ts';
-import { openModelSource } from './artifacts/model-source.ts';
+import { assertNaturalOrder, openModelSource } from './artifacts/model-source.ts';
 import { type AdapterFeed, type AttachedAs, attachAdapter, feedsOf } from './artifacts/onnx/attach-adapter.ts';
 import { errorCode } from './artifacts/process-lock.ts';
 import { RecipeError, UnsupportedError } from './errors.ts';
 
 /** Files of an artifact that tell runtimes about it, whatever its weights. */
-const KEPT = ['generation_config.json', 'genai_config.json'];
+const KEPT = ['generation_config.json', 'genai_config.json', FOLDS_FILE];
 
 /**
  * Writes the ONNX artifact `base` with the adapter's branches into `folder`. Throws RecipeError for a base that is no ONNX artifact or does not fit,
@@ -20,6 +21,7 @@ const KEPT = ['generation_config.json', 'genai_config.json'];
  */
 export async function writeWithAdapter(base: string, contents: AdapterContents, folder: string, as: AttachedAs): Promise<void> {
   await using source = await openModelSource(base);
+  assertNaturalOrder(source, '--base');
   const { onnxPath } = source;
   if (onnxPath === undefined)
     throw new RecipeError(
@@ -32,7 +34,7 @@ export async function writeWithAdapter(base: string, contents: AdapterContents, 
   const turned = contents.modules.find(({ magnitude }) => magnitude !== undefined);
   if (turned) throw new UnsupportedError(`"${turned.name}" is a DoRA, which a branch cannot say; --to merged folds it in`);
   await using file = await openOnnx(onnxPath);
-  const model = attachAdapter(onnxPath, file.model, contents.modules, as);
+  const model = attachAdapter(onnxPath, file.model, contents.modules, as, source.folds);
   await mkdir(join(folder, 'onnx'), { recursive: true });
   const name = basename(onnxPath);
   const { data } = await writeOnnx(model, join(folder, 'onnx'), name);

@@ -8,7 +8,7 @@ import { type FoundStart, findStart } from './adapt-start.ts';
 import { readTrainingText } from './adapt-text.ts';
 import { Trainer } from './adapt-train.ts';
 import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
-import { type ModelSource, openModelSource } from './artifacts/model-source.ts';
+import { assertNaturalOrder, type ModelSource, openModelSource } from './artifacts/model-source.ts';
 import { OutputFolder } from './artifacts/output-folder.ts';
 import { Spool } from './calibration/state-store.ts';
 import { parseTextFile } from './calibration/text.ts';
@@ -89,6 +89,7 @@ export async function adapt(
   if (!mode.dryRun)
     await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
   await using source = await openModelSource(path);
+  assertNaturalOrder(source, 'adapt');
   const { model } = source;
   const modules = modulesOf(model, recipe.targets);
   const budget = budgetOf(recipe, modules);

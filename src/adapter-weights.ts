@@ -1,7 +1,7 @@
 /** A base with an adapter applied to its weights as they are read: nothing is written, and the base may be quantized. */
 
 import { type AdapterContents, readAdapterFolder } from './artifacts/adapter-reader.ts';
-import type { ModelSource } from './artifacts/model-source.ts';
+import { assertNaturalOrder, type ModelSource } from './artifacts/model-source.ts';
 import type { Blas } from './compute/blas.ts';
 import { RecipeError } from './errors.ts';
 import { ROUTED_TENSORS, type RoutedShape } from './graph/routed-branch.ts';
@@ -9,11 +9,9 @@ import type { LinearSite, WeightReader } from './model/model.ts';
 import { rowNorms, turnTo } from './model/row-norms.ts';
 
 /** `source.weights` with the adapter in the folder `path` added. Throws as `readAdapterFolder`, and RecipeError for layers outside the blocks. */
-export async function withAdapter(
-  { path: basePath, model, tensors, weights }: ModelSource,
-  path: string,
-  blas: Blas,
-): Promise<WeightReader> {
+export async function withAdapter(source: ModelSource, path: string, blas: Blas): Promise<WeightReader> {
+  const { path: basePath, model, tensors, weights } = source;
+  assertNaturalOrder(source, `--adapter ${path}:`);
   const contents = await readAdapterFolder(path, tensors.tensors);
   const sites = new Set(model.blocks.flatMap((block) => block.sites.map(({ name }) => name)));
   const { modules, routed, deltas } = contents;

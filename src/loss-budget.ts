@@ -113,7 +113,7 @@ async function makeRound(run: LossBudgetRun, index: number, size: number, origin
   const { nll, perplexity } = await run.evaluate(asMade(source.weights, parts, job));
   const plans = planOf(job, parts);
   const linears = new Map([...job.expected.keys()].map((site) => [site, plans.modules[site.name]]));
-  const sizes = predictSizes(source.tensors, linears, job.expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
+  const sizes = predictSizes(source, linears, job.expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
   const { averageBits, bitsPerWeight, quantizedBytes } = sizes;
   return { size, nll, perplexity, rise: perplexity / original.perplexity - 1, averageBits, bitsPerWeight, quantizedBytes };
 }

@@ -1,5 +1,6 @@
 /** The loop of a quantize run: measure a block, decide and apply each site, store the block, move the text through it. */
 import { fromFloat32, toFloat32 } from '../formats/dtype.ts';
+import { freeInputs } from './artifacts/folds.ts';
 import type { PartStore } from './artifacts/parts.ts';
 import type { Calibration } from './calibration/calibration.ts';
 import type { CalibrationStats } from './calibration/statistics.ts';
@@ -188,9 +189,11 @@ async function refineBlock(
 
 /** What a method is given in this run. */
 export function contextOf(
-  run: Pick<BlocksRun, 'blas' | 'options' | 'weights' | 'hooks' | 'allocation' | 'kernels'>,
+  run: Pick<BlocksRun, 'model' | 'selected' | 'blas' | 'options' | 'weights' | 'hooks' | 'allocation' | 'kernels'>,
 ): QuantizeContext {
+  const free = freeInputs(run.model, run.selected);
   return {
+    sortsFreely: (input) => free.has(input),
     blas: run.blas,
     options: run.options,
     note: (site, message) => run.hooks.note?.(`${site.name}: ${message}`),

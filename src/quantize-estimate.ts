@@ -1,5 +1,4 @@
 /** What a run will cost, before it starts: for --dry-run and for the first line of a report. */
-import type { TensorSource } from '../formats/tensor.ts';
 import {
   codeBitsOf,
   gptqStoredBits,
@@ -10,10 +9,12 @@ import {
   type Storage,
   summarizeStorage,
 } from './artifacts/accounting.ts';
+import { freeInputs } from './artifacts/folds.ts';
 import { whyNotGptq } from './artifacts/gptq.ts';
+import type { ModelSource } from './artifacts/model-source.ts';
 import { layOutShape, type OnnxLinearLayout, type OnnxStorageOptions } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
-import { rotatedRun } from './methods/quantize/input-transform.ts';
+import { shapeOfKind } from './methods/quantize/best/prepared-input.ts';
 import type { Measuring, SitePlan } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
 
@@ -118,13 +119,14 @@ export function sizesOf(storage: Storage, weightBytes: number, format: ArtifactF
  * @param onnx how an ONNX file is to store codes
  */
 export function predictSizes(
-  tensors: TensorSource,
+  { tensors, model }: Pick<ModelSource, 'tensors' | 'model'>,
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
   onnx: OnnxStorageOptions = {},
 ): ArtifactSizes {
-  const storage = summarizeStorage(storageOf(linears, format, onnx), storageOf(embeddings, format, onnx), 0);
+  const free = freeInputs(model, new Set([...linears.keys()].map(({ name }) => name)));
+  const storage = summarizeStorage(storageOf(linears, format, onnx, free), storageOf(embeddings, format, onnx), 0);
   const modules = [...storage.modules, ...storage.embeddings];
   const replaced = new Set(modules.map(({ name }) => `${name}.weight`));
   const kept = [...tensors.tensors.values()].filter(({ name }) => !replaced.has(name));
@@ -132,10 +134,12 @@ export function predictSizes(
   return sizesOf(storage, quantizedBytes + sum(kept.map(({ byteLength }) => byteLength)), format);
 }
 
+/** @param free inputs whose order is folded */
 function storageOf(
   sites: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
   options: OnnxStorageOptions,
+  free: ReadonlySet<string> = new Set(),
 ): ModuleStorage[] {
   const inputs = new Set<string>();
   const all = [...sites].map(([site, { groupSize, bits, transform: kind, rank }]) => {
@@ -143,7 +147,8 @@ function storageOf(
     const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const, ...lowRank };
     const first = !inputs.has(site.input);
     inputs.add(site.input);
-    const transform = kind && { permuted: true, hadamard: kind === 'perm-had' ? rotatedRun(groupSize, site.inFeatures) : 0 };
+    const made = kind && shapeOfKind(kind, groupSize, site.inFeatures);
+    const transform = made && free.has(site.input) ? { ...made, permuted: false } : made;
     // The order of an input lies with the first module that reads it.
     return {
       site,
@@ -178,16 +183,16 @@ const TENSOR_OVERHEAD = { onnx: 1_500, safetensors: 160, gptq: 160 } as const;
 
 /** What a budget for codes does not change, by the plan expected now. */
 export function fixedCosts(
-  tensors: TensorSource,
+  source: Pick<ModelSource, 'tensors' | 'model'>,
   linears: ReadonlyMap<LinearSite, SitePlan>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
   onnx: OnnxStorageOptions = {},
 ): { weights: number; fileBytes: number; runtimeBytes: number } {
-  const sizes = predictSizes(tensors, linears, embeddings, format, onnx);
+  const sizes = predictSizes(source, linears, embeddings, format, onnx);
   const storage = storageOf(embeddings, format, onnx);
   const embedded = sum(storage.map(({ storedBits }) => storedBits)) / 8;
-  const count = tensors.tensors.size + 4 * linears.size;
+  const count = source.tensors.tensors.size + 4 * linears.size;
   return {
     weights: sum([...linears.keys()].map(({ inFeatures, outFeatures }) => inFeatures * outFeatures)),
     fileBytes: sizes.unquantizedBytes + embedded + FILE_OVERHEAD[format] + TENSOR_OVERHEAD[format] * count,

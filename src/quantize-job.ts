@@ -1,5 +1,6 @@
 /** What a quantize request comes down to for one model: which layers, what widths if they are known, which text. Decided before the first byte is written. */
 import { fileURLToPath } from 'node:url';
+import { freeInputs } from './artifacts/folds.ts';
 import { whyNotGptq } from './artifacts/gptq.ts';
 import type { ModelSource } from './artifacts/model-source.ts';
 import { checkBudget, type FixedCosts } from './bit-budget.ts';
@@ -73,7 +74,12 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   const expectedEmbeddings = new Map(
     tables.map((site) => [site, uniform(site, Number(embeddings), embeddingGroups(source.model, recipe))]),
   );
-  const transformed = [...expected].find(([, { transform }]) => transform !== undefined);
+  // What the gptq layout has a place for.
+  const free = recipe.formats.includes('gptq') ? freeInputs(source.model, selected) : new Set<string>();
+  const transformed = [...expected].find(
+    ([{ input }, { transform }]) =>
+      transform !== undefined && !(transform === 'perm' && free.has(input) && recipe.preset === 'best'),
+  );
   if (transformed !== undefined && (recipe.preset !== 'best' || !quantizer.needsCalibration || recipe.formats.includes('gptq'))) {
     const why = recipe.formats.includes('gptq')
       ? '--format gptq has no place for it'
@@ -90,13 +96,7 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
     if (rank > 0) for (const [site, plan] of expected) expected.set(site, { ...plan, rank });
   }
   checkFormats(recipe, expected);
-  const unbranched = fixedCosts(
-    source.tensors,
-    withoutRanks(expected),
-    expectedEmbeddings,
-    recipe.formats[0],
-    onnxStorageOf(recipe),
-  );
+  const unbranched = fixedCosts(source, withoutRanks(expected), expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
   const fixed = rankBudget && (recipe.size ?? recipe.runtimeMemory) ? withReserve(unbranched, recipe, rankBudget) : unbranched;
   const surveys = given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
   if (surveys) checkBudget(recipe, fixed, sites);

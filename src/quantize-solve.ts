@@ -40,8 +40,8 @@ const RUNTIME_PARAMETER_BITS = 32;
 
 /** What a method is told of a recipe. */
 function optionsOf(recipe: QuantizeRecipe, bits: number): QuantizeOptions {
-  // The gptq layout has no place for a transform.
-  const transform = recipe.transform === 'auto' && recipe.formats.includes('gptq') ? 'none' : recipe.transform;
+  // The gptq layout has no place for a transform that a runtime would have to do.
+  const transform = recipe.transform === 'auto' && recipe.formats.includes('gptq') ? 'free' : recipe.transform;
   return { ...recipe, transform, bits };
 }
 
@@ -221,7 +221,7 @@ async function surveyOf(
 /** Bits of the quantized layers with these widths: stored ones, or as the runtime holds them where the budget counts those. */
 function sizeOfPlan({ source, recipe, expected, fixed }: QuantizeJob, plan: ReadonlyMap<string, SitePlan>): number {
   const linears = new Map([...expected.keys()].map((site) => [site, plan.get(site.name)!]));
-  const sizes = predictSizes(source.tensors, linears, new Map(), recipe.formats[0], onnxStorageOf(recipe));
+  const sizes = predictSizes(source, linears, new Map(), recipe.formats[0], onnxStorageOf(recipe));
   if (recipe.runtimeMemory !== undefined) return 8 * (sizes.runtimeBytes ?? 0);
   return sizes.bitsPerWeight * fixed.weights;
 }

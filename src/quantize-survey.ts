@@ -4,14 +4,22 @@ import type { Calibration } from './calibration/calibration.ts';
 import { frontier } from './methods/quantize/allocation/frontier.ts';
 import type { Choice, ChoiceSet } from './methods/quantize/allocation/hull.ts';
 import { type Repair, withRanks } from './methods/quantize/allocation/joint.ts';
-import type { InputSurvey, QuantizeContext, Quantizer, TransformCosts, Trial } from './methods/quantize/quantizer.ts';
+import {
+  type InputSurvey,
+  type QuantizeContext,
+  type Quantizer,
+  sorts,
+  type TransformCosts,
+  type TransformKind,
+  type Trial,
+} from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model, WeightReader } from './model/model.ts';
 import type { SensitivityProbe } from './sensitivity-probe.ts';
 
 /** A transform costs a runtime an operation: it must predict this much less loss than none. */
 const TRANSFORM_HANDICAP = 1.03;
-/** Bits of a permutation's entry. */
-const INDEX_BITS = 32;
+/** Bits a column that a transform is stored with: an index, or a sign. */
+const TRANSFORM_BITS: Readonly<Record<TransformKind, number>> = { none: 0, perm: 32, 'perm-had': 32, had: 1 };
 
 /** All that was seen of a model. */
 export interface ModelSurvey {
@@ -92,7 +100,7 @@ export function choiceSets(
 }
 
 function choiceOf(
-  { transform, sites }: TransformCosts,
+  { transform, free, sites }: TransformCosts,
   sensitivities: ReadonlyMap<string, number>,
   widths: readonly number[],
   groupSize: number,
@@ -100,14 +108,14 @@ function choiceOf(
   repairs: ReadonlyMap<string, Repair> | undefined,
 ): Choice {
   const { inFeatures } = sites[0].site;
-  const fixedBits = transform === 'none' || unit === 'code' ? 0 : INDEX_BITS * inFeatures;
+  const fixedBits = unit === 'code' || (free && sorts(transform)) ? 0 : TRANSFORM_BITS[transform] * inFeatures;
   const handicap = transform === 'none' ? TRANSFORM_HANDICAP : 1;
   const members = sites.map(({ site, costs }) => {
     const sizes = costs.map((_, g) => {
       const columns = Math.min(groupSize, inFeatures - g * groupSize);
       return widths.map((width) => groupBits(unit, site.outFeatures, columns, width));
     });
-    const codes = frontier({ widths, costs, sizes, monotone: transform !== 'none' });
+    const codes = frontier({ widths, costs, sizes, monotone: sorts(transform) });
     const repair = repairs?.get(site.name);
     return {
       name: site.name,

@@ -258,7 +258,7 @@ function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): Qu
   const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };
   const artifacts = recipe.formats.map((format) => ({
     format,
-    ...predictSizes(source.tensors, expected, expectedEmbeddings, format, onnxStorageOf(recipe)),
+    ...predictSizes(source, expected, expectedEmbeddings, format, onnxStorageOf(recipe)),
   }));
   return { ...outlineOf(job, plan, notes), averageBits: artifacts[0].averageBits, artifacts };
 }

@@ -2,7 +2,7 @@
 import { readFile } from 'node:fs/promises';
 import { EnvironmentError, RecipeError } from './errors.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
-import type { BitPlan, SitePlan } from './methods/quantize/quantizer.ts';
+import { type BitPlan, type SitePlan, TRANSFORMS } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
 import { matchModules } from './module-glob.ts';
 
@@ -49,14 +49,15 @@ function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
   if (!Array.isArray(bits) || !bits.every((width) => Number.isInteger(width) && width >= 1 && width <= 8)) {
     throw fail('has "bits" that are not a list of whole numbers 1..8');
   }
-  if (transform !== undefined && transform !== 'perm' && transform !== 'perm-had')
-    throw fail('has a "transform" that is not perm or perm-had');
+  const kind = TRANSFORMS.find((known) => known === transform && known !== 'none');
+  if (transform !== undefined && kind === undefined)
+    throw fail(`has a "transform" that is not ${TRANSFORMS.filter((known) => known !== 'none').join(', ')}`);
   if (rank !== undefined && !(Number.isInteger(rank) && (rank as number) > 0))
     throw fail('has a "rank" that is no whole number above 0');
   return {
     groupSize,
     bits: bits as number[],
-    ...(transform && { transform }),
+    ...(kind && kind !== 'none' && { transform: kind }),
     ...(rank !== undefined && { rank: rank as number }),
   };
 }

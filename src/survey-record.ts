@@ -1,6 +1,6 @@
 /** A survey as plain JSON, bit for bit: it takes a pass over the model, and a resumed search must go on from the same one. */
 import type { PartDetails } from './artifacts/parts.ts';
-import type { TransformKind } from './methods/quantize/quantizer.ts';
+import type { TransformCosts } from './methods/quantize/quantizer.ts';
 import type { Model } from './model/model.ts';
 import type { ModelSurvey } from './quantize-survey.ts';
 
@@ -15,7 +15,7 @@ interface RecordedSite {
 interface RecordedSurvey {
   readonly inputs: readonly {
     readonly input: string;
-    readonly transforms: readonly { readonly transform: TransformKind; readonly sites: readonly RecordedSite[] }[];
+    readonly transforms: readonly (Pick<TransformCosts, 'transform' | 'free'> & { readonly sites: readonly RecordedSite[] })[];
   }[];
   readonly sensitivities: Readonly<Record<string, number>>;
 }
@@ -24,8 +24,9 @@ export function recordSurvey({ inputs, sensitivities }: ModelSurvey): PartDetail
   const record: RecordedSurvey = {
     inputs: inputs.map(({ input, survey }) => ({
       input,
-      transforms: survey.transforms.map(({ transform, sites }) => ({
+      transforms: survey.transforms.map(({ transform, free, sites }) => ({
         transform,
+        free,
         sites: sites.map(({ site, energy, costs }) => ({
           name: site.name,
           energy,
@@ -47,8 +48,9 @@ export function readSurvey(details: PartDetails, model: Model): ModelSurvey {
     inputs: inputs.map(({ input, transforms }) => ({
       input,
       survey: {
-        transforms: transforms.map(({ transform, sites }) => ({
+        transforms: transforms.map(({ transform, free, sites }) => ({
           transform,
+          free,
           sites: sites.map(({ name, energy, widths, costs }) => ({
             site: known.get(name)!,
             energy,

@@ -5,7 +5,8 @@
 import { byteLengthOf } from '../../formats/dtype.ts';
 import type { TensorDeclaration } from '../../formats/tensor.ts';
 import { gptqDeclarations } from './gptq.ts';
-import { hadamardBits } from './onnx/hadamard-constant.ts';
+import { hadamardBits, rotationSteps } from './onnx/hadamard-constant.ts';
+import { signsPerByte } from './onnx/input-signs.ts';
 import { type OnnxLinearLayout, operandBits, partRowBytes } from './onnx/linear-layout.ts';
 import { planesDeclarations, type QuantizedShape } from './planes.ts';
 
@@ -106,10 +107,11 @@ export function onnxStorage(
     }
     let indexBits = 0;
     if (transform?.permuted) indexBits += sharedBits(`${input} columns`, inFeatures * COLUMN_BITS);
-    const { hadamard = 0 } = transform ?? {};
-    if (hadamard > 0 && sharedBits(`hadamard ${hadamard}`, 1) > 0) {
-      storedBits += hadamardBits(hadamard);
-      runtimeBits += 32 * hadamard * hadamard;
+    if (transform?.signed) indexBits += sharedBits(`${input} signs`, 8 * (inFeatures / signsPerByte(inFeatures)));
+    for (const size of transform?.hadamard ? rotationSteps(transform.hadamard) : []) {
+      if (sharedBits(`hadamard ${size}`, 1) === 0) continue;
+      storedBits += hadamardBits(size);
+      runtimeBits += 32 * size * size;
     }
     if (order) indexBits += sharedBits(`${input} order ${order} of ${blockSize}`, order.length * INDEX_BITS);
     const some = meanGroups.length > 0 && meanGroups.length < Math.ceil(inFeatures / blockSize);

@@ -1,6 +1,7 @@
-/** A checkpoint's tensors with the biases that a run corrected: what writers copy unquantized tensors from. */
+/** A checkpoint's tensors with the biases that a run corrected, or whose layer has its rows in another order: what writers copy unquantized tensors from. */
 import { fromFloat32 } from '../../formats/dtype.ts';
 import type { Tensor, TensorInfo, TensorSource } from '../../formats/tensor.ts';
+import { takeRows } from './folds.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 
 export class CorrectedSource implements TensorSource {
@@ -21,15 +22,26 @@ export class CorrectedSource implements TensorSource {
     this.#biases = biases;
   }
 
-  /** Takes the biases of the modules named, in the dtype the checkpoint has them in. A module without a bias there may not bring one: a plain Error. */
-  static async create(source: TensorSource, quantized: QuantizedSource, names: Iterable<string>): Promise<CorrectedSource> {
+  /**
+   * Takes the biases of the modules named, in the dtype the checkpoint has them in. A module without a bias there may not bring one: a plain Error.
+   * @param orders of rows, by module: those of `quantized`
+   */
+  static async create(
+    source: TensorSource,
+    quantized: QuantizedSource,
+    names: Iterable<string>,
+    orders: ReadonlyMap<string, Uint32Array> = new Map(),
+  ): Promise<CorrectedSource> {
     const biases = new Map<string, Uint8Array>();
     for (const module of names) {
       if (!quantized.has(module)) continue;
       const { bias, outFeatures } = await quantized.readGrid(module);
-      if (!bias) continue;
       const name = `${module}.bias`;
       const info = source.tensors.get(name);
+      const order = orders.get(module);
+      if (!bias && order && info)
+        biases.set(name, takeRows((await source.read(name)).data, order, info.byteLength / order.length));
+      if (!bias) continue;
       const dtype = info?.dtype;
       if ((dtype !== 'F32' && dtype !== 'F16' && dtype !== 'BF16') || bias.length !== outFeatures) {
         throw new Error(

@@ -1,5 +1,6 @@
-/** An artifact's tensors as the original checkpoint had them: quantized modules appear as float32 `<module>.weight`, decoded when read. */
+/** An artifact's tensors as the original checkpoint had them: quantized modules appear as float32 `<module>.weight`, decoded when read; folds are undone. */
 import type { Tensor, TensorInfo, TensorSource } from '../../formats/tensor.ts';
+import { type ColumnFold, inverseOf, rowOrders, takeRows, unfolded } from './folds.ts';
 import type { StoredModules } from './stored-modules.ts';
 import { asBytes } from './tensor-bytes.ts';
 import { transpose } from './transpose.ts';
@@ -11,15 +12,18 @@ export class DecodedSource implements TensorSource {
   readonly files: TensorSource['files'];
   readonly #stored: TensorSource;
   readonly #modules: StoredModules;
+  /** Biases whose values lie in another order, by tensor name. */
+  readonly #biasOrders: ReadonlyMap<string, Uint32Array>;
   /** Rows of an embedding are read a few at a time: the last decoded weight is kept. */
   #last: { readonly name: string; readonly data: Promise<Float32Array> } | undefined;
 
-  constructor(stored: TensorSource, modules: StoredModules) {
+  constructor(stored: TensorSource, modules: StoredModules, folds: readonly ColumnFold[] = []) {
     this.path = stored.path;
     this.metadata = stored.metadata;
     this.files = stored.files;
     this.#stored = stored;
-    this.#modules = modules;
+    this.#modules = unfolded(modules, folds);
+    this.#biasOrders = new Map([...rowOrders(folds)].map(([name, order]) => [`${name}.bias`, inverseOf(order)]));
     const tensors = new Map([...stored.tensors].filter(([name]) => !modules.owns(name)));
     for (const [module, { outFeatures, inFeatures, transposed }] of modules.modules) {
       const shape = transposed ? [inFeatures, outFeatures] : [outFeatures, inFeatures];
@@ -42,16 +46,28 @@ export class DecodedSource implements TensorSource {
 
   async read(name: string): Promise<Tensor> {
     const module = this.moduleOf(name);
-    if (module === undefined) return this.#stored.read(name);
+    if (module === undefined) return this.#readStored(name);
     return { ...this.tensors.get(name)!, data: asBytes(await this.#weight(module)) };
   }
 
   async readRows(name: string, start: number, end: number): Promise<Tensor> {
     const module = this.moduleOf(name);
-    if (module === undefined) return this.#stored.readRows(name, start, end);
+    if (module === undefined && !this.#biasOrders.has(name)) return this.#stored.readRows(name, start, end);
+    if (module === undefined) {
+      const { data, shape, byteLength, ...rest } = await this.#readStored(name);
+      const width = byteLength / shape[0];
+      const rows = data.subarray(start * width, end * width);
+      return { ...rest, shape: [end - start], byteLength: rows.byteLength, data: rows };
+    }
     const [, columns] = this.tensors.get(name)!.shape;
     const data = asBytes((await this.#weight(module)).subarray(start * columns, end * columns));
     return { name, dtype: 'F32', shape: [end - start, columns], byteLength: data.byteLength, data };
+  }
+
+  async #readStored(name: string): Promise<Tensor> {
+    const tensor = await this.#stored.read(name);
+    const order = this.#biasOrders.get(name);
+    return order ? { ...tensor, data: takeRows(tensor.data, order, tensor.byteLength / order.length) } : tensor;
   }
 
   /** In the checkpoint's own layout. */

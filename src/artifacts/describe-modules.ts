@@ -1,5 +1,5 @@
 /** What a model's quantized modules are, in model order, for the metadata of an artifact. */
-import type { InputTransform } from '../methods/quantize/input-transform.ts';
+import { type InputTransform, shapeOfTransform } from '../methods/quantize/input-transform.ts';
 import type { Model } from '../model/model.ts';
 import type { QuantizedModule } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
@@ -12,7 +12,7 @@ export async function describeModules(model: Model, quantized: QuantizedSource):
     const { outFeatures, inFeatures, groupSize, bits, transform, lowRank } = await quantized.readGrid(name);
     const shape = { outFeatures, inFeatures, groupSize, input, transposed, bits: [...bits] };
     const module = lowRank ? { ...shape, rank: lowRank.rank } : shape;
-    modules.set(name, transform ? { ...module, transform: { hadamard: transform.hadamard } } : module);
+    modules.set(name, transform ? { ...module, transform: shapeOfTransform(transform) } : module);
     return transform;
   };
   for (const block of model.blocks) {

@@ -1,7 +1,7 @@
 /** The configuration that says how to read a GPTQ checkpoint, and who can. */
 
 import type { GptqFormat } from './gptq.ts';
-import type { QuantizedShape } from './planes.ts';
+import type { CodeShape } from './planes.ts';
 
 export interface GptqConfig {
   readonly quant_method: 'gptq';
@@ -21,11 +21,7 @@ export interface GptqConfig {
  * where zero points are the middle. Everything else is v2.
  * @param modules quantized modules, @param left modules of the blocks that stay in float
  */
-export function gptqConfig(
-  modules: ReadonlyMap<string, QuantizedShape>,
-  left: readonly string[],
-  symmetric: boolean,
-): GptqConfig {
+export function gptqConfig(modules: ReadonlyMap<string, CodeShape>, left: readonly string[], symmetric: boolean): GptqConfig {
   const shapes = [...modules.values()];
   const bits = mostCommon(shapes.map((shape) => shape.bits[0]));
   const groupSize = mostCommon(shapes.map((shape) => shape.groupSize));

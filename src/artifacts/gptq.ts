@@ -5,7 +5,7 @@ import { FormatError } from '../errors.ts';
 import { groupCount, type QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { readExpected } from './expected-tensor.ts';
 import { type GptqBits, packStream, unpackStream } from './packing/gptq-streams.ts';
-import type { QuantizedShape } from './planes.ts';
+import type { CodeShape, QuantizedShape } from './planes.ts';
 import type { QuantizedModule } from './quant-metadata.ts';
 import { asBytes, asWords } from './tensor-bytes.ts';
 
@@ -17,8 +17,9 @@ export type GptqFormat = 'gptq' | 'gptq_v2';
 /** Why the layout cannot hold a module, as half a sentence; undefined when it can. */
 export function whyNotGptq(shape: QuantizedShape): string | undefined {
   const { outFeatures, inFeatures, groupSize, bits, scaleDtype, transform, lowRank } = shape;
-  if (transform)
-    return `has its input ${transform.hadamard > 0 ? 'sorted and rotated' : 'sorted'}, for which the layout has no place`;
+  const { permuted = false, signed = false, hadamard = 0 } = transform ?? {};
+  const changes = [permuted && 'sorted', (signed || hadamard > 0) && 'rotated'].filter(Boolean);
+  if (changes.length > 0) return `has its input ${changes.join(' and ')}, for which the layout has no place`;
   if (lowRank) return `has a branch of rank ${lowRank.rank}, for which the layout has no place`;
   const widths = [...new Set(bits)];
   if (widths.length > 1) return `mixes widths (${widths.sort().join(', ')} bits)`;
@@ -36,7 +37,7 @@ export function isSymmetric({ bits, zeroPoints }: Pick<QuantizedLinear, 'bits' |
 }
 
 /** Headers of the tensors that stand for `<name>.weight`; the module must suit the layout. */
-export function gptqDeclarations(name: string, shape: QuantizedShape): TensorDeclaration[] {
+export function gptqDeclarations(name: string, shape: CodeShape): TensorDeclaration[] {
   const { outFeatures: m, inFeatures: n, bits } = shape;
   const [width] = bits;
   return [

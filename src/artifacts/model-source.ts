@@ -5,11 +5,13 @@ import { openCheckpoint } from '../../formats/checkpoint.ts';
 import { bitsPerElement } from '../../formats/dtype.ts';
 import { type OnnxFile, openOnnx } from '../../formats/onnx/reader.ts';
 import type { TensorInfo, TensorSource } from '../../formats/tensor.ts';
-import { EnvironmentError, FormatError } from '../errors.ts';
+import { EnvironmentError, FormatError, RecipeError } from '../errors.ts';
 import { createModel } from '../model/architectures/index.ts';
 import type { LinearSite, Model, WeightReader } from '../model/model.ts';
 import { type Storage, summarizeStorage } from './accounting.ts';
 import { DecodedSource } from './decoded-source.ts';
+import type { ColumnFold } from './folds.ts';
+import { FOLDS_FILE, readFolds } from './folds-file.ts';
 import type { GptqFormat } from './gptq.ts';
 import { OnnxTensors, onnxModules } from './onnx/onnx-modules.ts';
 import { errorCode } from './process-lock.ts';
@@ -39,10 +41,22 @@ export interface ModelSource extends AsyncDisposable {
   readonly files: readonly { readonly path: string; readonly byteLength: number }[];
   /** Size of the weight files. */
   readonly weightBytes: number;
+  /** Rows and columns that the files have in another order than the original; weights and tensors here do not. */
+  readonly folds: readonly ColumnFold[];
+  /** A layer whose rows or columns lie in an order that nothing tells, so that they do here too; absent: there is none. */
+  readonly unknownFold?: string;
   /** What the quantized modules cost, in the layout that was opened. */
   readonly storage: Storage;
   /** The ONNX model, when there is one to run. */
   readonly onnxPath?: string;
+}
+
+/** Throws RecipeError for a model whose layers do not have the rows and columns of the original, told or not. */
+export function assertNaturalOrder({ path, folder, unknownFold }: ModelSource, flag: string): void {
+  if (unknownFold === undefined) return;
+  throw new RecipeError(
+    `${flag} ${path}: "${unknownFold}" reads its columns in an order of its own, and the ${FOLDS_FILE} that tells it is not in ${folder}`,
+  );
 }
 
 /**
@@ -72,7 +86,8 @@ interface Opened {
 type Place = Pick<ModelSource, 'path' | 'folder' | 'configPath' | 'config' | 'onnxPath'>;
 
 async function describe({ tensors: stored, modules }: Opened, place: Place): Promise<ModelSource> {
-  const tensors = modules ? new DecodedSource(stored, modules) : stored;
+  const { folds, unknown } = modules ? await readFolds(place.folder, modules.modules) : { folds: [] };
+  const tensors = modules ? new DecodedSource(stored, modules, folds) : stored;
   // The layouts pcomp decodes look like float checkpoints from here on; any other quantization is refused by createModel.
   const { quantization_config: _, ...floatConfig } = place.config;
   const model = createModel(modules ? floatConfig : place.config, place.configPath, tensors);
@@ -84,6 +99,8 @@ async function describe({ tensors: stored, modules }: Opened, place: Place): Pro
     tensors,
     storedTensors: [...stored.tensors.values()],
     files: tensors.files,
+    folds,
+    ...(unknown !== undefined && { unknownFold: unknown }),
     weightBytes: tensors.files.reduce((sum, file) => sum + file.byteLength, 0),
     storage: await storageOf(model, tensors, modules),
     [Symbol.asyncDispose]: () => tensors.close(),

@@ -6,9 +6,10 @@ import { openSafetensors } from '../../formats/safetensors/reader.ts';
 import { createSafetensorsSink } from '../../formats/safetensors/writer.ts';
 import type { TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
 import { FormatError, RecipeError } from '../errors.ts';
+import { shapeOfTransform } from '../methods/quantize/input-transform.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { readExpected } from './expected-tensor.ts';
-import { encodePlanes, planesDeclarations, type QuantizedGrid, readPlanes, readPlanesGrid } from './planes.ts';
+import { encodePlanes, planesDeclarations, type QuantizedGrid, readPlanes, readPlanesGrid, shapeOfGrid } from './planes.ts';
 import { parseQuantMetadata, type QuantizedModule, quantMetadata } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 import { asBytes } from './tensor-bytes.ts';
@@ -162,7 +163,10 @@ export class PartStore implements QuantizedSource {
     const metadata = quantMetadata('planes', groupSize, entries)
       .set(RECIPE, this.#recipeHash)
       .set(DETAILS, JSON.stringify(details));
-    const declarations = [...linears].flatMap(([name, q]) => [...planesDeclarations(name, q), ...biasDeclaration(name, q)]);
+    const declarations = [...linears].flatMap(([name, q]) => [
+      ...planesDeclarations(name, shapeOfGrid(q)),
+      ...biasDeclaration(name, q),
+    ]);
     await using sink = await createSafetensorsSink(this.#pathOf(part), declarations, metadata);
     for (const [name, q] of linears) {
       for (const tensor of encodePlanes(name, q)) await sink.write(tensor.name, tensor.data);
@@ -210,7 +214,7 @@ function biasDeclaration(name: string, q: { readonly outFeatures: number; readon
 function entryOf(name: string, { outFeatures, inFeatures, groupSize, transform, lowRank }: QuantizedLinear): QuantizedModule {
   const rank = lowRank && { rank: lowRank.rank };
   const entry = { outFeatures, inFeatures, groupSize, input: name, transposed: false, ...rank };
-  return transform ? { ...entry, transform: { hadamard: transform.hadamard } } : entry;
+  return transform ? { ...entry, transform: shapeOfTransform(transform) } : entry;
 }
 
 function parseDetails(path: string, text = '{}'): PartDetails {

@@ -2,23 +2,32 @@
 import { fromFloat32, toFloat32 } from '../../formats/dtype.ts';
 import type { Tensor, TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
 import { FormatError } from '../errors.ts';
+import { type InputTransform, shapeOfTransform, type TransformShape } from '../methods/quantize/input-transform.ts';
 import type { LowRankBranch, LowRankShape } from '../methods/quantize/low-rank.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../methods/quantize/quantized-linear.ts';
 import { readExpected } from './expected-tensor.ts';
 import { packPlanes, planeWordCount, unpackPlanes } from './packing/bit-planes.ts';
-import type { QuantizedModule, StoredTransform } from './quant-metadata.ts';
+import type { QuantizedModule } from './quant-metadata.ts';
 import { checkedOrder } from './stored-order.ts';
 import { asBytes, asWords } from './tensor-bytes.ts';
 
 /** Everything of a quantized linear but its codes: small, and enough to lay out or account for an artifact. */
 export type QuantizedGrid = Omit<QuantizedLinear, 'codes'>;
 
+/** Rows, columns, and the width of every group. */
+export type CodeShape = Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'bits' | 'scaleDtype'>;
+
 /** The shape of a quantized linear: what the size and the names of its tensors depend on. */
-export type QuantizedShape = Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'bits' | 'scaleDtype'> & {
-  readonly transform?: StoredTransform;
+export type QuantizedShape = CodeShape & {
+  readonly transform?: TransformShape;
   readonly lowRank?: LowRankShape;
 };
+
+/** The shape of a linear that is at hand. */
+export function shapeOfGrid({ transform, ...rest }: QuantizedGrid): QuantizedShape {
+  return transform ? { ...rest, transform: shapeOfTransform(transform) } : rest;
+}
 
 /** Suffixes of the tensors that stand for `<module>.weight`. */
 const SUFFIXES = {
@@ -28,6 +37,7 @@ const SUFFIXES = {
   zeros: '.pq_zeros',
   offsets: '.pq_offsets',
   order: '.pq_perm',
+  signs: '.pq_signs',
   loraA: '.lora_A.weight',
   loraB: '.lora_B.weight',
 } as const;
@@ -38,12 +48,12 @@ export const PLANES_SUFFIXES: readonly string[] = Object.values(SUFFIXES);
 export const LOW_RANK_SUFFIXES = [SUFFIXES.loraA, SUFFIXES.loraB] as const;
 
 /** Width of group `g` in columns: the last one may be short. */
-function groupColumns(shape: QuantizedShape, g: number): number {
+function groupColumns(shape: CodeShape, g: number): number {
   return Math.min(shape.groupSize, shape.inFeatures - g * shape.groupSize);
 }
 
 /** Words of all code planes and of all zero points. */
-function wordCounts(shape: QuantizedShape): { codes: number; zeros: number } {
+function wordCounts(shape: CodeShape): { codes: number; zeros: number } {
   let codes = 0;
   let zeros = 0;
   shape.bits.forEach((bits, g) => {
@@ -54,8 +64,8 @@ function wordCounts(shape: QuantizedShape): { codes: number; zeros: number } {
 }
 
 /**
- * Headers of the tensors that hold module `name`; tensors without elements are omitted. The order of the columns is among them where `shape` has
- * a transform: of modules that share an input only the first should.
+ * Headers of the tensors that hold module `name`; tensors without elements are omitted. Order and signs of the columns are among them where `shape` has
+ * such a transform: of modules that share an input only the first should.
  */
 export function planesDeclarations(name: string, shape: QuantizedShape): TensorDeclaration[] {
   const { codes, zeros } = wordCounts(shape);
@@ -68,7 +78,8 @@ export function planesDeclarations(name: string, shape: QuantizedShape): TensorD
     { name: name + SUFFIXES.zeros, dtype: 'I32', shape: [zeros] },
     { name: name + SUFFIXES.offsets, dtype: shape.scaleDtype, shape: [oneBit, shape.outFeatures] },
   ];
-  if (shape.transform) all.push(orderDeclaration(name, shape.inFeatures));
+  if (shape.transform?.permuted) all.push(orderDeclaration(name, shape.inFeatures));
+  if (shape.transform?.signed) all.push(signsDeclaration(name, shape.inFeatures));
   if (shape.lowRank) all.push(...branchDeclarations(name, shape, shape.lowRank));
   return all.filter((tensor) => tensor.shape.every((dim) => dim > 0));
 }
@@ -86,6 +97,16 @@ function branchDeclarations(
 
 function orderDeclaration(name: string, columns: number): TensorDeclaration {
   return { name: name + SUFFIXES.order, dtype: 'I32', shape: [columns] };
+}
+
+/** A bit a column. */
+function signsDeclaration(name: string, columns: number): TensorDeclaration {
+  return { name: name + SUFFIXES.signs, dtype: 'I32', shape: [planeWordCount(1, columns, 1)] };
+}
+
+/** All columns as one row of codes of one bit. */
+function signWindow(signs: Uint8Array) {
+  return { codes: signs, offset: 0, stride: signs.length, rows: 1, columns: signs.length };
 }
 
 /** Tensors of module `name`, in the order of `planesDeclarations`. */
@@ -119,7 +140,8 @@ export function encodePlanes(name: string, q: QuantizedLinear): Tensor[] {
           groupRows(q.offsets, q, (width) => width === 1),
         )
       : new Uint8Array(0),
-    ...(q.transform ? { [name + SUFFIXES.order]: asBytes(q.transform.order) } : {}),
+    ...(q.transform?.order ? { [name + SUFFIXES.order]: asBytes(q.transform.order) } : {}),
+    ...(q.transform?.signs ? { [name + SUFFIXES.signs]: packSigns(q.transform.signs) } : {}),
     ...(q.lowRank
       ? {
           [name + SUFFIXES.loraA]: fromFloat32(q.lowRank.dtype, q.lowRank.loraA),
@@ -127,14 +149,14 @@ export function encodePlanes(name: string, q: QuantizedLinear): Tensor[] {
         }
       : {}),
   };
-  return planesDeclarations(name, q).map((declared) => {
+  return planesDeclarations(name, shapeOfGrid(q)).map((declared) => {
     const bytes = data[declared.name];
     return { ...declared, byteLength: bytes.byteLength, data: bytes };
   });
 }
 
 /** Turns (outFeatures, groups) into (chosen groups, outFeatures). */
-function groupRows(values: Float32Array, shape: QuantizedShape, chosen: (bits: number) => boolean): Float32Array {
+function groupRows(values: Float32Array, shape: CodeShape, chosen: (bits: number) => boolean): Float32Array {
   const groups = [...shape.bits.keys()].filter((g) => chosen(shape.bits[g]));
   const rows = shape.outFeatures;
   const result = new Float32Array(groups.length * rows);
@@ -145,12 +167,7 @@ function groupRows(values: Float32Array, shape: QuantizedShape, chosen: (bits: n
 }
 
 /** Reverse of `groupRows`: the other groups are `rest`. */
-function columnsOfGroups(
-  values: Float32Array,
-  shape: QuantizedShape,
-  chosen: (bits: number) => boolean,
-  rest: number,
-): Float32Array {
+function columnsOfGroups(values: Float32Array, shape: CodeShape, chosen: (bits: number) => boolean, rest: number): Float32Array {
   const rows = shape.outFeatures;
   const groups = shape.bits.length;
   const result = new Float32Array(rows * groups).fill(rest);
@@ -203,7 +220,7 @@ export async function readPlanesGrid(source: TensorSource, name: string, module:
     position = unpackPlanes({ codes: zeroRow, offset: 0, stride: rows, rows: 1, columns: rows }, width, words, position);
     for (let row = 0; row < rows; row++) zeroPoints[row * bits.length + g] = zeroRow[row];
   });
-  const transform = stored && { order: await readOrder(source, module), hadamard: stored.hadamard };
+  const transform = stored && (await readTransform(source, module, stored));
   const grid = {
     ...shape,
     scales: columnsOfGroups(scales, shape, (width) => width >= 1, 1),
@@ -227,7 +244,31 @@ async function readBranch(
   return { ...branch, loraA, loraB: toFloat32(branch.dtype, await readExpected(source, b)) };
 }
 
-/** The order of a module's input, which lies with the first module that reads it. */
+function packSigns(signs: Uint8Array): Uint8Array {
+  const words = new Uint32Array(planeWordCount(1, signs.length, 1));
+  packPlanes(signWindow(signs), 1, words, 0);
+  return asBytes(words);
+}
+
+/** Order and signs of a module's input, which lie with the first module that reads it. */
+async function readTransform(
+  source: TensorSource,
+  module: PlanesModule,
+  { permuted, signed, hadamard }: TransformShape,
+): Promise<InputTransform> {
+  return {
+    ...(permuted && { order: await readOrder(source, module) }),
+    ...(signed && { signs: await readSigns(source, module) }),
+    hadamard,
+  };
+}
+
+async function readSigns(source: TensorSource, { input, inFeatures }: PlanesModule): Promise<Uint8Array> {
+  const signs = new Uint8Array(inFeatures);
+  unpackPlanes(signWindow(signs), 1, asWords(await readExpected(source, signsDeclaration(input, inFeatures))), 0);
+  return signs;
+}
+
 async function readOrder(source: TensorSource, { input, inFeatures }: PlanesModule): Promise<Uint32Array> {
   const declared = orderDeclaration(input, inFeatures);
   const words = asWords(await readExpected(source, declared));

@@ -1,16 +1,12 @@
 /** What an artifact says of its quantized modules: one JSON in the metadata of a safetensors or ONNX file, whatever the layout. */
 import { FormatError } from '../errors.ts';
-import { TRANSFORMS } from '../methods/quantize/quantizer.ts';
+import { isHadamardOrder } from '../methods/quantize/hadamard.ts';
+import type { TransformShape } from '../methods/quantize/input-transform.ts';
+import { TRANSFORMS, type TransformKind } from '../methods/quantize/quantizer.ts';
 
 export const LAYOUTS = ['planes', 'gptq', 'onnx'] as const;
 /** How the codes are stored. */
 export type LayoutName = (typeof LAYOUTS)[number];
-
-/** What is done to an input, but for the order of its columns, which is a tensor or a constant of the file. */
-export interface StoredTransform {
-  /** As `InputTransform` has it: columns that are rotated together, 0 for none. */
-  readonly hadamard: number;
-}
 
 /** A quantized module. Its tensors alone do not tell the number of columns, or the size of its groups. */
 export interface QuantizedModule {
@@ -21,8 +17,8 @@ export interface QuantizedModule {
   readonly input: string;
   /** The model expects the weight as (inFeatures, outFeatures). */
   readonly transposed: boolean;
-  /** What is done to `input`; absent: nothing. */
-  readonly transform?: StoredTransform;
+  /** What is done to `input`; absent: nothing. Order and signs of its columns are tensors or constants of the file. */
+  readonly transform?: TransformShape;
   /** Widths of the groups, where the layout itself does not keep them. */
   readonly bits?: readonly number[];
   /** Rank of the branch beside it; absent: none. */
@@ -38,8 +34,9 @@ export function quantMetadata(
   const inputs = new Map<string, object>();
   const entries = [...modules].map(([name, module]) => {
     const { transform, input } = module;
-    const kind = transform === undefined ? 'none' : transform.hadamard === 0 ? 'perm' : 'perm-had';
-    inputs.set(input, { transform: kind, block: transform?.hadamard || groupSize, folded: false });
+    const kind = kindOf(transform);
+    const folded = (kind === 'perm' || kind === 'perm-had') && !transform?.permuted;
+    inputs.set(input, { transform: kind, block: transform?.hadamard || groupSize, folded });
     const entry = {
       shape: [module.outFeatures, module.inFeatures],
       input,
@@ -101,17 +98,30 @@ export function parseQuantMetadata(path: string, metadata: ReadonlyMap<string, s
   return modules;
 }
 
-function parseTransform(path: string, input: string, value: unknown): StoredTransform | undefined {
+/** The name of a transform. A sorted input whose order the file does not have is *folded*: the layers before yield it in that order. */
+function kindOf(transform: TransformShape | undefined): TransformKind {
+  if (transform === undefined) return 'none';
+  if (transform.signed) return 'had';
+  return transform.hadamard === 0 ? 'perm' : 'perm-had';
+}
+
+function parseTransform(path: string, input: string, value: unknown): TransformShape | undefined {
   const fail = (rule: string) => new FormatError(path, 'quant-transform', `pcomp.quant: input "${input}" ${rule}`);
-  const { transform: kind, block } = isRecord(value) ? value : {};
+  const { transform: kind, block, folded = false } = isRecord(value) ? value : {};
+  if (typeof folded !== 'boolean') throw fail('has a "folded" that is not true or false');
+  const permuted = !folded;
   switch (TRANSFORMS.find((known) => known === kind)) {
     case 'none':
       return undefined;
     case 'perm':
-      return { hadamard: 0 };
+      return { permuted, signed: false, hadamard: 0 };
     case 'perm-had':
-      if (isPositive(block) && Number.isInteger(Math.log2(block)) && block > 1) return { hadamard: block };
+      if (isPositive(block) && Number.isInteger(Math.log2(block)) && block > 1)
+        return { permuted, signed: false, hadamard: block };
       throw fail(`rotates blocks of ${JSON.stringify(block)}, which is no power of two above 1`);
+    case 'had':
+      if (isPositive(block) && isHadamardOrder(block)) return { permuted: false, signed: true, hadamard: block };
+      throw fail(`rotates blocks of ${JSON.stringify(block)}, which no Hadamard matrix does`);
     case undefined:
       throw fail(`has transform ${JSON.stringify(kind)}, pcomp reads ${TRANSFORMS.join(', ')}`);
   }

@@ -17,11 +17,15 @@ export function checkedOrder(path: string, what: string, values: Int32Array, col
 
 /** Whether nothing moves. */
 export function isIdentity({ order }: InputTransform): boolean {
-  return order.every((column, k) => column === k);
+  return order === undefined || order.every((column, k) => column === k);
 }
 
 /** Whether two inputs, or the absence of a transform, are the same. */
 export function sameTransform(a: InputTransform | undefined, b: InputTransform | undefined): boolean {
   if (a === undefined || b === undefined) return a === b;
-  return a.hadamard === b.hadamard && a.order.length === b.order.length && a.order.every((column, k) => column === b.order[k]);
+  return a.hadamard === b.hadamard && sameValues(a.order, b.order) && sameValues(a.signs, b.signs);
+}
+
+function sameValues(a: Uint32Array | Uint8Array | undefined, b: Uint32Array | Uint8Array | undefined): boolean {
+  return a?.length === b?.length && (a?.every((value, k) => value === b?.[k]) ?? true);
 }

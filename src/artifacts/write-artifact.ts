@@ -8,7 +8,10 @@ import { copyModelFiles } from './copied-files.ts';
 import { CorrectedSource } from './corrected-source.ts';
 import { embeddingModules } from './describe-modules.ts';
 import { explainDiskError } from './durable.ts';
+import { type ColumnFold, FoldedSource, findFolds, rowOrders, unfolded } from './folds.ts';
+import { writeFolds } from './folds-file.ts';
 import { readGenerationConfig } from './generation-config.ts';
+import { whyNotGptq } from './gptq.ts';
 import { gptqLoaders } from './gptq-config.ts';
 import { writeJson } from './manifest.ts';
 import type { ModelSource } from './model-source.ts';
@@ -16,6 +19,7 @@ import { genaiConfig } from './onnx/genai-config.ts';
 import type { OnnxStorageOptions } from './onnx/linear-layout.ts';
 import { OnnxTensors, onnxModules } from './onnx/onnx-modules.ts';
 import { type WrittenOnnxArtifact, writeOnnxArtifact } from './onnx/write-onnx.ts';
+import { shapeOfGrid } from './planes.ts';
 import type { LayoutName } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 import { storageOfModules } from './storage-of-modules.ts';
@@ -78,17 +82,27 @@ async function write({
 }: WriteOptions): Promise<WrittenArtifact> {
   const { model } = source;
   const notes: string[] = [];
-  const written: WrittenFormat[] = [];
   const names = [...model.blocks.flatMap((block) => block.sites.map((site) => site.name)), ...embeddingModules(model)];
   const expected = await solvedHashes(
     quantized,
     names.filter((name) => quantized.has(name)),
   );
-  const tensors = await CorrectedSource.create(source.tensors, quantized, names);
+  const all = await findFolds(model, quantized);
+  const written: WrittenFormat[] = [];
   const shards = maxShardBytes === undefined ? {} : { maxShardBytes };
   const changes: Record<string, unknown> = {};
-  const finish = async (opened: TensorSource, stored: StoredModules, files: readonly string[]): Promise<WrittenFormat> => {
-    await verifyModules(opened.path, stored, expected);
+  /** What a layout holds, given the folds it can have. */
+  const foldedBy = async (folds: readonly ColumnFold[]) => {
+    const folded = new FoldedSource(quantized, folds);
+    return { folds, quantized: folded, tensors: await CorrectedSource.create(source.tensors, folded, names, rowOrders(folds)) };
+  };
+  const finish = async (
+    opened: TensorSource,
+    stored: StoredModules,
+    files: readonly string[],
+    folds: readonly ColumnFold[],
+  ): Promise<WrittenFormat> => {
+    await verifyModules(opened.path, unfolded(stored, folds), expected);
     const weightBytes = opened.files.reduce((sum, file) => sum + file.byteLength, 0);
     return { layout: stored.layout, files, weightBytes, storage: await storageOfModules(model, stored) };
   };
@@ -96,29 +110,31 @@ async function write({
   for (const format of formats) {
     if (format === 'onnx') {
       onnx = await writeOnnxArtifact({
-        ...{ model, tensors, quantized, folder, version, ...shards },
+        ...{ model, ...(await foldedBy(all)), folder, version, ...shards },
         ...(onnxStorage && { storage: onnxStorage }),
       });
-      written.push(await checkOnnx(folder, onnx, finish));
+      written.push(await checkOnnx(folder, onnx, (opened, stored, files) => finish(opened, stored, files, all)));
       changes['transformers.js_config'] = transformersJsConfig(source.config, onnx);
       continue;
     }
     if (format === 'safetensors') {
-      const files = await writePlanes({ model, tensors, quantized, folder, ...shards });
+      const files = await writePlanes({ model, ...(await foldedBy(all)), folder, ...shards });
       await using opened = await openCheckpoint(folder);
-      const one = await finish(opened, planesModules(shardsOf(opened)), files);
+      const one = await finish(opened, planesModules(shardsOf(opened)), files, all);
       written.push(one);
       changes['quantization_config'] = planesConfig(one.storage);
       continue;
     }
-    const { files, config, left } = await writeGptq({ model, tensors, quantized, folder, ...shards });
+    const folds = await findFolds(model, quantized, (grid) => whyNotGptq(shapeOfGrid(grid)) === undefined);
+    const { files, config, left } = await writeGptq({ model, ...(await foldedBy(folds)), folder, ...shards });
     for (const [name, why] of left) notes.push(`gptq: ${name} stays in float, it ${why}`);
     notes.push(...gptqLoaders(config).map((line) => `gptq: ${line}`));
     await using opened = await openCheckpoint(folder);
-    written.push(await finish(opened, gptqModules(shardsOf(opened), config.checkpoint_format), files));
+    written.push(await finish(opened, gptqModules(shardsOf(opened), config.checkpoint_format), files, folds));
     changes['quantization_config'] = config;
     await writeJson(join(folder, 'quantize_config.json'), config);
   }
+  await writeFolds(folder, all);
   await writeJson(join(folder, 'config.json'), { ...source.config, ...changes });
   await copyModelFiles(source.folder, folder);
   const generation = await readGenerationConfig(source);

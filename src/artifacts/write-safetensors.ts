@@ -8,7 +8,7 @@ import type { Model } from '../model/model.ts';
 import { describeModules } from './describe-modules.ts';
 import { encodeGptq, type GptqFormat, gptqDeclarations, isSymmetric, whyNotGptq } from './gptq.ts';
 import { type GptqConfig, gptqConfig } from './gptq-config.ts';
-import { encodePlanes, planesDeclarations, type QuantizedGrid, type QuantizedShape } from './planes.ts';
+import { encodePlanes, planesDeclarations, type QuantizedGrid, shapeOfGrid } from './planes.ts';
 import { type LayoutName, type QuantizedModule, quantMetadata } from './quant-metadata.ts';
 import type { QuantizedSource } from './quantized-source.ts';
 
@@ -42,7 +42,7 @@ export async function writePlanes(options: CheckpointOptions): Promise<readonly 
     const grid = await quantized.readGrid(name);
     // Modules that share an input share its order, which lies with the first of them.
     const own = modules.get(name)!.input === name;
-    const declarations = planesDeclarations(name, own ? grid : withoutTransform(grid));
+    const declarations = planesDeclarations(name, shapeOfGrid(own ? grid : withoutTransform(grid)));
     encodings.set(name, { declarations, encode: (q) => encodePlanes(name, own ? q : withoutTransform(q)) });
   }
   // The layout keeps widths in a tensor of their own.
@@ -50,7 +50,7 @@ export async function writePlanes(options: CheckpointOptions): Promise<readonly 
   return writeCheckpoint('planes', options, described, encodings);
 }
 
-function withoutTransform<T extends QuantizedShape>({ transform: _, ...rest }: T): Omit<T, 'transform'> {
+function withoutTransform<T extends QuantizedGrid>({ transform: _, ...rest }: T): Omit<T, 'transform'> {
   return rest;
 }
 
@@ -69,7 +69,7 @@ export async function writeGptq(options: CheckpointOptions): Promise<WrittenGptq
   const left = new Map<string, string>();
   for (const name of [...modules.keys()]) {
     const grid = await quantized.readGrid(name);
-    const why = whyNotGptq(grid);
+    const why = whyNotGptq(shapeOfGrid(grid));
     if (why === undefined) {
       grids.set(name, grid);
       continue;

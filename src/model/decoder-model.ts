@@ -89,11 +89,14 @@ export class DecoderModel implements Model {
 
 function summarizeBlock(block: BlockDescription, index: number): Block {
   const sites = blockSites(block);
+  const { gate, up, down } = block.mlp;
   return {
     index,
     name: block.name,
     sites,
     inputs: [...new Set(sites.map((site) => site.input))],
+    // A query head reads columns of one value head only, which no order brings to another group: attention has nothing to fold.
+    folds: [{ input: down.input, producers: [...(gate ? [gate] : []), up].map(({ name }) => name) }],
     otherTensors: [...blockOtherTensors(block).keys()],
   };
 }

@@ -18,6 +18,13 @@ export interface LinearSite {
   readonly input: string;
 }
 
+/** An input whose columns may lie in any order: they are rows of the layers before it, with nothing but element-wise functions between. */
+export interface Fold {
+  readonly input: string;
+  /** Names of the sites whose rows they are. */
+  readonly producers: readonly string[];
+}
+
 /** One decoder layer. */
 export interface Block {
   readonly index: number;
@@ -26,6 +33,7 @@ export interface Block {
   readonly sites: readonly LinearSite[];
   /** Distinct inputs in the order the forward pass produces them: the stages of a true-sequential run. */
   readonly inputs: readonly string[];
+  readonly folds: readonly Fold[];
   /** Checkpoint names of the block's other tensors (norm weights and biases). */
   readonly otherTensors: readonly string[];
 }

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { encodeGptq, gptqDeclarations, isSymmetric, readGptq, whyNotGptq } from '../../src/artifacts/gptq.ts';
+import { shapeOfGrid } from '../../src/artifacts/planes.ts';
 import type { QuantizedModule } from '../../src/artifacts/quant-metadata.ts';
 import { asBytes, asWords } from '../../src/artifacts/tensor-bytes.ts';
 import { FormatError } from '../../src/errors.ts';
@@ -56,9 +57,14 @@ describe('the GPTQ layout', () => {
     ['inputs that fill no word', { rows: 32, columns: 48, groupSize: 48, bits: [4] }, /multiples of 32/],
     ['a sorted input', { rows: 32, columns: 64, groupSize: 32, bits: [4], transform: { hadamard: 0 } }, /input sorted, for/],
     ['a rotated input', { rows: 32, columns: 64, groupSize: 32, bits: [4], transform: { hadamard: 32 } }, /sorted and rotated/],
+    [
+      'an input rotated as a whole',
+      { rows: 32, columns: 64, groupSize: 32, bits: [4], transform: { hadamard: 64, signed: true } },
+      /input rotated, for/,
+    ],
     ['scales beyond F16', { rows: 32, columns: 64, groupSize: 32, bits: [4], scaleDtype: 'F32' as const }, /F16/],
   ])('does not suit %s', (_, options, why) => {
-    expect(whyNotGptq(randomLinear(options))).toMatch(why);
+    expect(whyNotGptq(shapeOfGrid(randomLinear(options)))).toMatch(why);
   });
 
   const damaged: readonly (readonly [string, string, (memory: MemorySource) => void])[] = [
@@ -77,7 +83,7 @@ describe('the GPTQ layout', () => {
   });
 
   it('is refused for a module that no such file can hold', async () => {
-    const sorted = { ...module, transform: { hadamard: 0 } };
+    const sorted = { ...module, transform: { permuted: true, signed: false, hadamard: 0 } };
     await expect(readGptq(source(linear(4), 'gptq_v2'), 'm', sorted, 'gptq_v2')).rejects.toMatchObject({ rule: 'gptq-shape' });
     const shape = { ...module, outFeatures: 33 };
     await expect(readGptq(source(linear(4), 'gptq_v2'), 'm', shape, 'gptq_v2')).rejects.toMatchObject({ rule: 'gptq-shape' });

@@ -7,9 +7,10 @@ import { byteLengthOf } from '../../formats/dtype.ts';
 import { openSafetensors } from '../../formats/safetensors/reader.ts';
 import type { Tensor, TensorSource } from '../../formats/tensor.ts';
 import { PartStore } from '../../src/artifacts/parts.ts';
-import { encodePlanes, planesDeclarations, readPlanes, readPlanesGrid } from '../../src/artifacts/planes.ts';
+import { encodePlanes, planesDeclarations, readPlanes, readPlanesGrid, shapeOfGrid } from '../../src/artifacts/planes.ts';
 import { layoutOf, parseQuantMetadata, type QuantizedModule, quantMetadata } from '../../src/artifacts/quant-metadata.ts';
 import { FormatError, RecipeError } from '../../src/errors.ts';
+import { shapeOfTransform } from '../../src/methods/quantize/input-transform.ts';
 import { dequantize, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 import { randomLinear } from './random-linear.ts';
 
@@ -44,7 +45,7 @@ const CORRECTED: QuantizedLinear = { ...ROTATED, bias: Float32Array.of(1, 0.1, -
 function entryOf({ outFeatures, inFeatures, groupSize, transform, lowRank }: QuantizedLinear): QuantizedModule {
   const rank = lowRank && { rank: lowRank.rank };
   const entry = { outFeatures, inFeatures, groupSize, input: 'm', transposed: false, ...rank };
-  return transform ? { ...entry, transform: { hadamard: transform.hadamard } } : entry;
+  return transform ? { ...entry, transform: shapeOfTransform(transform) } : entry;
 }
 
 describe('the planes layout', () => {
@@ -56,7 +57,7 @@ describe('the planes layout', () => {
       bits: fc.array(fc.integer({ min: 0, max: 8 }), { minLength: 1, maxLength: 6 }),
       seed: fc.nat(),
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
-      transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), seed: fc.nat() }),
+      transform: fc.record({ hadamard: fc.constantFrom(0, 16, 48, 64), signed: fc.boolean(), seed: fc.nat() }),
       lowRank: fc.integer({ min: 1, max: 4 }),
     };
     const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
@@ -64,7 +65,9 @@ describe('the planes layout', () => {
       fc.asyncProperty(options, async (chosen) => {
         const q = randomLinear(chosen);
         const tensors = encodePlanes('m', q);
-        expect(tensors.map(({ name, dtype, shape }) => ({ name, dtype, shape }))).toEqual(planesDeclarations('m', q));
+        expect(tensors.map(({ name, dtype, shape }) => ({ name, dtype, shape }))).toEqual(
+          planesDeclarations('m', shapeOfGrid(q)),
+        );
         for (const tensor of tensors) expect(tensor.data.byteLength).toBe(byteLengthOf(tensor.dtype, tensor.shape));
         const back = await readPlanes(memory(tensors), 'm', entryOf(q));
         expect(dequantize(back)).toEqual(dequantize(q));
@@ -128,7 +131,7 @@ describe('the order of the columns in the planes layout', () => {
   const ascending = Array.from({ length: 40 }, (_, k) => k);
 
   it('takes 32 bits a column', () => {
-    const [declared] = planesDeclarations('m', ROTATED).slice(-1);
+    const [declared] = planesDeclarations('m', shapeOfGrid(ROTATED)).slice(-1);
     expect(declared).toEqual({ name: 'm.pq_perm', dtype: 'I32', shape: [40] });
   });
 
@@ -159,8 +162,8 @@ describe('the metadata of an artifact', () => {
     const modules = new Map<string, QuantizedModule>([
       ['a', entry],
       ['b', { ...entry, groupSize: 16, transposed: true, bits: [1, 2, 3, 4] }],
-      ['c', { ...entry, input: 'c', transform: { hadamard: 0 } }],
-      ['d', { ...entry, input: 'd', transform: { hadamard: 16 } }],
+      ['c', { ...entry, input: 'c', transform: { permuted: true, signed: false, hadamard: 0 } }],
+      ['d', { ...entry, input: 'd', transform: { permuted: true, signed: false, hadamard: 16 } }],
       ['e', { ...entry, rank: 3 }],
     ]);
     const metadata = quantMetadata('planes', 32, modules);

@@ -1,5 +1,6 @@
 /** Random quantized linears for tests: every width, short last groups, F16 grids. */
 import { roundToF16 } from '../../formats/dtype.ts';
+import type { InputTransform } from '../../src/methods/quantize/input-transform.ts';
 import { storedBranch } from '../../src/methods/quantize/low-rank.ts';
 import { groupCount, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 
@@ -22,8 +23,8 @@ export interface RandomLinearOptions {
   readonly bits: readonly number[];
   readonly seed?: number;
   readonly scaleDtype?: 'F16' | 'F32';
-  /** Sorts the input at random; `hadamard` rotates it too. */
-  readonly transform?: { readonly hadamard: number; readonly seed?: number };
+  /** Sorts the input at random, or with `signed` turns signs of it; `hadamard` rotates it too. */
+  readonly transform?: { readonly hadamard: number; readonly signed?: boolean; readonly seed?: number };
   readonly bias?: boolean;
   /** Rank of a branch beside it. */
   readonly lowRank?: number;
@@ -59,7 +60,7 @@ export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
     zeroPoints,
     scaleDtype,
     ...(bits.includes(1) && { offsets }),
-    ...(transform && { transform: { order: randomOrder(columns, transform.seed ?? 1), hadamard: transform.hadamard } }),
+    ...(transform && { transform: randomTransform(columns, transform) }),
     ...(options.lowRank && {
       lowRank: storedBranch(
         options.lowRank,
@@ -69,6 +70,15 @@ export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
     }),
     ...(options.bias && { bias: Float32Array.from({ length: rows }, () => Math.round(random() * 16) / 8 - 1) }),
   };
+}
+
+function randomTransform(
+  columns: number,
+  { hadamard, signed = false, seed = 1 }: NonNullable<RandomLinearOptions['transform']>,
+): InputTransform {
+  if (!signed) return { order: randomOrder(columns, seed), hadamard };
+  const random = uniform(seed);
+  return { signs: Uint8Array.from({ length: columns }, () => (random() < 0.5 ? 1 : 0)), hadamard };
 }
 
 /** A permutation of 0 to `count` - 1. */

@@ -18,7 +18,7 @@ function site(block: number): LinearSite {
 export function toyModel(blockCount = 2, options: { contextLength?: number; positions?: boolean } = {}): Model {
   const blocks = Array.from({ length: blockCount }, (_, index): Block => {
     const only = site(index);
-    return { index, name: `model.layers.${index}`, sites: [only], inputs: [only.input], otherTensors: [] };
+    return { index, name: `model.layers.${index}`, sites: [only], inputs: [only.input], folds: [], otherTensors: [] };
   });
   const unused = (): never => {
     throw new Error('not part of this double');

@@ -24,7 +24,7 @@ async function decoded(path: string): Promise<{ kind: string; weights: Map<strin
   return { kind: source.kind, weights };
 }
 
-it.each(['perm', 'perm-had'])(
+it.each(['perm', 'perm-had', 'had'])(
   'an ONNX artifact and the safetensors artifact of its plan decode to identical weights (inputs under %s)',
   async (transform) => {
     await saveCheckpoint(at('model'), groupedLlama('one plan'));
@@ -43,3 +43,19 @@ it.each(['perm', 'perm-had'])(
     for (const [name, weight] of a.weights) expect(Buffer.compare(weight, b.weights.get(name)!), name).toBe(0);
   },
 );
+
+it('the gptq layout, which no runtime transforms inputs for, sorts those whose order folds into the layers before', async () => {
+  await saveCheckpoint(at('model'), groupedLlama('one plan', { intermediate_size: 192 }));
+  const request = { calibration: [scratch.write('text.txt', tinyText(800))], samples: 16, formats: 'gptq', method: 'gptq' };
+  const first = await run('gptq', { ...request, groupSize: 32, bits: 4 });
+  const sorted = Object.entries(first.plan.modules).filter(([, { transform }]) => transform !== undefined);
+  expect(sorted.map(([name, { transform }]) => [name, transform])).toEqual(
+    [0, 1].map((b) => [`model.layers.${b}.mlp.down_proj`, 'perm']),
+  );
+  const again = await run('gptq-again', { ...request, plan: join(at('gptq'), 'pcomp.json') });
+  expect(again.plan).toEqual(first.plan);
+  expect(again.artifacts).toEqual(first.artifacts);
+  const [a, b] = [await decoded(at('gptq')), await decoded(at('gptq-again'))];
+  expect([a.kind, b.kind, a.weights.size]).toEqual(['gptq', 'gptq', 14]);
+  for (const [name, weight] of a.weights) expect(Buffer.compare(weight, b.weights.get(name)!), name).toBe(0);
+});

@@ -2,9 +2,13 @@
 import { fromFloat32 } from '../../../formats/dtype.ts';
 import type { Graph, Initializer, Node, OnnxModel } from '../../../formats/onnx/model.ts';
 import { FormatError, RecipeError } from '../../errors.ts';
+import { int } from '../../graph/attributes.ts';
 import { scopePath } from '../../graph/core.ts';
+import { type ColumnFold, columnOrders, rowOrders, takeColumns, takeRows } from '../folds.ts';
 import type { AdapterModule } from '../peft.ts';
+import { asBytes } from '../tensor-bytes.ts';
 import { transpose } from '../transpose.ts';
+import { isHadamardProduct } from './hadamard-constant.ts';
 import { branchNames } from './linear-initializers.ts';
 
 /** `constants`: the factors are in the file. `inputs`: they are inputs of any rank, rank 0 adding nothing. */
@@ -15,13 +19,21 @@ export type AttachedAs = 'constants' | 'inputs';
  * onnxruntime-node does not pass on feeds for inputs that have one. Throws RecipeError for a layer that has a branch already or another shape,
  * FormatError where the graph has no such quantized layer.
  */
-export function attachAdapter(path: string, model: OnnxModel, modules: readonly AdapterModule[], as: AttachedAs): OnnxModel {
+export function attachAdapter(
+  path: string,
+  model: OnnxModel,
+  modules: readonly AdapterModule[],
+  as: AttachedAs,
+  folds: readonly ColumnFold[] = [],
+): OnnxModel {
   const { graph } = model;
   const producers = new Map(graph.nodes.flatMap((node) => node.outputs.map((output) => [output, node] as const)));
   const scopes = new Set(graph.nodes.filter(({ op }) => op === 'MatMulNBits').map(({ name }) => scopeOf(name)));
   const initializers = new Map(graph.initializers);
   const inputs = [...graph.inputs];
   const after = new Map<Node, AdapterModule>();
+  const columns = columnOrders(folds);
+  const rows = rowOrders(folds);
   for (const module of modules) {
     const { name, rank, loraA, loraB } = module;
     const { down, up } = branchNames(name);
@@ -29,15 +41,17 @@ export function attachAdapter(path: string, model: OnnxModel, modules: readonly 
     if (initializers.has(down) || inputs.some((input) => input.name === down))
       throw new RecipeError(`${path}: "${name}" has a branch of its own ("${down}"), and takes no other`);
     after.set(lastOf(path, graph, name, outFeatures), module);
-    if (as === 'constants') for (const constant of factorsOf(module)) initializers.set(constant.name, constant);
+    const orders = [columns.get(name), rows.get(name)] as const;
+    if (as === 'constants') for (const constant of factorsOf(folded(module, orders))) initializers.set(constant.name, constant);
     else {
+      for (const [i, order] of orders.entries()) if (order) initializers.set(...orderConstant([down, up][i], order));
       inputs.push({ name: down, dtype: 'F32', shape: [inFeatures, `rank_${name}`] });
       inputs.push({ name: up, dtype: 'F32', shape: [`rank_${name}`, outFeatures] });
     }
   }
   const nodes = graph.nodes.flatMap((node) => {
     const module = after.get(node);
-    return module ? withBranch(node, module, inputOf(node, scopes, producers)) : [node];
+    return module ? withBranch(node, module, inputOf(node, scopes, producers), initializers) : [node];
   });
   return {
     ...model,
@@ -66,12 +80,13 @@ function inputOf(last: Node, scopes: ReadonlySet<string>, producers: ReadonlyMap
   for (;;) {
     const before = producers.get(value);
     if (!before || !TRANSFORMS.includes(before.op) || !scopes.has(scopeOf(before.name))) return value;
-    [value] = before.inputs;
+    const [first, second] = before.inputs;
+    value = isHadamardProduct(first) ? second : first;
   }
 }
 
-/** Sorting, rotating, splitting and padding of columns. */
-const TRANSFORMS: readonly string[] = ['Gather', 'Transpose', 'Reshape', 'MatMul', 'Split', 'Concat', 'Pad'];
+/** Sorting, turning of signs, rotating, splitting and padding of columns. */
+const TRANSFORMS: readonly string[] = ['Gather', 'Transpose', 'Mul', 'Reshape', 'MatMul', 'Split', 'Concat', 'Pad'];
 
 /** `/model/layers.0/mlp/up_proj` of `/model/layers.0/mlp/up_proj/MatMulNBits`. */
 function scopeOf(node: string): string {
@@ -79,25 +94,65 @@ function scopeOf(node: string): string {
 }
 
 /** The node with its output renamed, and the branch, whose sum with it has the name that the node's output had. */
-function withBranch(node: Node, { name }: AdapterModule, input: string): Node[] {
+function withBranch(node: Node, { name }: AdapterModule, input: string, constants: ReadonlyMap<string, unknown>): Node[] {
   const scope = `/${scopePath(name)}/adapter`;
   const { down, up } = branchNames(name);
   const [output] = node.outputs;
-  const made = (op: string, part: string, inputs: readonly string[], result = `${scope}/${part}/output_0`): Node => ({
+  const made = (
+    op: string,
+    part: string,
+    inputs: readonly string[],
+    result = `${scope}/${part}/output_0`,
+    attributes: Node['attributes'] = {},
+  ): Node => ({
     name: `${scope}/${part}`,
     op,
     domain: '',
     inputs,
     outputs: [result],
-    attributes: {},
+    attributes,
   });
+  // A caller's factors have the columns and rows of the original, the layer has them in the order of a fold.
+  const gathers: Node[] = [];
+  const ordered = (factor: string, part: string, axis: number): string => {
+    const order = orderName(factor);
+    if (!constants.has(order)) return factor;
+    gathers.push(made('Gather', part, [factor, order], undefined, { axis: int(axis) }));
+    return `${scope}/${part}/output_0`;
+  };
+  const [a, b] = [ordered(down, 'Gather', 0), ordered(up, 'Gather_1', 1)];
   const base = `${scope}/base/output_0`;
   return [
     { ...node, outputs: [base, ...node.outputs.slice(1)] },
-    made('MatMul', 'MatMul', [input, down]),
-    made('MatMul', 'MatMul_1', [`${scope}/MatMul/output_0`, up]),
+    ...gathers,
+    made('MatMul', 'MatMul', [input, a]),
+    made('MatMul', 'MatMul_1', [`${scope}/MatMul/output_0`, b]),
     made('Add', 'Add', [base, `${scope}/MatMul_1/output_0`], output),
   ];
+}
+
+/** The factors of a layer that has its columns and rows in the order of a fold. */
+function folded(
+  module: AdapterModule,
+  [columns, rows]: readonly [Uint32Array | undefined, Uint32Array | undefined],
+): AdapterModule {
+  const { rank, loraA, loraB } = module;
+  return {
+    ...module,
+    ...(columns && { loraA: takeColumns(loraA, columns, columns.length) }),
+    ...(rows && { loraB: takeRows(loraB, rows, rank) }),
+  };
+}
+
+function orderName(factor: string): string {
+  return `${factor}.order`;
+}
+
+function orderConstant(factor: string, order: Uint32Array): [string, Initializer] {
+  const data = asBytes(Int32Array.from(order));
+  const read = async (start = 0, end = data.byteLength) => data.subarray(start, end);
+  const name = orderName(factor);
+  return [name, { name, dtype: 'I32', shape: [order.length], byteLength: data.byteLength, read }];
 }
 
 /** The factors as constants. */

@@ -61,11 +61,14 @@ function typed(dtype: DType, bytes: Uint8Array): ConstantValue['values'] {
 
 /** Result of one operation; undefined when it is not one of ours. */
 function fold(node: Node, inputs: readonly ConstantValue[]): ConstantValue | undefined {
-  const [a, b] = inputs;
+  const [a, b, c] = inputs;
   switch (node.op) {
     case 'Cast':
+      if (a.values instanceof Uint8Array && node.attributes.to?.value === BOOLEAN) return { ...a, dtype: 'BOOL' };
       // What is float is held as float32 already.
       return a.values instanceof Float32Array && node.attributes.to?.value === FLOAT32 ? { ...a, dtype: 'F32' } : undefined;
+    case 'Where':
+      return a.dtype === 'BOOL' ? chosen(a, b, c) : undefined;
     case 'BitwiseAnd':
       return bytewise(a, b, (x, y) => x & y);
     case 'BitwiseXor':
@@ -89,12 +92,31 @@ function fold(node: Node, inputs: readonly ConstantValue[]): ConstantValue | und
 
 /** TensorProto.DataType. */
 const FLOAT32 = 1;
+const BOOLEAN = 9;
 
-/** Of bytes and as many bytes, or one. */
+/** One of two scalars for each element. */
+function chosen(condition: ConstantValue, yes: ConstantValue, no: ConstantValue): ConstantValue | undefined {
+  if (yes.values.length !== 1 || no.values.length !== 1) return undefined;
+  const [a, b] = [Number(yes.values[0]), Number(no.values[0])];
+  return {
+    ...yes,
+    shape: condition.shape,
+    values: Float32Array.from(condition.values, Number).map((value) => (value !== 0 ? a : b)),
+  };
+}
+
+/** Of bytes and as many bytes, or one; or of one byte a row and one row of bytes. */
 function bytewise(a: ConstantValue, b: ConstantValue, operation: (x: number, y: number) => number): ConstantValue | undefined {
   const { values: x } = a;
   const { values: y } = b;
-  if (!(x instanceof Uint8Array && y instanceof Uint8Array) || (y.length !== x.length && y.length !== 1)) return undefined;
+  if (!(x instanceof Uint8Array && y instanceof Uint8Array)) return undefined;
+  if (a.shape.length === 2 && a.shape[1] === 1 && b.shape[0] === 1 && y.length > 1) {
+    const values = Uint8Array.from({ length: x.length * y.length }, (_, i) =>
+      operation(x[Math.floor(i / y.length)], y[i % y.length]),
+    );
+    return { ...a, shape: [x.length, y.length], values };
+  }
+  if (y.length !== x.length && y.length !== 1) return undefined;
   const step = y.length === 1 ? 0 : 1;
   return { ...a, values: x.map((value, i) => operation(value, y[i * step])) };
 }

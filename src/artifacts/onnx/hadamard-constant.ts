@@ -1,13 +1,28 @@
-/** The Sylvester-Hadamard matrix in a graph: stored as its two Kronecker factors, which a runtime multiplies out once, when it loads the model. */
+/** Hadamard matrices in a graph: each stored as two Kronecker factors, which a runtime multiplies out once, when it loads the model. */
 import type { Initializer } from '../../../formats/onnx/model.ts';
 import type { GraphBuilder, Value } from '../../graph/builder.ts';
-import { hadamardScale } from '../../methods/quantize/input-transform.ts';
+import { hadamardScale, hadamardSign, sylvesterPart } from '../../methods/quantize/hadamard.ts';
 import { asBytes } from '../tensor-bytes.ts';
 
-/** Orders of the factors of the matrix of order `size`, a power of two: their product is `size`. */
+/** The largest matrix that is multiplied with as one: 256 KB in float32. */
+const LARGEST = 256;
+
+/** Orders of the factors of the matrix of order `size`, as nearly the same as may be; the right one is a power of two. */
 function factorsOf(size: number): readonly [number, number] {
-  const left = 2 ** Math.floor(Math.log2(size) / 2);
-  return [left, size / left];
+  const right = Math.min(2 ** Math.ceil(Math.log2(size) / 2), sylvesterPart(size));
+  return [size / right, right];
+}
+
+/**
+ * Orders of the matrices that a rotation of `size` columns is a product with: one; or for a large one two, whose Kronecker product it is,
+ * at a price of their sum a column instead of `size`.
+ */
+export function rotationSteps(size: number): readonly number[] {
+  if (size <= LARGEST) return [size];
+  // The scale of a product is the product of the scales where one of the two logarithms is even.
+  let right = 4 ** Math.round(Math.log2(size) / 4);
+  while (right > sylvesterPart(size)) right /= 4;
+  return [size / right, right];
 }
 
 /** Whether a constant of a graph belongs to such a matrix. */
@@ -35,23 +50,18 @@ export function hadamardConstant(builder: GraphBuilder, size: number): Value {
 }
 
 function factor(name: string, size: number, shape: readonly number[], scale: number): Initializer {
-  const data = asBytes(Float32Array.from({ length: size * size }, (_, i) => scale * sign(Math.floor(i / size) & (i % size))));
+  const data = asBytes(
+    Float32Array.from({ length: size * size }, (_, i) => scale * hadamardSign(size, Math.floor(i / size), i % size)),
+  );
   const read = async (start = 0, end = data.byteLength) => data.subarray(start, end);
   return { name, dtype: 'F32', shape, byteLength: data.byteLength, read };
-}
-
-/** -1 for an odd number of ones among the bits. */
-function sign(bits: number): number {
-  let result = 1;
-  for (let rest = bits; rest !== 0; rest &= rest - 1) result = -result;
-  return result;
 }
 
 /** Whether `values` (size, size) are what `hadamardConstant` yields. */
 export function isHadamard(values: ArrayLike<number>, size: number): boolean {
   const scale = hadamardScale(size);
   for (let i = 0; i < size * size; i++) {
-    if (values[i] !== scale * sign(Math.floor(i / size) & (i % size))) return false;
+    if (values[i] !== scale * hadamardSign(size, Math.floor(i / size), i % size)) return false;
   }
   return true;
 }

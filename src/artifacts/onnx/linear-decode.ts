@@ -6,7 +6,7 @@ import { addBranch, type LowRankShape } from '../../methods/quantize/low-rank.ts
 import { type OperandBits, unpackByteRows } from '../packing/byte-rows.ts';
 import { transpose } from '../transpose.ts';
 import { ConstantValues } from './constant-values.ts';
-import { hadamardBits } from './hadamard-constant.ts';
+import { hadamardBits, rotationSteps } from './hadamard-constant.ts';
 import { branchNames } from './linear-initializers.ts';
 import { integers, type StoredInputTransform, storedInput, transformOf } from './linear-input.ts';
 
@@ -64,14 +64,14 @@ export async function storedLinears(path: string, graph: Graph): Promise<Map<str
   const rotations = new Set<number>();
   for (const [site, nodes] of bySite) {
     const linear = await storedLinear(path, graph, constants, site, nodes);
-    const size = linear.transform?.hadamard ?? 0;
-    const first = size > 0 && !rotations.has(size);
-    rotations.add(size);
-    linears.set(site, {
-      ...linear,
-      byteLength: linear.byteLength + (first ? hadamardBits(size) / 8 : 0),
-      runtimeByteLength: linear.runtimeByteLength + (first ? 4 * size * size : 0),
-    });
+    let { byteLength, runtimeByteLength } = linear;
+    for (const size of linear.transform?.hadamard ? rotationSteps(linear.transform.hadamard) : []) {
+      if (rotations.has(size)) continue;
+      rotations.add(size);
+      byteLength += hadamardBits(size) / 8;
+      runtimeByteLength += 4 * size * size;
+    }
+    linears.set(site, { ...linear, byteLength, runtimeByteLength });
   }
   return linears;
 }
@@ -135,7 +135,7 @@ function byteLengths(
 ): Pick<StoredLinear, 'byteLength' | 'runtimeByteLength'> {
   const sum = (names: (name: string) => boolean): number =>
     [...graph.initializers.values()].filter(({ name }) => names(name)).reduce((total, { byteLength }) => total + byteLength, 0);
-  const indexNames = ['input_order', 'group_order', 'mean_groups'].map((name) => `${site}.${name}`);
+  const indexNames = ['input_order', 'input_signs', 'group_order', 'mean_groups'].map((name) => `${site}.${name}`);
   const indices = sum((name) => indexNames.includes(name));
   const operands = parts.map(({ bits, blockSize, groups }) => {
     return rows * ((groups.length * blockSize * bits) / 8 + Math.ceil((groups.length * bits) / 8) + 4 * groups.length);

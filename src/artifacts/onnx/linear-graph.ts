@@ -2,7 +2,8 @@
 import type { Initializer } from '../../../formats/onnx/model.ts';
 import { int } from '../../graph/attributes.ts';
 import { type GraphBuilder, MICROSOFT, type Value } from '../../graph/builder.ts';
-import { hadamardConstant } from './hadamard-constant.ts';
+import { hadamardConstant, rotationSteps } from './hadamard-constant.ts';
+import { signsOf } from './input-signs.ts';
 import type { LinearInitializers } from './linear-initializers.ts';
 import type { OnnxLinearLayout } from './linear-layout.ts';
 import { operandOf } from './operand-graph.ts';
@@ -72,15 +73,17 @@ export class LinearRenderer {
   }
 
   /** The input in stored order. Sites that read one input transform it alike. */
-  #transform({ transform, inFeatures }: OnnxLinearLayout, { inputOrder }: LinearInitializers, x: Value): Value {
+  #transform({ transform, inFeatures }: OnnxLinearLayout, { inputOrder, inputSigns }: LinearInitializers, x: Value): Value {
     if (!transform) return x;
     return this.#once(`${x.name} transformed`, () => {
-      const sorted = inputOrder ? this.#sort(x, this.#builder.initializer(inputOrder)) : x;
+      const builder = this.#builder;
+      const sorted = inputOrder ? this.#sort(x, builder.initializer(inputOrder)) : x;
+      const turned = inputSigns ? builder.mul(sorted, signsOf(builder, builder.initializer(inputSigns), inFeatures)) : sorted;
       const rest = transform.hadamard > 0 ? inFeatures % transform.hadamard : 0;
-      if (transform.hadamard === 0) return sorted;
-      if (rest === 0) return this.#rotate(sorted, transform.hadamard);
-      const [whole, last] = this.#builder.split(sorted, [inFeatures - rest, rest], -1);
-      return this.#builder.concat([this.#rotate(whole, transform.hadamard), last], -1);
+      if (transform.hadamard === 0) return turned;
+      if (rest === 0) return this.#rotate(turned, transform.hadamard);
+      const [whole, last] = builder.split(turned, [inFeatures - rest, rest], -1);
+      return builder.concat([this.#rotate(whole, transform.hadamard), last], -1);
     });
   }
 
@@ -95,11 +98,18 @@ export class LinearRenderer {
 
   /** Every run of `size` columns times the Hadamard matrix, which is its own transpose. */
   #rotate(x: Value, size: number): Value {
+    const builder = this.#builder;
     const leading = x.shape.slice(0, -1);
     const columns = Number(x.shape[x.shape.length - 1]);
-    const matrix = this.#once(`hadamard ${size}`, () => hadamardConstant(this.#builder, size));
-    const rotated = this.#builder.matmul(this.#builder.reshape(x, [...leading, columns / size, size]), matrix);
-    return this.#builder.reshape(rotated, [...leading, columns]);
+    const [first, ...rest] = rotationSteps(size).map((order) =>
+      this.#once(`hadamard ${order}`, () => hadamardConstant(builder, order)),
+    );
+    // As a matrix of rows by columns a run is multiplied from both sides.
+    const runs = columns === size && rest.length > 0 ? [] : [columns / size];
+    const orders = [first, ...rest].map((matrix) => Number(matrix.shape[0]));
+    const values = builder.reshape(x, [...leading, ...runs, ...orders]);
+    const rotated = rest.length > 0 ? builder.matmul(first, builder.matmul(values, rest[0])) : builder.matmul(values, first);
+    return builder.reshape(rotated, [...leading, columns]);
   }
 
   /** `x` filled up with zero columns to whole groups. */

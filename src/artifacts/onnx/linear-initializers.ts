@@ -5,6 +5,7 @@ import type { DType } from '../../../formats/tensor.ts';
 import type { QuantizedSource } from '../quantized-source.ts';
 import { asBytes } from '../tensor-bytes.ts';
 import { transpose } from '../transpose.ts';
+import { packSignBytes, signsPerByte } from './input-signs.ts';
 import {
   layOutLinear,
   type OnnxLinearLayout,
@@ -40,6 +41,8 @@ export interface LinearInitializers {
   readonly means?: Initializer;
   /** I32 (inFeatures): stored column k reads input `inputOrder[k]`. */
   readonly inputOrder?: Initializer;
+  /** U8: signs of the input's columns, see `packSignBytes`. */
+  readonly inputSigns?: Initializer;
   /** A^T (inFeatures, rank) and B^T (rank, outFeatures) of the branch. */
   readonly lowRank?: { readonly down: Initializer; readonly up: Initializer };
 }
@@ -98,6 +101,7 @@ export class QuantizedInitializers {
     });
     const shape = [meanGroups.length, rows];
     const columns = layout.inFeatures;
+    const signBytes = columns / signsPerByte(columns);
     const { lowRank } = layout;
     return {
       parts,
@@ -106,6 +110,9 @@ export class QuantizedInitializers {
       }),
       ...(layout.transform?.permuted && {
         inputOrder: this.#initializer(site, `${site}.input_order`, 'I32', [columns], columns * 4),
+      }),
+      ...(layout.transform?.signed && {
+        inputSigns: this.#initializer(site, `${site}.input_signs`, 'U8', [signBytes, 1], signBytes),
       }),
       ...(lowRank && {
         lowRank: {
@@ -151,7 +158,8 @@ export class QuantizedInitializers {
       tensors.set(down, fromFloat32(dtype, transpose(loraA, rank, q.inFeatures)));
       tensors.set(up, fromFloat32(dtype, transpose(loraB, q.outFeatures, rank)));
     }
-    if (q.transform) tensors.set(`${site}.input_order`, asBytes(q.transform.order));
+    if (q.transform?.order) tensors.set(`${site}.input_order`, asBytes(q.transform.order));
+    if (q.transform?.signs) tensors.set(`${site}.input_signs`, packSignBytes(q.transform.signs));
     if (layout.meanGroups.length > 0)
       tensors.set(`${site}.MatMulNBits.means`, fromFloat32(layout.scaleDtype, packMeans(q, layout)));
     return tensors;

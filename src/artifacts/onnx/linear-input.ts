@@ -13,9 +13,11 @@ export interface StoredInput {
   readonly transform?: StoredInputTransform;
 }
 
-/** Rotation and order of the columns; whether the order is a permutation is known only with the number of columns. */
+/** Rotation, signs and order of the columns; whether the order is a permutation is known only with the number of columns. */
 export interface StoredInputTransform {
   readonly hadamard: number;
+  /** Factors of the columns, 1 or -1; absent: none. */
+  readonly signs?: { readonly name: string; readonly factors: Float32Array };
   /** Absent: columns stay where they are. */
   readonly order?: { readonly name: string; readonly columns: Int32Array };
 }
@@ -58,22 +60,52 @@ async function storedTransform(
   const joined = constants.producer(value);
   const split = joined?.op === 'Concat' ? constants.producer(joined.inputs[1]) : undefined;
   const around = split?.op === 'Split' && joined?.inputs.length === 2;
-  const rotation = behindReshape(constants, around ? joined.inputs[0] : value, 'MatMul', isHadamardProduct);
-  const hadamard = rotation ? await rotationSize(path, constants, site, rotation.inputs[1]) : 0;
-  if (rotation) value = around ? split.inputs[0] : (constants.producer(rotation.inputs[0])?.inputs[0] ?? '');
+  const rotation = storedRotation(constants, around ? joined.inputs[0] : value);
+  let hadamard = rotation ? 1 : 0;
+  for (const matrix of rotation?.matrices ?? []) hadamard *= await rotationSize(path, constants, site, matrix);
+  if (rotation) value = around ? split.inputs[0] : rotation.input;
+  let signs: StoredInputTransform['signs'];
+  const product = constants.producer(value);
+  if (product?.op === 'Mul' && constants.root(product.inputs[1])?.name.endsWith('.input_signs')) {
+    const { values } = await constants.of(product.inputs[1]);
+    signs = { name: product.inputs[1], factors: Float32Array.from(values, Number) };
+    [value] = product.inputs;
+  }
+  const signed = signs && { signs };
   const columns = constants.producer(value);
   const gather = columns?.op === 'Transpose' ? constants.producer(columns.inputs[0]) : undefined;
   if (gather?.op === 'Gather' && gather.inputs[1].endsWith('.input_order')) {
     const [, name] = gather.inputs;
-    return { hadamard, order: { name, columns: Int32Array.from(await integers(constants, name)) } };
+    return { hadamard, ...signed, order: { name, columns: Int32Array.from(await integers(constants, name)) } };
   }
-  return hadamard > 0 ? { hadamard } : undefined;
+  return hadamard > 0 || signs ? { hadamard, ...signed } : undefined;
 }
 
-/** The transform of an input of `inFeatures` columns. Throws FormatError `columns-order` when its order is no permutation of them. */
-export function transformOf(path: string, { hadamard, order }: StoredInputTransform, inFeatures: number): InputTransform {
-  if (!order) return { order: Uint32Array.from({ length: inFeatures }, (_, k) => k), hadamard };
-  return { order: checkedOrder(path, `constant "${order.name}"`, order.columns, inFeatures), hadamard };
+/** A product with one matrix from the right, or with two from both sides, between two reshapes. */
+function storedRotation(
+  constants: ConstantValues,
+  value: string,
+): { readonly matrices: readonly string[]; readonly input: string } | undefined {
+  const one = behindReshape(constants, value, 'MatMul', isHadamardProduct);
+  const left = one ? undefined : behindReshape(constants, value, 'MatMul', () => true);
+  const right = left && isHadamardProduct(left.inputs[0]) ? constants.producer(left.inputs[1]) : undefined;
+  const last = one ?? (right?.op === 'MatMul' && isHadamardProduct(right.inputs[1]) ? right : undefined);
+  if (!last) return undefined;
+  const matrices = [...(left ? [left.inputs[0]] : []), last.inputs[1]];
+  return { matrices, input: constants.producer(last.inputs[0])?.inputs[0] ?? '' };
+}
+
+/** The transform of an input of `inFeatures` columns. Throws FormatError `columns-order` when its order is no permutation of them, `columns-signs` when it has other signs than for them. */
+export function transformOf(path: string, { hadamard, signs, order }: StoredInputTransform, inFeatures: number): InputTransform {
+  if (signs && signs.factors.length !== inFeatures) {
+    const { length } = signs.factors;
+    throw new FormatError(path, 'columns-signs', `"${signs.name}" has ${length} signs, its input has ${inFeatures} columns`);
+  }
+  return {
+    hadamard,
+    ...(signs && { signs: Uint8Array.from(signs.factors, (factor) => (factor < 0 ? 1 : 0)) }),
+    ...(order && { order: checkedOrder(path, `constant "${order.name}"`, order.columns, inFeatures) }),
+  };
 }
 
 /** The node of that kind whose output is reshaped to `value`, when its second operand has such a name. */

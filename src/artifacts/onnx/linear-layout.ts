@@ -3,6 +3,7 @@
  * are sorted into uniform parts, widest first, whose products are added. A compact file holds a part in pieces, one for each width of its codes.
  */
 import { RecipeError } from '../../errors.ts';
+import { shapeOfTransform, type TransformShape } from '../../methods/quantize/input-transform.ts';
 import type { LowRankShape } from '../../methods/quantize/low-rank.ts';
 import type { QuantizedLinear } from '../../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../../methods/quantize/quantized-linear.ts';
@@ -46,20 +47,12 @@ export interface OnnxPart {
   readonly columns: number;
 }
 
-/** How an input becomes what the operands multiply: two operations at most, once per input. */
-export interface OnnxTransform {
-  /** A gather by a vector of int32. */
-  readonly permuted: boolean;
-  /** Columns rotated together by one product with a constant matrix; 0: none. */
-  readonly hadamard: number;
-}
-
 export interface OnnxLinearLayout {
   readonly outFeatures: number;
   readonly inFeatures: number;
   readonly blockSize: number;
-  /** What is done to the input before anything else; absent: nothing. */
-  readonly transform?: OnnxTransform;
+  /** What is done to the input before anything else, once per input; absent: nothing. */
+  readonly transform?: TransformShape;
   /** Widest first. */
   readonly parts: readonly OnnxPart[];
   /** Group order the activation must be brought into; absent when the parts lie in natural order. */
@@ -109,14 +102,14 @@ export function blockSizeOf(inFeatures: number, groupSize: number): number {
 /** Lays out one linear; reads no codes. */
 export function layOutLinear({ transform, ...shape }: QuantizedGrid, options: OnnxStorageOptions = {}): OnnxLinearLayout {
   if (!transform) return layOutShape(shape, options);
-  return layOutShape({ ...shape, transform: { permuted: !isIdentity(transform), hadamard: transform.hadamard } }, options);
+  return layOutShape({ ...shape, transform: { ...shapeOfTransform(transform), permuted: !isIdentity(transform) } }, options);
 }
 
 /** As `layOutLinear` for a linear whose levels and order of columns are not known yet. */
 export function layOutShape(
   shape: Pick<QuantizedLinear, 'outFeatures' | 'inFeatures' | 'groupSize' | 'scaleDtype'> & {
     readonly bits: ArrayLike<number>;
-    readonly transform?: OnnxTransform;
+    readonly transform?: TransformShape;
     readonly lowRank?: LowRankShape;
   },
   { compact = true, container = 'auto' }: OnnxStorageOptions = {},
@@ -147,7 +140,7 @@ export function layOutShape(
   const parts = sorted.map((part) => ({ ...part, columns: columnsOf(part.groups) }));
   // A row shorter than a rotation stays as it is.
   const hadamard = transform && transform.hadamard <= inFeatures ? transform.hadamard : 0;
-  const changed = transform && (transform.permuted || hadamard > 0);
+  const changed = transform && (transform.permuted || transform.signed || hadamard > 0);
   return {
     outFeatures,
     inFeatures,
@@ -156,7 +149,7 @@ export function layOutShape(
     padding,
     meanGroups,
     scaleDtype: compact ? shape.scaleDtype : 'F32',
-    ...(changed && { transform: { permuted: transform.permuted, hadamard } }),
+    ...(changed && { transform: { ...transform, hadamard } }),
     ...(reordered && { order }),
     ...(lowRank && { lowRank: { rank: lowRank.rank, dtype: compact ? lowRank.dtype : 'F32' } }),
   };

@@ -10,8 +10,8 @@ import { isHadamardFactor } from './hadamard-constant.ts';
 import { decodeLinear, type StoredLinear, storedLinears } from './linear-decode.ts';
 import { branchNames } from './linear-initializers.ts';
 
-/** Orders and choices of columns and groups. */
-const INDICES = /\.(input_order|group_order|mean_groups)$/;
+/** Orders, signs and choices of columns and groups. */
+const INDICES = /\.(input_order|input_signs|group_order|mean_groups)$/;
 
 /** Finds the quantized modules that the file's metadata names. Throws FormatError when the graph does not have one of them. */
 export async function onnxModules({ path, model }: OnnxFile): Promise<StoredModules> {

@@ -1,14 +1,31 @@
 /**
  * What is done to a linear layer's input so that its weights quantize better (slim-llm 5.3). Sites that read one input share it, so it
- * costs a runtime one operation per input.
+ * costs a runtime a few small operations per input.
  */
+import { hadamardScale, hadamardWeightScale, rotateRuns } from './hadamard.ts';
 
-/** `x -> H x[order]`: a permutation of the columns, then a Hadamard matrix over every whole run of `hadamard` of them. */
+/** `x -> H (s * x[order])`: a permutation of the columns, their signs, then a Hadamard matrix over every whole run of `hadamard` of them. */
 export interface InputTransform {
-  /** Stored column k reads input `order[k]`; (inFeatures). */
-  readonly order: Uint32Array;
-  /** 0 for none; else a power of two. A last run that is shorter stays as it is. */
+  /** Stored column k reads input `order[k]`; (inFeatures). Absent: columns stay where they are. */
+  readonly order?: Uint32Array;
+  /** 1 where the sign of a column (after ordering) is turned, else 0; (inFeatures). Absent: none is. */
+  readonly signs?: Uint8Array;
+  /** 0 for none; else an order that there is a matrix of. A last run that is shorter stays as it is. */
   readonly hadamard: number;
+}
+
+/** What a transform consists of, without its numbers: what layouts and sizes depend on. */
+export interface TransformShape {
+  /** Columns are gathered in another order. */
+  readonly permuted: boolean;
+  /** Some have their sign turned. */
+  readonly signed: boolean;
+  /** As `InputTransform` has it. */
+  readonly hadamard: number;
+}
+
+export function shapeOfTransform({ order, signs, hadamard }: InputTransform): TransformShape {
+  return { permuted: order !== undefined, signed: signs !== undefined, hadamard };
 }
 
 /** Length of the runs that `perm-had` rotates: a group, where that is a power of two and the input has one; else 0. */
@@ -16,25 +33,14 @@ export function rotatedRun(groupSize: number, features: number): number {
   return groupSize > 1 && groupSize <= features && Number.isInteger(Math.log2(groupSize)) ? groupSize : 0;
 }
 
-/** Entries of the Sylvester-Hadamard matrix of order `size` are +-`hadamardScale` for activations: a power of two, so that scaling is exact. */
-export function hadamardScale(size: number): number {
-  return 2 ** -Math.floor(Math.log2(size) / 2);
-}
-
-/** The same for weights; the product of the two matrices is the identity. */
-export function hadamardWeightScale(size: number): number {
-  return 2 ** -Math.ceil(Math.log2(size) / 2);
-}
-
 /** W (rows, columns) in natural order -> stored order. Sums of a rotation are fp64, rounded once. */
 export function transformColumns(transform: InputTransform, weight: Float32Array, rows: number, columns: number): Float32Array {
-  const { order, hadamard } = transform;
   const stored = new Float32Array(rows * columns);
+  const scale = transform.hadamard > 0 ? hadamardWeightScale(transform.hadamard) : 1;
   const row = new Float64Array(columns);
   for (let r = 0; r < rows; r++) {
     const at = r * columns;
-    for (let k = 0; k < columns; k++) row[k] = weight[at + order[k]];
-    if (hadamard > 0) rotateRuns(row, hadamard, hadamardWeightScale(hadamard));
+    transformRow(transform, weight.subarray(at, at + columns), row, scale);
     stored.set(row, at);
   }
   return stored;
@@ -42,31 +48,81 @@ export function transformColumns(transform: InputTransform, weight: Float32Array
 
 /** The reverse, for weights: `y = untransform(W) x` is what `W` makes of the transformed input. */
 export function untransformColumns(transform: InputTransform, stored: Float32Array, rows: number, columns: number): Float32Array {
-  const { order, hadamard } = transform;
   const weight = new Float32Array(rows * columns);
   const row = new Float64Array(columns);
   for (let r = 0; r < rows; r++) {
     const at = r * columns;
-    for (let k = 0; k < columns; k++) row[k] = stored[at + k];
-    if (hadamard > 0) rotateRuns(row, hadamard, hadamardScale(hadamard));
-    for (let k = 0; k < columns; k++) weight[at + order[k]] = row[k];
+    row.set(stored.subarray(at, at + columns));
+    untransformRow(transform, row, weight.subarray(at, at + columns));
   }
   return weight;
 }
 
-/** Multiplies every whole run of `size` values by the Sylvester-Hadamard matrix with entries +-`scale`, in place. */
-export function rotateRuns(values: Float64Array, size: number, scale: number): void {
-  for (let start = 0; start + size <= values.length; start += size) {
-    for (let half = 1; half < size; half *= 2) {
-      for (let i = start; i < start + size; i += 2 * half) {
-        for (let j = i; j < i + half; j++) {
-          const a = values[j];
-          const b = values[j + half];
-          values[j] = a + b;
-          values[j + half] = a - b;
-        }
-      }
+/** What a transform does to an activation, in place of `to`. */
+export function transformActivation(transform: InputTransform, from: ArrayLike<number>, to: Float64Array): void {
+  transformRow(transform, from, to, transform.hadamard > 0 ? hadamardScale(transform.hadamard) : 1);
+}
+
+function transformRow(
+  { order, signs, hadamard }: InputTransform,
+  from: ArrayLike<number>,
+  to: Float64Array,
+  scale: number,
+): void {
+  const columns = to.length;
+  if (order) for (let k = 0; k < columns; k++) to[k] = from[order[k]];
+  else to.set(from);
+  if (signs) turnSigns(to, signs);
+  if (hadamard > 0) rotateRuns(to, hadamard, scale);
+}
+
+/** A row of stored weights in natural order; `row` is used up. */
+export function untransformRow({ order, signs, hadamard }: InputTransform, row: Float64Array, natural: Float32Array): void {
+  // The matrix is symmetric: its own transpose.
+  if (hadamard > 0) rotateRuns(row, hadamard, hadamardScale(hadamard));
+  if (signs) turnSigns(row, signs);
+  if (order) for (let k = 0; k < row.length; k++) natural[order[k]] = row[k];
+  else natural.set(row);
+}
+
+function turnSigns(values: Float64Array, signs: Uint8Array): void {
+  for (let k = 0; k < values.length; k++) if (signs[k] === 1) values[k] = -values[k];
+}
+
+/** `M -> T M T^T` in place for a symmetric (n, n) matrix, T being what the transform does to an activation. */
+export function transformSymmetric({ order, signs, hadamard }: InputTransform, matrix: Float64Array, n: number): void {
+  if (order) permuteSymmetric(matrix, order);
+  if (signs) {
+    for (let i = 0; i < n; i++) {
+      for (let j = 0; j < n; j++) if (signs[i] !== signs[j]) matrix[i * n + j] = -matrix[i * n + j];
     }
-    for (let i = start; i < start + size; i++) values[i] *= scale;
+  }
+  if (hadamard === 0) return;
+  const scale = hadamardScale(hadamard);
+  for (let i = 0; i < n; i++) rotateRuns(matrix.subarray(i * n, (i + 1) * n), hadamard, scale);
+  rotateRuns(matrix, hadamard, scale, n);
+}
+
+/** `matrix[i, j] <- matrix[order[i], order[j]]`, following the cycles of the permutation: one row of extra memory. */
+function permuteSymmetric(matrix: Float64Array, order: Uint32Array): void {
+  const n = order.length;
+  const row = new Float64Array(n);
+  for (let i = 0; i < n; i++) {
+    const at = i * n;
+    for (let j = 0; j < n; j++) row[j] = matrix[at + order[j]];
+    matrix.set(row, at);
+  }
+  const done = new Uint8Array(n);
+  for (let first = 0; first < n; first++) {
+    if (done[first] !== 0) continue;
+    row.set(matrix.subarray(first * n, (first + 1) * n));
+    let to = first;
+    for (let from = order[to]; from !== first; from = order[to]) {
+      matrix.copyWithin(to * n, from * n, (from + 1) * n);
+      done[to] = 1;
+      to = from;
+    }
+    matrix.set(row, to * n);
+    done[to] = 1;
   }
 }

@@ -7,9 +7,14 @@ import type { LinearSite } from '../../model/model.ts';
 import type { BestStep } from './best/steps.ts';
 import type { QuantizedLinear } from './quantized-linear.ts';
 
-/** How a site's input is changed (slim-llm 5.3): sorted by importance, and rotated in each group. */
-export const TRANSFORMS = ['none', 'perm', 'perm-had'] as const;
+/** How a site's input is changed (slim-llm 5.3): sorted by importance; that, and rotated in each group; or rotated as a whole. */
+export const TRANSFORMS = ['none', 'perm', 'perm-had', 'had'] as const;
 export type TransformKind = (typeof TRANSFORMS)[number];
+
+/** Whether groups then lie by importance, so that widths need not rise from one to the next. */
+export function sorts(transform: TransformKind): boolean {
+  return transform === 'perm' || transform === 'perm-had';
+}
 
 /** Widths of one site's groups, in stored column order. */
 export interface SitePlan {
@@ -48,10 +53,11 @@ export interface QuantizeOptions {
   readonly without?: readonly BestStep[];
   /** best: part of the drift correction to take; absent: the best on held-out tokens. */
   readonly alpha?: number;
-  readonly transform?: TransformKind | 'auto';
+  /** `auto`: what predicts the least loss; `free`: the same of what costs no operation at run time. */
+  readonly transform?: TransformKind | 'auto' | 'free';
   /** Methods that learn: steps a block; absent: the method's own number. */
   readonly steps?: number;
-  /** Methods that learn: which windows a step sees. */
+  /** Methods that learn: which windows a step sees. Preset best: the signs of a rotation. */
   readonly seed?: number;
 }
 
@@ -67,6 +73,8 @@ export interface SiteCosts {
 /** All sites of one input under one transform. */
 export interface TransformCosts {
   readonly transform: TransformKind;
+  /** Its order of columns costs nothing, in files or at run time. */
+  readonly free: boolean;
   readonly sites: readonly SiteCosts[];
 }
 
@@ -117,6 +125,8 @@ export interface QuantizeContext {
   onStep?(done: number, total: number): void;
   /** Methods that allocate: what the survey gave each site. */
   readonly allocation?: BitAllocation;
+  /** Whether the columns of an input may be sorted without an operation at run time; absent: of none. */
+  sortsFreely?(input: string): boolean;
 }
 
 /** How a run measures inputs for a method. */

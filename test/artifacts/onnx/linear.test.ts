@@ -92,6 +92,24 @@ const CASES: readonly (readonly [string, Parameters<typeof randomLinear>[0]])[] 
     { rows: 9, columns: 200, groupSize: 64, bits: [1, 4, 2, 3], transform: { hadamard: 64 } },
   ],
   ['a rotated input narrower than a group', { rows: 9, columns: 40, groupSize: 128, bits: [2], transform: { hadamard: 128 } }],
+  [
+    'its input rotated as a whole',
+    { rows: 9, columns: 256, groupSize: 64, bits: [4, 1, 3, 2], transform: { hadamard: 256, signed: true } },
+  ],
+  [
+    'a wide input rotated as a whole, which takes two products',
+    { rows: 9, columns: 768, groupSize: 128, bits: [2], transform: { hadamard: 768, signed: true }, lowRank: 2 },
+  ],
+  [
+    'a wide input rotated in wide runs',
+    { rows: 5, columns: 1536, groupSize: 128, bits: [2], transform: { hadamard: 512, signed: true } },
+  ],
+  ['an input rotated by twelves', { rows: 9, columns: 96, groupSize: 32, bits: [2], transform: { hadamard: 12, signed: true } }],
+  ['an odd input with signs alone', { rows: 9, columns: 45, groupSize: 32, bits: [2], transform: { hadamard: 0, signed: true } }],
+  [
+    'a ragged input rotated as a whole',
+    { rows: 9, columns: 172, groupSize: 32, bits: [2], transform: { hadamard: 4, signed: true } },
+  ],
   ['a low-rank branch', { rows: 9, columns: 96, groupSize: 32, bits: [2], lowRank: 3 }],
   [
     'a low-rank branch beside groups out of order on a rotated input',
@@ -134,7 +152,7 @@ describe('a quantized linear in ONNX', () => {
       bits: fc.array(fc.integer({ min: 0, max: 8 }), { minLength: 1, maxLength: 8 }),
       seed: fc.nat(),
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
-      transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), seed: fc.nat() }),
+      transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), signed: fc.boolean(), seed: fc.nat() }),
       lowRank: fc.integer({ min: 1, max: 4 }),
     };
     const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });

@@ -30,12 +30,16 @@ function decoded(layer: FakeQuantizedLinear): number[] {
   return [...weight];
 }
 
-/** A layer of every width, its last group short; sorted and rotated in runs of 8 where asked for. */
+/** A layer of every width, its last group short; sorted, signs turned, and rotated in runs of 8 where asked for. */
 async function mixedLayer(transformed: boolean): Promise<{ weight: Float32Array; start: QuantizedLinear }> {
   const [rows, columns] = [3, 37];
   const weight = randomWeight(rows, columns, 7);
   const plan = { groupSize: 8, bits: [3, 0, 1, 2, 4] };
-  const transform = { order: Uint32Array.from({ length: columns }, (_, k) => (k * 11 + 5) % columns), hadamard: 8 };
+  const transform = {
+    order: Uint32Array.from({ length: columns }, (_, k) => (k * 11 + 5) % columns),
+    signs: Uint8Array.from({ length: columns }, (_, k) => (k % 3 === 0 ? 1 : 0)),
+    hadamard: 8,
+  };
   const stored = transformed ? transformColumns(transform, weight, rows, columns) : weight;
   const { quantized } = await rtn.apply(contextOf(), siteOf(rows, columns), stored, undefined, plan);
   return { weight, start: transformed ? { ...quantized, transform } : quantized };
@@ -161,6 +165,7 @@ function twinOf(weight: Float32Array, start: QuantizedLinear, grid: GridRule, or
   const { outFeatures: rows, inFeatures: columns, groupSize, bits, scales, zeroPoints, offsets, transform } = start;
   const whole = (x: number) => (Math.abs(x % 1) === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
   const order = transform?.order ?? Uint32Array.from({ length: columns }, (_, k) => k);
+  const sign = (i: number) => (transform?.signs?.[i] === 1 ? -1 : 1);
   /** Entry (i, k) of what turns whole runs of 8 stored columns; `by` is the size of its elements, powers of two on either side. */
   const turned = (i: number, k: number, by: number): number => {
     const size = transform?.hadamard ?? 0;
@@ -172,7 +177,7 @@ function twinOf(weight: Float32Array, start: QuantizedLinear, grid: GridRule, or
   };
   const stored = Array.from({ length: rows }, (_, r) =>
     Array.from({ length: columns }, (_, k) =>
-      order.reduce((sum, from, i) => sum + turned(i, k, 1 / 4) * weight[r * columns + from], 0),
+      order.reduce((sum, from, i) => sum + turned(i, k, 1 / 4) * sign(i) * weight[r * columns + from], 0),
     ),
   );
   const frozen = new Map<string, number>();
@@ -214,7 +219,7 @@ function twinOf(weight: Float32Array, start: QuantizedLinear, grid: GridRule, or
         row[k] = s * ((over < 0 ? 0 : over > 0 ? most : c) - z);
       }
       for (let i = 0; i < columns; i++) {
-        out[r * columns + order[i]] = row.reduce((sum, value, k) => sum + turned(i, k, 1 / 2) * value, 0);
+        out[r * columns + order[i]] = sign(i) * row.reduce((sum, value, k) => sum + turned(i, k, 1 / 2) * value, 0);
       }
     }
     return out;

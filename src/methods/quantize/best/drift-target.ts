@@ -4,7 +4,7 @@
  */
 import type { Drift } from '../../../calibration/statistics.ts';
 import type { Blas, Matrix } from '../../../compute/blas.ts';
-import { hadamardScale, type InputTransform, rotateRuns, untransformColumns } from '../input-transform.ts';
+import { type InputTransform, transformActivation, untransformColumns } from '../input-transform.ts';
 import type { PreparedInput } from './prepared-input.ts';
 
 /** Rows of W that decide how much of the correction is taken. */
@@ -86,24 +86,20 @@ function storedCross(drift: Drift, transform: InputTransform | undefined, n: num
   const { cross } = drift;
   const means = centred ? drift.means : undefined;
   const result = new Float32Array(n * n);
-  const row = new Float64Array(n);
+  const natural = new Float64Array(n);
+  const stored = new Float64Array(n);
   for (let i = 0; i < n; i++) {
-    const source = transform ? transform.order[i] : i;
     for (let j = 0; j < n; j++) {
-      const column = transform ? transform.order[j] : j;
-      row[j] = cross[source * n + column] - (means ? (means.float[source] - means.actual[source]) * means.actual[column] : 0);
+      natural[j] = cross[i * n + j] - (means ? (means.float[i] - means.actual[i]) * means.actual[j] : 0);
     }
-    if (transform && transform.hadamard > 0) rotateRuns(row, transform.hadamard, hadamardScale(transform.hadamard));
-    result.set(row, i * n);
+    if (transform) transformActivation(transform, natural, stored);
+    result.set(transform ? stored : natural, i * n);
   }
-  if (transform && transform.hadamard > 0) {
-    const size = transform.hadamard;
-    const column = new Float64Array(n);
-    for (let j = 0; j < n; j++) {
-      for (let i = 0; i < n; i++) column[i] = result[i * n + j];
-      rotateRuns(column, size, hadamardScale(size));
-      for (let i = 0; i < n; i++) result[i * n + j] = column[i];
-    }
+  if (!transform) return result;
+  for (let j = 0; j < n; j++) {
+    for (let i = 0; i < n; i++) natural[i] = result[i * n + j];
+    transformActivation(transform, natural, stored);
+    for (let i = 0; i < n; i++) result[i * n + j] = stored[i];
   }
   return result;
 }

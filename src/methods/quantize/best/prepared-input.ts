@@ -1,11 +1,13 @@
 /** One input made ready for the preset `best`: its Hessian shrunk, transformed and factored. Shared by the sites that read the input. */
 import type { CalibrationStats } from '../../../calibration/statistics.ts';
 import { NotPositiveDefiniteError } from '../../../compute/blas.ts';
+import { Random } from '../../../compute/random.ts';
 import { UnsupportedError } from '../../../errors.ts';
 import type { LinearSite } from '../../../model/model.ts';
 import { columnRange } from '../columns.ts';
 import { DampedFactor } from '../damped-factor.ts';
-import { hadamardScale, type InputTransform, rotatedRun, rotateRuns } from '../input-transform.ts';
+import { largestOrder } from '../hadamard.ts';
+import { type InputTransform, rotatedRun, type TransformShape, transformSymmetric } from '../input-transform.ts';
 import type { QuantizeContext, TransformKind } from '../quantizer.ts';
 import { shrink, shrinkageOf } from './shrinkage.ts';
 
@@ -29,17 +31,41 @@ export interface PreparedInput extends WeighedInput {
   readonly factor: DampedFactor;
 }
 
-/** What `kind` means for an input with this Hessian: columns by descending energy, and rotated in runs of `groupSize`. */
+/** An input as a transform sees it. */
+export interface TransformedInput {
+  /** Its name and the seed give the signs of a rotation over the whole input. */
+  readonly name: string;
+  readonly seed: number;
+  /** (features, features). */
+  readonly hessian: Float64Array;
+  readonly features: number;
+}
+
+/** What a transform of that kind consists of. */
+export function shapeOfKind(kind: Exclude<TransformKind, 'none'>, groupSize: number, features: number): TransformShape {
+  if (kind === 'had') {
+    const order = largestOrder(features);
+    // A matrix of order 1 does nothing.
+    return { permuted: false, signed: true, hadamard: order > 1 ? order : 0 };
+  }
+  return { permuted: true, signed: false, hadamard: kind === 'perm-had' ? rotatedRun(groupSize, features) : 0 };
+}
+
+/** What `kind` means for an input: columns by descending energy, and rotated in runs of `groupSize`; or signs at random, and rotated all together. */
 export function transformOf(
   kind: TransformKind,
-  hessian: Float64Array,
-  features: number,
+  { name, seed, hessian, features }: TransformedInput,
   groupSize: number,
 ): InputTransform | undefined {
   if (kind === 'none') return undefined;
+  const { hadamard } = shapeOfKind(kind, groupSize, features);
+  if (kind === 'had') {
+    const random = new Random(seed, `signs of ${name}`);
+    return { signs: Uint8Array.from({ length: features }, () => random.nextUint32() & 1), hadamard };
+  }
   const order = columnRange(0, features);
   order.sort((a, b) => hessian[b * features + b] - hessian[a * features + a] || a - b);
-  return { order, hadamard: kind === 'perm-had' ? rotatedRun(groupSize, features) : 0 };
+  return { order, hadamard };
 }
 
 /**
@@ -93,8 +119,8 @@ async function shrunk(
   if (mean) subtractMean(hessian, mean);
   let rho = shrinkageOf(hessian, n, stats.tokenCount);
   shrink(hessian, n, rho);
-  const transform = transformOf(kind, hessian, n, groupSize);
-  if (transform) transformHessian(hessian, transform);
+  const transform = transformOf(kind, { name: stats.input, seed: context.options.seed ?? 0, hessian, features: n }, groupSize);
+  if (transform) transformSymmetric(transform, hessian, n);
   for (let retry = 0; ; retry++) {
     try {
       const made = await factor(hessian);
@@ -128,63 +154,4 @@ function subtractMean(hessian: Float64Array, mean: Float64Array): void {
   const n = mean.length;
   for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) hessian[i * n + j] -= mean[i] * mean[j];
   for (let j = 0; j < n; j++) hessian[j * n + j] = Math.max(0, hessian[j * n + j]);
-}
-
-/** `H -> T H T^T` in place, T being what the transform does to an activation. */
-function transformHessian(hessian: Float64Array, { order, hadamard }: InputTransform): void {
-  const n = order.length;
-  permuteSymmetric(hessian, order);
-  if (hadamard === 0) return;
-  const scale = hadamardScale(hadamard);
-  const row = new Float64Array(n);
-  for (let i = 0; i < n; i++) {
-    row.set(hessian.subarray(i * n, (i + 1) * n));
-    rotateRuns(row, hadamard, scale);
-    hessian.set(row, i * n);
-  }
-  rotateRowRuns(hessian, n, hadamard, scale);
-}
-
-/** `matrix[i, j] <- matrix[order[i], order[j]]`, following the cycles of the permutation: one row of extra memory. */
-function permuteSymmetric(matrix: Float64Array, order: Uint32Array): void {
-  const n = order.length;
-  const row = new Float64Array(n);
-  for (let i = 0; i < n; i++) {
-    const at = i * n;
-    for (let j = 0; j < n; j++) row[j] = matrix[at + order[j]];
-    matrix.set(row, at);
-  }
-  const done = new Uint8Array(n);
-  for (let first = 0; first < n; first++) {
-    if (done[first] !== 0) continue;
-    row.set(matrix.subarray(first * n, (first + 1) * n));
-    let to = first;
-    for (let from = order[to]; from !== first; from = order[to]) {
-      matrix.copyWithin(to * n, from * n, (from + 1) * n);
-      done[to] = 1;
-      to = from;
-    }
-    matrix.set(row, to * n);
-    done[to] = 1;
-  }
-}
-
-/** The same rotation of every run of `size` rows. */
-function rotateRowRuns(matrix: Float64Array, n: number, size: number, scale: number): void {
-  for (let start = 0; start + size <= n; start += size) {
-    for (let half = 1; half < size; half *= 2) {
-      for (let i = start; i < start + size; i += 2 * half) {
-        for (let k = i; k < i + half; k++) {
-          const [top, bottom] = [k * n, (k + half) * n];
-          for (let j = 0; j < n; j++) {
-            const a = matrix[top + j];
-            const b = matrix[bottom + j];
-            matrix[top + j] = a + b;
-            matrix[bottom + j] = a - b;
-          }
-        }
-      }
-    }
-    for (let i = start * n; i < (start + size) * n; i++) matrix[i] *= scale;
-  }
 }

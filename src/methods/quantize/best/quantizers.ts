@@ -4,7 +4,15 @@ import { inlineKernels } from '../../../compute/kernels/wasm-kernels.ts';
 import type { LinearSite } from '../../../model/model.ts';
 import { solveWithin } from '../allocation/frontier.ts';
 import { uniformPlan } from '../plan.ts';
-import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan, TransformKind } from '../quantizer.ts';
+import {
+  type Measuring,
+  type QuantizeContext,
+  type QuantizeOptions,
+  type Quantizer,
+  type SitePlan,
+  sorts,
+  type TransformKind,
+} from '../quantizer.ts';
 import { requireStats } from '../require-stats.ts';
 import { applyBest, preparedInput, storedColumns } from './best.ts';
 import { groupCosts } from './group-costs.ts';
@@ -17,7 +25,7 @@ function measuring({ without }: QuantizeOptions): Measuring {
 /** One width everywhere. */
 async function decideUniform(context: QuantizeContext, site: LinearSite): Promise<SitePlan> {
   // Without costs to compare, the transform that helps most models.
-  const transform = transformKinds(context).at(-1)!;
+  const transform = transformKinds(context, site.input).at(-1)!;
   return { ...uniformPlan(site, context.options), ...named(transform) };
 }
 
@@ -62,7 +70,7 @@ export const slimLlmBest: Quantizer = {
       const count = Math.min(groupSize, site.inFeatures - g * groupSize);
       return widths.map((width) => allocation.sizeOf(site.outFeatures, count, width));
     });
-    const { bits } = solveWithin({ widths, costs, sizes, monotone: transform !== 'none' }, budget);
+    const { bits } = solveWithin({ widths, costs, sizes, monotone: sorts(transform) }, budget);
     return { groupSize, bits, ...named(transform) };
   },
   apply: applyBest,

@@ -36,7 +36,7 @@ export const rtnBest: Quantizer = {
       const energy = weight.reduce((sum, w) => sum + w * w, 0);
       costs.push({ site, energy, costs: await costsOf(context, site, weight, widths) });
     }
-    return { transforms: [{ transform: 'none', sites: costs }], trials: new Map() };
+    return { transforms: [{ transform: 'none', free: false, sites: costs }], trials: new Map() };
   },
 
   async decide(context: QuantizeContext, site: LinearSite, weight: Float32Array): Promise<SitePlan> {

@@ -12,10 +12,11 @@ import { sampledEnergy } from './energy.ts';
 import { groupCosts } from './group-costs.ts';
 import { type WeighedInput, weighInput } from './prepared-input.ts';
 
-/** Transforms worth a look. Each costs a factorization. */
-export function transformKinds({ options }: QuantizeContext): readonly TransformKind[] {
+/** Transforms of an input that are worth a look. Each costs a factorization. */
+export function transformKinds({ options, sortsFreely }: QuantizeContext, input: string): readonly TransformKind[] {
   if (options.without?.includes('transform')) return ['none'];
   const { transform = 'auto' } = options;
+  if (transform === 'free') return sortsFreely?.(input) ? ['none', 'perm'] : ['none'];
   return transform === 'auto' ? ['none', 'perm', 'perm-had'] : [transform];
 }
 
@@ -30,7 +31,8 @@ export async function surveyInput(
   const kernels = context.kernels ?? inlineKernels();
   const stats = requireStats(sites[0], measured);
   const { groupSize } = context.options;
-  const kinds = transformKinds(context);
+  const kinds = transformKinds(context, sites[0].input);
+  const free = context.sortsFreely?.(sites[0].input) ?? false;
   const transforms: TransformCosts[] = [];
   const trials = new Map<string, Trial>();
   for (const [i, transform] of kinds.entries()) {
@@ -45,7 +47,7 @@ export async function surveyInput(
       if (last)
         trials.set(site.name, await tryOut(context, kernels, site, columns, input, trialWidth(context.options.bits, widths)));
     }
-    transforms.push({ transform, sites: costs });
+    transforms.push({ transform, free, sites: costs });
   }
   return { transforms, trials };
 }

@@ -8,7 +8,7 @@
  */
 import { Parameter } from '../../../compute/optim/parameter.ts';
 import { storedGrid } from '../grid.ts';
-import { hadamardScale, rotateRuns, transformColumns } from '../input-transform.ts';
+import { transformActivation, transformColumns, untransformRow } from '../input-transform.ts';
 import { addBranch } from '../low-rank.ts';
 import type { QuantizedLinear } from '../quantized-linear.ts';
 
@@ -114,8 +114,7 @@ export class FakeQuantizedLinear {
         weight.set(row, at);
         continue;
       }
-      if (transform.hadamard > 0) rotateRuns(row, transform.hadamard, hadamardScale(transform.hadamard));
-      for (let k = 0; k < columns; k++) weight[at + transform.order[k]] = row[k];
+      untransformRow(transform, row, weight.subarray(at, at + columns));
     }
     if (lowRank) addBranch(weight, this.#rows, columns, lowRank);
   }
@@ -127,9 +126,9 @@ export class FakeQuantizedLinear {
     const row = new Float64Array(columns);
     for (let r = 0; r < this.#rows; r++) {
       const at = r * columns;
-      for (let k = 0; k < columns; k++) row[k] = cotangent[at + (transform ? transform.order[k] : k)];
-      // The matrix of a rotation is symmetric.
-      if (transform && transform.hadamard > 0) rotateRuns(row, transform.hadamard, hadamardScale(transform.hadamard));
+      const own = cotangent.subarray(at, at + columns);
+      if (transform) transformActivation(transform, own, row);
+      else row.set(own);
       for (let g = 0; g < this.#groups; g++) {
         this.#groupBackward(r, g, bits[g], row, g * groupSize, Math.min((g + 1) * groupSize, columns));
       }
