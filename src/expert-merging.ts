@@ -8,7 +8,7 @@ import { learnStage, type StageResult, type StageRules } from './expert-learn.ts
 import { KEPT_PART, type PreparedLearning, requireTemporarySpace } from './expert-prepare.ts';
 import { answerPrompts } from './expert-responses.ts';
 import { coefficientRules, GAMMAS, stageRules, UNVALIDATED_GAMMA, validatesGamma } from './expert-rules.ts';
-import { type FoundStart, findStart, startMethods, type TriedStart } from './expert-start.ts';
+import { type FoundStart, findStart, type TriedStart } from './expert-start.ts';
 import {
   distances,
   type Forward,
@@ -25,10 +25,12 @@ import { LearningProgress } from './learning-progress.ts';
 import type { MergeInputs } from './merge-inputs.ts';
 import type { TensorJob } from './merge-jobs.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import { type MergeStatistics, measureStatistics } from './merge-statistics.ts';
 import { MergeWeights } from './merge-weights.ts';
 import type { ChunkBounds } from './methods/merge/expert-merging/chunks.ts';
 import { Coefficients } from './methods/merge/expert-merging/coefficients.ts';
-import type { MergePlan } from './methods/merge/merge-plan.ts';
+import { mergerOf } from './methods/merge/index.ts';
+import type { MeasuredText, MergePlan } from './methods/merge/merge-plan.ts';
 import type { RunHooks } from './run.ts';
 
 /** How far the result is from each expert, on samples that were held out where there are enough. */
@@ -112,6 +114,18 @@ export async function learnMerge(
     middle: values.hidden > 0,
     onExpert: (k) => report(`teacher ${labels[k]}`)(k, labels.length),
   });
+  const text: MeasuredText = {
+    samples: values.samples,
+    length: prepared.sequenceLength,
+    seed: recipe.seed,
+    heldOut: recipe.preset !== 'paper',
+  };
+  const measured = new Map<string, Promise<MergeStatistics>>();
+  const statisticsOf = (method: string): Promise<MergeStatistics> => {
+    const made = measured.get(method) ?? measureStatistics(mergerOf(method), inputs, jobs, recipe, place, hooks, text);
+    measured.set(method, made);
+    return made;
+  };
   const found = await findStart({
     forward,
     teachers,
@@ -119,7 +133,8 @@ export async function learnMerge(
     labels,
     lessons: teachers.lessons.slice(0, samples.training.length),
     seed: recipe.seed,
-    methods: startMethods(values.start),
+    methods: prepared.starts,
+    statisticsOf: async (method, site) => weights.stored((await statisticsOf(method)).tensors.get(`${site.name}.weight`)!),
     passive: values.passive,
     known: progress.tried,
     onTried: async (tried, count) => {
@@ -127,7 +142,17 @@ export async function learnMerge(
       await progress.addTried(tried);
     },
   });
-  return await new Learner({ prepared, recipe, forward, teachers, weights, found, progress, hooks }).learn();
+  const start = mergerOf(found.start.method).statistics ? { ...found.start, measured: text } : found.start;
+  return await new Learner({
+    prepared,
+    recipe,
+    forward,
+    teachers,
+    weights,
+    found: { ...found, start },
+    progress,
+    hooks,
+  }).learn();
 }
 
 interface LearnerParts {

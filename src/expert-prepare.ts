@@ -12,9 +12,14 @@ import { readSamples, type Sample, type SampleSets } from './expert-samples.ts';
 import { SEARCHED, startMethods } from './expert-start.ts';
 import type { MergeInputs } from './merge-inputs.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import { matrixSeconds } from './merge-schedule.ts';
+import { mergerOf } from './methods/merge/index.ts';
 import type { LearnedMethod, LearnedValues } from './methods/merge/learned.ts';
 import { createModel } from './model/architectures/index.ts';
 import type { Model } from './model/model.ts';
+
+/** Core hours that the search of a start may take. */
+const LONG_HOURS = 1;
 
 /** Part of --max-memory for task vectors that stay in memory; the rest is for activations, and what neither holds is on disk. */
 export const KEPT_PART = 0.5;
@@ -30,6 +35,8 @@ export interface PreparedLearning {
   readonly sequenceLength: number;
   /** Tokens that end a response, by expert. */
   readonly endTokens: readonly ReadonlySet<number>[];
+  /** Training-free methods that coefficients may start from. */
+  readonly starts: readonly string[];
   readonly cost: LearningCost;
 }
 
@@ -78,8 +85,30 @@ export async function prepareLearning(
   const endTokens: ReadonlySet<number>[] = [];
   for (const [k, { config: own }] of inputs.experts.entries())
     endTokens.push(endTokensOf(await readGenerationConfig({ folder: folders[k], config: own ?? config })));
-  const cost = costOf({ method, values, model, labels, samples, sequenceLength }, recipe);
-  return { method, values, model, folder, labels, samples, sequenceLength, endTokens, cost };
+  const starts = startsOf(values, samples, matrixSeconds(inputs) / 3600, note);
+  const counted = { method, values, model, labels, samples, sequenceLength, starts };
+  return { ...counted, folder, endTokens, cost: costOf(counted, recipe) };
+}
+
+/** Leaves out what would take too long, and what measures text that would have to be written first. */
+function startsOf(
+  values: LearnedValues,
+  { plain }: SampleSets,
+  hours: number,
+  note: (message: string) => void,
+): readonly string[] {
+  const measures = (method: string) => mergerOf(method).statistics !== undefined;
+  if (measures(values.start === 'auto' || values.start === 'none' ? 'linear' : values.start) && !plain) {
+    throw new RecipeError(
+      `--set start=${values.start}: measures plain texts, or prompts with their responses; give such, or another start`,
+    );
+  }
+  if (values.start === 'auto' && hours > LONG_HOURS)
+    note(`starts that decompose every matrix are left out: about ${Math.ceil(hours)} core hours; --set start=tsv-m insists`);
+  return startMethods(
+    values.start,
+    ({ access, statistics }) => (access !== 'matrix' || hours <= LONG_HOURS) && (statistics === undefined || plain),
+  );
 }
 
 function endTokensOf({ eos_token_id: ids }: Readonly<Record<string, unknown>>): ReadonlySet<number> {
@@ -99,7 +128,7 @@ export async function requireTemporarySpace({ temporaryBytes }: LearningCost): P
 
 type Counted = Omit<PreparedLearning, 'folder' | 'endTokens' | 'cost'>;
 
-function costOf({ method, values, model, labels, samples, sequenceLength }: Counted, recipe: MergeRecipe): LearningCost {
+function costOf({ method, values, model, labels, samples, sequenceLength, starts }: Counted, recipe: MergeRecipe): LearningCost {
   const all = [...samples.training, ...samples.heldOut];
   const lengthOf = ({ tokens, open }: Sample): number =>
     open ? Math.min(sequenceLength, tokens.length + values.response_length) : tokens.length;
@@ -118,21 +147,20 @@ function costOf({ method, values, model, labels, samples, sequenceLength }: Coun
   const tokens = tokensOf(all);
   // Teachers: states before the head, and after the middle block where they are compared.
   const teachers = tokens * row * (values.hidden > 0 ? 2 : 1);
-  const methods = startMethods(values.start);
   const sites = sitesOf(model).reduce((sum, { site }) => sum + 4 * sizeOf(site), 0);
   // The best so far, and the one that is tried.
-  const starts = sites * Math.min(2, methods.length);
+  const startBytes = sites * Math.min(2, starts.length);
   const searched = labels.flatMap((_, k) => own(k, samples.training).slice(0, SEARCHED));
   // One pass at a time: experts over their own samples, candidates over theirs, judges over what is held out or the other fold.
   const passes = Math.max(
     ...labels.map((_, k) => tokensOf(own(k, all)) * (values.hidden > 0 ? 2 : 1)),
-    methods.length === 0 ? 0 : tokensOf(searched),
+    starts.length === 0 ? 0 : tokensOf(searched),
     tokensOf(samples.heldOut.length > 0 ? samples.heldOut : samples.training),
     trials === 0 ? 0 : Math.ceil(tokensOf(samples.training) / 2),
   );
   const longest = all.map(lengthOf).sort((a, b) => b - a);
   const update = longest.slice(0, batch).reduce((sum, length) => sum + length, 0) * (blockCount + 2);
-  const bytes = teachers + starts + Math.max(passes, update) * row;
+  const bytes = teachers + startBytes + Math.max(passes, update) * row;
   return {
     samples: samples.training.length,
     heldOut: samples.heldOut.length,

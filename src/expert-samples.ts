@@ -20,6 +20,8 @@ export interface SampleSets {
   readonly training: readonly Sample[];
   /** Judges iterates; empty for fewer than `HELD_OUT_FROM` samples of an expert. */
   readonly heldOut: readonly Sample[];
+  /** Nothing but plain texts, and prompts that have their response: all that is read again without templates and experts. */
+  readonly plain: boolean;
   readonly notes: readonly string[];
 }
 
@@ -50,6 +52,7 @@ export async function readSamples(tokenizer: Tokenizer, options: SampleOptions):
   const files = filesByExpert(options, notes);
   const training: Sample[] = [];
   const heldOut: Sample[] = [];
+  let plain = true;
   for (const [expert, paths] of files.entries()) {
     const label = options.labels[expert];
     const samples: Sample[] = [];
@@ -58,6 +61,7 @@ export async function readSamples(tokenizer: Tokenizer, options: SampleOptions):
       const found = await samplesOf(path, expert, tokenizer, options);
       samples.push(...found.samples);
       long += found.long;
+      plain &&= found.plain;
     }
     if (samples.length === 0) {
       const cause = long > 0 ? `, but for ${long} prompts of ${options.sequenceLength} tokens or more` : '';
@@ -71,7 +75,7 @@ export async function readSamples(tokenizer: Tokenizer, options: SampleOptions):
     training.push(...taken.slice(0, taken.length - spare));
     heldOut.push(...taken.slice(taken.length - spare));
   }
-  return { training, heldOut, notes };
+  return { training, heldOut, plain, notes };
 }
 
 /** Paths that are given for each expert. */
@@ -105,22 +109,24 @@ interface Exchange {
   readonly whole?: Int32Array;
 }
 
-/** The samples of a file, and how many of its prompts are too long to be one. */
+/** The samples of a file, how many of its prompts are too long to be one, and whether it is plain: see SampleSets. */
 async function samplesOf(
   path: string,
   expert: number,
   tokenizer: Tokenizer,
   options: SampleOptions,
-): Promise<{ samples: Sample[]; long: number }> {
+): Promise<{ samples: Sample[]; long: number; plain: boolean }> {
   const { sequenceLength, count, seed } = options;
   const samples: Sample[] = [];
   const documents: string[] = [];
   let long = 0;
+  let plain = true;
   for await (const document of readPrompts(parseTextFile(path))) {
     if (typeof document === 'string') {
       documents.push(document);
       continue;
     }
+    plain &&= 'response' in document && document.response !== undefined;
     const exchange =
       'messages' in document
         ? conversation(tokenizer, await templateFor(path, expert, options), document.messages)
@@ -133,11 +139,11 @@ async function samplesOf(
     else long++;
     if (samples.length >= count) break;
   }
-  if (documents.length === 0) return { samples, long };
+  if (documents.length === 0) return { samples, long, plain };
   const tokens = tokenizer.encode(documents.join('\n\n'));
   if (tokens.length < 2) throw new RecipeError(`--calibration ${basename(path)}: less than two tokens of text`);
   const { windows } = calibrationWindows(tokens, { samples: count, sequenceLength, seed });
-  return { samples: [...samples, ...windows.map((window) => ({ expert, tokens: window, countedFrom: 0 }))], long };
+  return { samples: [...samples, ...windows.map((window) => ({ expert, tokens: window, countedFrom: 0 }))], long, plain };
 }
 
 /** Undefined when nothing but the prompt is left of `sequenceLength` tokens. */

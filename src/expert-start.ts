@@ -1,14 +1,17 @@
 /** Where learned coefficients start from: the training-free merge, and the scale of it, that is nearest to all experts (merging.md 6.1). */
 import type { StateStore } from './calibration/state-store.ts';
 import { distances, type Forward, type Lesson, meanKl, type Teachers } from './expert-teachers.ts';
-import { LearnedWeights, type Passive, type Start, type StartUpdates } from './learned-weights.ts';
+import { LearnedWeights, type Passive, type StartUpdates } from './learned-weights.ts';
 import type { MergeWeights } from './merge-weights.ts';
 import { mergeBlock, mergeTensor } from './methods/merge/drive.ts';
 import { mergerOf } from './methods/merge/index.ts';
+import type { Start } from './methods/merge/merge-plan.ts';
+import type { Merger } from './methods/merge/merger.ts';
 import { resolveParameters } from './methods/merge/parameters.ts';
+import type { LinearSite } from './model/model.ts';
 
 /** Methods that are tried. */
-const START_METHODS = ['task-arithmetic', 'tsv-m', 'iso-c'] as const;
+const START_METHODS = ['task-arithmetic', 'tsv-m', 'iso-c', 'regmean'] as const;
 const START_SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3] as const;
 /** Where the search of a scale begins: between a mean of two and a whole. */
 const MIDDLE_SCALE = 5;
@@ -25,6 +28,8 @@ export interface StartSearch {
   /** Methods to try; none: the base is the start. */
   readonly methods: readonly string[];
   readonly passive: Passive | 'auto';
+  /** What was measured of every expert at a site, for methods that need it. */
+  readonly statisticsOf: (method: string, site: LinearSite) => Promise<readonly Float32Array[]>;
   /** What an interrupted search had found. */
   readonly known: readonly TriedStart[];
   readonly onTried: (tried: TriedStart, count: number) => Promise<void>;
@@ -46,9 +51,10 @@ export interface FoundStart {
   readonly tried: readonly TriedStart[];
 }
 
-/** Methods to try, by the value of the parameter `start`. */
-export function startMethods(start: string): readonly string[] {
-  return start === 'auto' ? START_METHODS : start === 'none' ? [] : [start];
+/** Methods to try, by the value of the parameter `start`; of all of them those that the predicate allows. */
+export function startMethods(start: string, allowed: (merger: Merger) => boolean): readonly string[] {
+  if (start === 'auto') return START_METHODS.filter((method) => allowed(mergerOf(method)));
+  return start === 'none' ? [] : [start];
 }
 
 /** The base as it is. */
@@ -131,7 +137,10 @@ class Lazy {
 }
 
 /** What a method makes of the task vectors of every site, at scale 1. */
-async function mergedTaskVectors({ forward, weights, labels, seed }: StartSearch, method: string): Promise<StartUpdates> {
+async function mergedTaskVectors(
+  { forward, weights, labels, seed, statisticsOf }: StartSearch,
+  method: string,
+): Promise<StartUpdates> {
   const merger = mergerOf(method);
   const values = resolveParameters(merger, { shared: {} }, labels, 'best');
   const updates = new Map<string, StateStore>();
@@ -143,7 +152,8 @@ async function mergedTaskVectors({ forward, weights, labels, seed }: StartSearch
       // On a base of zeros, a merged model is its own update.
       const base = new Float32Array(outFeatures * inFeatures);
       const tensor = { name: `${site.name}.weight`, shape: [outFeatures, inFeatures], role: 'matrix' as const, experts: labels };
-      const block = mergeBlock(0, { base, experts: taskVectors, taskVectors });
+      const statistics = merger.statistics ? { statistics: await statisticsOf(method, site) } : {};
+      const block = mergeBlock(0, { base, experts: taskVectors, taskVectors, ...statistics });
       const context = { seed, blas: forward.blas, note: () => undefined };
       const store = forward.spool.allocate(outFeatures, inFeatures);
       let row = 0;

@@ -4,12 +4,6 @@ import type { MergeWeights } from './merge-weights.ts';
 import { addScaled, type Coefficients } from './methods/merge/expert-merging/coefficients.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
 
-/** What is added to the base before any coefficient: `scale` times a merged task vector. */
-export interface Start {
-  readonly method: string;
-  readonly scale: number;
-}
-
 /** Norms, embeddings and all else that is not learned: the base's, or moved by the mean task vector. */
 export type Passive = 'base' | 'mean';
 

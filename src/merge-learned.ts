@@ -9,6 +9,7 @@ import type { MergeInputs } from './merge-inputs.ts';
 import type { TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
+import { mergerOf } from './methods/merge/index.ts';
 import { completeValues, type LearnedMethod, type LearnedValues } from './methods/merge/learned.ts';
 import type { MergePlan } from './methods/merge/merge-plan.ts';
 import type { Declared } from './methods/merge/parameters.ts';
@@ -39,7 +40,7 @@ export async function planMerge(
   place: LearningPlace,
   hooks: RunHooks,
 ): Promise<PlannedMerge> {
-  if (prepared === undefined) return { plan: await readPlan(recipe.plan!) };
+  if (prepared === undefined) return { plan: await givenPlan(recipe) };
   const path = join(place.folder, FILE);
   const kept = await readFile(path, 'utf8').catch(() => undefined);
   if (kept !== undefined) return JSON.parse(kept) as PlannedMerge;
@@ -47,6 +48,20 @@ export async function planMerge(
   await place.keep();
   await writeDurably(path, JSON.stringify(learned));
   return learned;
+}
+
+/** A start that measures text needs the text again; nothing else does. */
+async function givenPlan({ plan: path, calibration }: MergeRecipe): Promise<MergePlan> {
+  const plan = await readPlan(path!);
+  const { method, measured } = plan.start;
+  const measures = mergerOf(method).statistics !== undefined;
+  if (!measures && calibration.length > 0) throw new RecipeError('--plan: nothing is learned then; leave --calibration out');
+  if (measures && calibration.length === 0)
+    throw new RecipeError(
+      `--plan: starts from ${method}, which measures every expert on text: give the --calibration that it was learned on`,
+    );
+  if (measures && measured === undefined) throw new RecipeError(`--plan: does not say on which text its start was measured`);
+  return plan;
 }
 
 /** Reads a plan file, or the plan in a pcomp.json. Throws RecipeError for a file that has none. */

@@ -223,8 +223,6 @@ function checkMethod({ method, base, calibration, plan, weights, set, compat }: 
   if (calibration.length === 0 && plan === undefined) {
     throw new RecipeError(`--calibration: ${method} learns on text of every expert; give label=FILE for each`);
   }
-  if (calibration.length > 0 && plan !== undefined)
-    throw new RecipeError('--plan: nothing is learned then; leave --calibration out');
   if (weights.length > 0) throw new RecipeError(`--weights: ${method} learns them`);
   if (compat !== undefined) throw new RecipeError(`--compat ${compat}: has no ${method}`);
   const narrow = set.find((setting) => /^[^=]*[:.]/.test(setting));

@@ -19,6 +19,7 @@ import type { StoredTensor, TensorJob } from './merge-jobs.ts';
 import { parametersOf } from './merge-parameters.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import { MergeWeights } from './merge-weights.ts';
+import type { MeasuredText } from './methods/merge/merge-plan.ts';
 import type { Merger } from './methods/merge/merger.ts';
 import { createModel } from './model/architectures/index.ts';
 import type { Model, WeightReader } from './model/model.ts';
@@ -43,7 +44,10 @@ interface Place {
 
 const NORMS = 'statistics.json';
 
-/** @param jobs of any schedule over the same inputs: where every tensor's parts are */
+/**
+ * @param jobs of any schedule over the same inputs: where every tensor's parts are
+ * @param text which samples; by the recipe's settings of the method when absent
+ */
 export async function measureStatistics(
   merger: Merger,
   inputs: MergeInputs,
@@ -51,6 +55,7 @@ export async function measureStatistics(
   recipe: MergeRecipe,
   { folder: kept, keep }: Place,
   hooks: RunHooks,
+  text?: MeasuredText,
 ): Promise<MergeStatistics> {
   const { config, folder, template } = inputs;
   if (config === undefined) {
@@ -62,21 +67,16 @@ export async function measureStatistics(
   const normsPath = join(kept, NORMS);
   if (!(await exists(normsPath))) {
     const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
-    const values = parametersOf(
-      merger,
-      recipe,
-      labels,
-      inputs.outputs.map(({ name }) => name),
-    )('');
+    const { samples, length, seed, heldOut } = text ?? textOf(merger, inputs, recipe);
     const { training, notes } = await readSamples(tokenizer, {
       calibration: recipe.calibration,
       labels,
-      count: Number(values['samples']),
-      sequenceLength: Math.min(Number(values['length']), model.shape.contextLength),
-      seed: recipe.seed,
-      holdOut: false,
+      count: samples,
+      sequenceLength: Math.min(length, model.shape.contextLength),
+      seed,
+      holdOut: heldOut,
     });
-    for (const note of notes) hooks.note?.(note);
+    if (text === undefined) for (const note of notes) hooks.note?.(note);
     await using engine = await createEngine({ threads: recipe.threads, onNote: (note) => hooks.note?.(note) });
     await using spool = new Spool({ ramBytes: recipe.maxMemory });
     using weights = new MergeWeights(inputs, jobs, 0);
@@ -97,6 +97,14 @@ export async function measureStatistics(
   }
   const norms = JSON.parse(await readFile(normsPath, 'utf8')) as number[];
   return { tensors: await placesOf(model, merger, paths), ...(norms.length === 0 ? {} : { norms }) };
+}
+
+/** As the method's own settings have it. */
+function textOf(merger: Merger, { experts, outputs }: MergeInputs, recipe: MergeRecipe): MeasuredText {
+  const labels = experts.map(({ label }) => label);
+  const names = outputs.map(({ name }) => name);
+  const values = parametersOf(merger, recipe, labels, names)('');
+  return { samples: Number(values['samples']), length: Number(values['length']), seed: recipe.seed, heldOut: false };
 }
 
 async function exists(path: string): Promise<boolean> {

@@ -4,7 +4,7 @@ import { elementCount } from '../formats/dtype.ts';
 import type { TensorInfo } from '../formats/tensor.ts';
 import { transpose } from './artifacts/transpose.ts';
 import type { MergeInputs } from './merge-inputs.ts';
-import type { MergeJob, TensorJob } from './merge-jobs.ts';
+import type { MergeJob, StoredTensor, TensorJob } from './merge-jobs.ts';
 import { expertReader, StoredRows, TensorHashes } from './merge-read.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
 
@@ -52,6 +52,14 @@ export class MergeWeights implements Disposable {
   /** The same for any tensor, in its stored layout. */
   namedTaskVector(k: number, name: string): Float32Array {
     return this.#taskVector(k, name);
+  }
+
+  /** Stored matrices, whole: what was measured of every expert. */
+  stored(tensors: readonly StoredTensor[]): Float32Array[] {
+    return tensors.map((tensor) => {
+      const [rows, columns] = tensor.shape;
+      return new StoredRows(this.#open, tensor, columns).rows(0, rows);
+    });
   }
 
   [Symbol.dispose](): void {

@@ -122,10 +122,20 @@ export async function merge(
     const place = { folder: output.partsPath, keep };
     const planned = learned && (await planMerge(prepared, inputs, expected.jobs, recipe, place, { ...hooks, note }));
     const method = learned || sparse ? undefined : mergerOf(recipe.method);
+    const measuring = planned ? mergerOf(planned.plan.start.method) : method;
     const statistics =
-      method?.statistics && (await measureStatistics(method, inputs, expected.jobs, recipe, place, { ...hooks, note }));
+      measuring?.statistics &&
+      (await measureStatistics(
+        measuring,
+        inputs,
+        expected.jobs,
+        recipe,
+        place,
+        { ...hooks, note },
+        planned?.plan.start.measured,
+      ));
     const schedule = planned
-      ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), { plan: planned.plan })
+      ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), { plan: planned.plan, statistics })
       : sparse
         ? expected
         : scheduleMerge(inputs, applied, mergerOf(recipe.method), { statistics });

@@ -59,7 +59,7 @@ const PARAMETERS = {
   start: {
     type: 'choice',
     summary: 'what coefficients start from; auto: the best of all but none',
-    choices: ['auto', 'none', 'task-arithmetic', 'tsv-m', 'iso-c'],
+    choices: ['auto', 'none', 'task-arithmetic', 'tsv-m', 'iso-c', 'regmean'],
     default: 'auto',
     paper: 'none',
   },

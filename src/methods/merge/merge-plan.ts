@@ -10,12 +10,29 @@ export interface TensorCoefficients {
   readonly coefficients: readonly (readonly number[])[];
 }
 
+/** What is added to the base before any coefficient: `scale` times what a method makes of the task vectors. */
+export interface Start {
+  readonly method: string;
+  readonly scale: number;
+  /** Where the method measures the experts on the calibration text: windows of each, their longest, and the seed they are drawn by. */
+  readonly measured?: MeasuredText;
+}
+
+/** Samples of each expert's text: how many, how long, which. */
+export interface MeasuredText {
+  readonly samples: number;
+  readonly length: number;
+  readonly seed: number;
+  /** Whether an eighth was left out, to judge by. */
+  readonly heldOut: boolean;
+}
+
 export interface MergePlan {
   readonly method: string;
   /** Labels, in the order that coefficients follow. */
   readonly experts: readonly string[];
-  /** Where coefficients start from: `scale` times what that method makes of the task vectors, on the base. */
-  readonly start: { readonly method: string; readonly scale: number };
+  /** Where coefficients start from, on the base. */
+  readonly start: Start;
   /** What is not learned: as in the base, or moved by the mean task vector. */
   readonly passive: 'base' | 'mean';
   /** By tensor name. */

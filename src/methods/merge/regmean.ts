@@ -3,13 +3,14 @@ import { choleskyLower } from '../../compute/linalg/cholesky.ts';
 import { mergeMatrix } from './matrix-merge.ts';
 import { defineMerger } from './merger.ts';
 import { SAMPLES } from './statistics-parameters.ts';
+import { LAMBDA } from './task-vectors.ts';
 
 /** Part of the mean of a Gram matrix's diagonal that is added to it, so that directions no text has shown have one solution: the mean. */
 const RIDGE = 1e-6;
 
 export const regmean = defineMerger({
   name: 'regmean',
-  formula: 'theta_0 + (sum tau_k G_k) (sum G_k)^-1, G_k = X_k^T X_k / T with its off-diagonal times reduce',
+  formula: 'theta_0 + lambda (sum tau_k G_k) (sum G_k)^-1, G_k = X_k^T X_k / T with its off-diagonal times reduce',
   reference: '2212.09849',
   access: 'matrix',
   base: 'required',
@@ -23,10 +24,11 @@ export const regmean = defineMerger({
       min: 0,
       max: 1,
     },
+    lambda: LAMBDA,
     ...SAMPLES,
   },
-  prepare(tensor, { reduce }) {
-    return mergeMatrix(tensor, 1, (taskVectors, rows, columns, { statistics }) => {
+  prepare(tensor, { reduce, lambda }) {
+    return mergeMatrix(tensor, lambda, (taskVectors, rows, columns, { statistics }) => {
       const merged = new Float64Array(rows * columns);
       // Layers that no text went through are averaged, like all that is no layer.
       if (!statistics) {
