@@ -15,6 +15,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { evaluate } from '../src/evaluate.ts';
+import { valley } from '../src/expert-start.ts';
 import { merge } from '../src/merge.ts';
 import { type MergeRequest, mergeRecipe } from '../src/merge-recipe.ts';
 import { type Row, writeResults } from './results.ts';
@@ -121,32 +122,38 @@ interface Scored {
   readonly seconds: number;
 }
 
+const slug = (name: string): string => name.replaceAll(/[^a-z0-9.]+/g, '-');
+
 /** A method is linear in its scale, so that one merge at scale 1 is an expert that the other scales are of. */
 async function atBestScale(method: string): Promise<Scored> {
-  const whole = join(scratch, 'whole');
   const scaled = join(scratch, 'scaled');
-  let best: { setting: string; scale: number; nll: number } | undefined;
+  const found: { setting: string; scale: number; nll: number }[] = [];
+  const wholeOf = (setting: string) => join(scratch, slug(`whole ${method} ${setting}`));
   const make = async (setting: string): Promise<number> => {
     const texts = MEASURED.includes(method) ? { calibration: calibration(EXPERTS) } : {};
-    return merged(whole, EXPERTS, { method, set: setting === '' ? [] : setting.split(' '), ...texts });
+    return merged(wholeOf(setting), EXPERTS, { method, set: setting === '' ? [] : setting.split(' '), ...texts });
   };
-  const scale = (lambda: number) => merged(scaled, [whole], { method: 'task-arithmetic', set: [`lambda=${lambda}`] });
+  const scale = (setting: string, lambda: number) =>
+    merged(scaled, [wholeOf(setting)], { method: 'task-arithmetic', set: [`lambda=${lambda}`] });
   let seconds = 0;
   for (const setting of FREE[method]) {
-    seconds = await make(setting);
-    for (const lambda of SCALES) {
-      await scale(lambda);
-      const nll = mean(await score(scaled, 'choice'));
-      if (best === undefined || nll < best.nll) best = { setting, scale: lambda, nll };
-    }
+    seconds = await once(`${method} ${setting}, seconds`, () => make(setting));
+    const judged = async (index: number): Promise<number> => {
+      const nll = await once(`${method} ${setting} ${SCALES[index]}, on the choice`, async () => {
+        await scale(setting, SCALES[index]);
+        return mean(await score(scaled, 'choice'));
+      });
+      found.push({ setting, scale: SCALES[index], nll });
+      return nll;
+    };
+    await valley(SCALES.length, SCALES.indexOf(1), judged);
   }
-  if (FREE[method].length > 1) await make(best!.setting);
-  await scale(best!.scale);
-  return {
-    setting: [best!.setting, `scale ${best!.scale}`].filter((part) => part !== '').join(', '),
-    nlls: await score(scaled, 'test'),
-    seconds,
-  };
+  const [best] = found.sort((x, y) => x.nll - y.nll);
+  const nlls = await once(`${method}, nll`, async () => {
+    await scale(best.setting, best.scale);
+    return score(scaled, 'test');
+  });
+  return { setting: [best.setting, `scale ${best.scale}`].filter((part) => part !== '').join(', '), nlls, seconds };
 }
 
 interface Learning {
@@ -156,7 +163,7 @@ interface Learning {
 
 /** A learned merge; with the plan of its first stage applied as well, which is what the method without chunks learns. */
 async function learned(name: string, experts: readonly string[], request: MergeRequest, first: boolean): Promise<Scored[]> {
-  const output = join(scratch, name.replaceAll(/[^a-z0-9]+/g, '-'));
+  const output = join(scratch, slug(name));
   const seconds = await once(`${name}, seconds`, () =>
     merged(output, experts, { calibration: calibration(experts), ...request }),
   );
@@ -223,7 +230,6 @@ async function measure(): Promise<void> {
   const rest: [string, Scored][] = [];
   const seeds = Number(values.seeds);
   try {
-    for (const method of ['tsv-m', 'regmean']) free.push([method, await once(method, () => atBestScale(method))]);
     const run = async (seed: number): Promise<void> => {
       const [second, first] = await learned(
         `expert-merging++ best ${seed}`,
@@ -234,12 +240,13 @@ async function measure(): Promise<void> {
       best[0].push(first);
       best[1].push(second);
     };
+    for (const method of ['regmean', 'tsv-m']) free.push([method, await atBestScale(method)]);
     await run(0);
     for (const method of ['expert-merging', 'expert-merging++'])
       rest.push([`${method}, paper`, (await learned(`${method} paper`, EXPERTS, { method, preset: 'paper' }, false))[0]]);
     paper.push(...rest.map(([, scored]) => scored));
     for (const method of values.methods?.split(',') ?? Object.keys(FREE)) {
-      if (!free.some(([name]) => name === method)) free.push([method, await once(method, () => atBestScale(method))]);
+      if (!free.some(([name]) => name === method)) free.push([method, await atBestScale(method)]);
     }
     for (let seed = 1; seed < seeds; seed++) await run(seed);
     rest.push([
@@ -290,4 +297,4 @@ await writeResults('expert-merging', ['npx tsx bench/expert-merging.ts', ...proc
   'Recovered: the way from the linear average to the experts, in nats per token on the domain of each, mean of both; the first 64,000 characters of the held-out texts. Training-free methods have the scale of 0.3, 0.5, 0.7, 1 and 1.3 that is best on text that was held out of calibration. CPU seconds are of all threads, on a machine shared with other work.',
   ...(whole ? [] : ['Not all rows were run.']),
 ]);
-if (whole) await rm(join(scratch, 'whole'), { recursive: true, force: true });
+if (whole) await rm(scratch, { recursive: true, force: true });

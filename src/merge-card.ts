@@ -1,14 +1,28 @@
 /** README.md of a merged model: a model card that says what was merged, how, and how to do it again. */
 import { writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
+import type { LearningReport } from './expert-merging.ts';
 import { portableRecipe } from './merge-describe.ts';
 import type { MergeInputs } from './merge-inputs.ts';
 import { MERGE_DEFAULTS, type MergeRecipe } from './merge-recipe.ts';
 import { packageVersion } from './package-root.ts';
 import { flag } from './recipe-fields.ts';
 
+/** What a learned merge has to tell: the picture of its coefficients, and how near the experts it came. */
+export interface LearnedNews {
+  /** File beside the card. */
+  readonly map: string;
+  /** Absent where a plan was given. */
+  readonly report: LearningReport | undefined;
+}
+
 /** Writes the card. It names no folder of this machine. */
-export async function writeCard(folder: string, inputs: MergeInputs, recipe: MergeRecipe): Promise<void> {
+export async function writeCard(
+  folder: string,
+  inputs: MergeInputs,
+  recipe: MergeRecipe,
+  learned: LearnedNews | undefined,
+): Promise<void> {
   const { base, experts, config } = inputs;
   const models = [...(base ? [base] : []), ...experts].map(({ label }) => `- ${label}`);
   const architecture = Array.isArray(config?.['architectures']) ? ` (${String(config['architectures'][0])})` : '';
@@ -31,8 +45,37 @@ export async function writeCard(folder: string, inputs: MergeInputs, recipe: Mer
     '',
     '`pcomp.json` has the hash of every tensor that went in and came out.',
     '',
+    ...(learned ? tellLearned(learned) : []),
   ].join('\n');
   await writeFile(join(folder, 'README.md'), text);
+}
+
+function tellLearned({ map, report }: LearnedNews): string[] {
+  const picture = ['## Coefficients', '', `![Coefficients by block, kind of layer and expert](${map})`, ''];
+  if (report === undefined) return picture;
+  const rows = report.experts.map(({ label, base, merged, recovered }) =>
+    [
+      label,
+      base.kl.toPrecision(3),
+      merged.kl.toPrecision(3),
+      `${(100 * recovered).toFixed(0)} %`,
+      `${(100 * merged.agreement).toFixed(0)} %`,
+      base.perplexity.toPrecision(4),
+      merged.perplexity.toPrecision(4),
+      merged.expertPerplexity.toPrecision(4),
+    ].join(' | '),
+  );
+  return [
+    '## How near the experts it is',
+    '',
+    `On ${report.judgedOn} of each expert: Kullback-Leibler divergence from the expert in nats per token, of the base and of the merge; how much of it the merge takes away; how often merge and expert think the same token likeliest; and perplexity.`,
+    '',
+    '| expert | KL base | KL merged | recovered | same top token | perplexity base | merged | expert |',
+    '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    ...rows.map((row) => `| ${row} |`),
+    '',
+    ...picture,
+  ];
 }
 
 /** The command line that makes the result again: every option that is not the default. */

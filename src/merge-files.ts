@@ -1,21 +1,28 @@
 /** What stands beside the weights of a merged model: configuration, tokenizer, index, card. */
 import { chmod, copyFile, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { coefficientMap } from './artifacts/coefficient-map.ts';
 import { copyModelFiles } from './artifacts/copied-files.ts';
 import { writeCard } from './merge-card.ts';
+import { commonTemplate, putTemplate } from './merge-chat-template.ts';
 import type { MergeInputs } from './merge-inputs.ts';
+import type { PlannedMerge } from './merge-learned.ts';
 import type { MergeRecipe } from './merge-recipe.ts';
 import type { MergeSchedule } from './merge-schedule.ts';
 
-/** Writes everything that is no weight; returns the names. */
+/** What was learned as a picture, beside the report. */
+const MAP = 'coefficients.svg';
+
+/** Writes everything that is no weight; returns the names. @param planned what was learned, or given */
 export async function writeModelFiles(
   folder: string,
   inputs: MergeInputs,
   recipe: MergeRecipe,
   { layout }: MergeSchedule,
+  planned: PlannedMerge | undefined,
   note: (message: string) => void,
 ): Promise<string[]> {
-  const names: string[] = [];
+  let names: string[] = [];
   if (layout.index) {
     await writeFile(join(folder, layout.index.name), layout.index.text);
     names.push(layout.index.name);
@@ -30,12 +37,22 @@ export async function writeModelFiles(
   } else {
     note(`${inputs.template.place.path}: there is no config.json beside it, so the result has none`);
   }
+  const asked = recipe.mergekit?.chatTemplate;
+  if (asked !== undefined) {
+    const template = asked === 'auto' ? await commonTemplate(inputs) : asked;
+    if (template === undefined) note('chat_template auto: none of the models has one, so the result has none');
+    else names = await putTemplate(folder, template, names);
+  }
   if (recipe.mergekit) {
     await writeFile(join(folder, 'mergekit_config.yml'), recipe.mergekit.text);
     names.push('mergekit_config.yml');
   }
+  if (planned) {
+    await writeFile(join(folder, MAP), coefficientMap(planned.plan));
+    names.push(MAP);
+  }
   if (recipe.card) {
-    await writeCard(folder, inputs, recipe);
+    await writeCard(folder, inputs, recipe, planned && { map: MAP, report: planned.report });
     names.push('README.md');
   }
   return names;

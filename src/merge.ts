@@ -142,7 +142,7 @@ export async function merge(
     const outline = outlineOf(inputs, recipe, schedule, notes, planned?.report);
     const { results, resumed } = await produce({ inputs, recipe, schedule, statistics, output, hooks: { ...hooks, note } });
     hooks.signal?.throwIfAborted();
-    const files = await writeModelFiles(output.artifactPath, inputs, recipe, schedule, note);
+    const files = await writeModelFiles(output.artifactPath, inputs, recipe, schedule, planned, note);
     await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, plan: planned?.plan, marks, results, files });
     const roundingLoss = warnOfLoss(results, note);
     const outcome: MergeOutcome = {

@@ -2,6 +2,7 @@
 import { readFile } from 'node:fs/promises';
 import { parse as parseYaml } from 'yaml';
 import { errorCode } from './artifacts/process-lock.ts';
+import { ChatTemplate } from './calibration/chat-template.ts';
 import { EnvironmentError, RecipeError } from './errors.ts';
 import { type MergekitParameters, readMergekitParameters } from './mergekit-values.ts';
 import { mergerOf } from './methods/merge/index.ts';
@@ -28,6 +29,10 @@ export interface MergekitConfig {
   /** `models` are one slice of all layers. */
   readonly slices: readonly MergekitSlice[];
   readonly parameters: MergekitParameters;
+  /** Of the one entry of `modules`: before those of the file, after those of a slice. */
+  readonly module: MergekitParameters;
+  /** `auto`: the one that most models have; otherwise a template itself. */
+  readonly chatTemplate?: string;
   /** As the recipe has them: whose tokens the result has, and to what its rows are filled up. */
   readonly vocabulary: { readonly tokenizer?: string; readonly padVocab?: number };
   /** The file, as it was read. */
@@ -51,7 +56,10 @@ export async function readMergekitConfig(path: string): Promise<MergekitConfig> 
     const message = String((error as Error).message).split('\n', 1)[0];
     throw new RecipeError(`--config ${path}: is not YAML: ${message}`);
   }
-  return parseMergekitConfig(`--config ${path}`, raw, text);
+  const config = parseMergekitConfig(`--config ${path}`, raw, text);
+  const { chatTemplate } = config;
+  if (chatTemplate !== undefined && chatTemplate !== AUTO) await ChatTemplate.parse(`--config ${path}`, chatTemplate);
+  return config;
 }
 
 /** @param where stands in front of every message */
@@ -61,25 +69,22 @@ export function parseMergekitConfig(where: string, raw: unknown, text: string): 
     'base_model',
     'models',
     'slices',
+    'modules',
+    'chat_template',
     'dtype',
     'out_dtype',
     'parameters',
     'tokenizer_source',
     'tokenizer',
   ]);
-  const forms = ['models', 'slices'].filter((key) => top[key] !== undefined);
-  if (forms.length !== 1) throw new RecipeError(`${where}: exactly one of models and slices is expected`);
+  const forms = ['models', 'slices', 'modules'].filter((key) => top[key] !== undefined);
+  if (forms.length !== 1) throw new RecipeError(`${where}: exactly one of models, slices and modules is expected`);
   const method = mergerOf(string(`${where}: merge_method`, top['merge_method'])).name;
   const parameters = readMergekitParameters(`${where}: parameters`, top['parameters']);
-  const slices =
-    top['models'] === undefined
-      ? list(`${where}: slices`, top['slices']).map((slice, i) => readSlice(`${where}: slices[${i}]`, slice))
-      : [
-          {
-            sources: list(`${where}: models`, top['models']).map((m, i) => readModel(`${where}: models[${i}]`, m)),
-            parameters: {},
-          },
-        ];
+  const { at, content } = top['modules'] === undefined ? { at: `${where}:`, content: top } : onlyModule(where, top['modules']);
+  const slices = readSlices(at, content);
+  const module = top['modules'] === undefined ? {} : readMergekitParameters(`${at} parameters`, content['parameters']);
+  const chatTemplate = readChatTemplate(where, top['chat_template']);
   const base = top['base_model'] === undefined ? undefined : modelPath(`${where}: base_model`, top['base_model']);
   const named = top['out_dtype'] ?? top['dtype'];
   const dtype = named === undefined ? undefined : readDtype(where, named);
@@ -89,9 +94,38 @@ export function parseMergekitConfig(where: string, raw: unknown, text: string): 
     ...(dtype === undefined ? {} : { dtype }),
     slices,
     parameters,
+    module,
+    ...(chatTemplate === undefined ? {} : { chatTemplate }),
     vocabulary: readVocabularyRules(where, top),
     text,
   };
+}
+
+/** A language model is one module, which mergekit calls `default`. */
+function onlyModule(where: string, raw: unknown): { readonly at: string; readonly content: Record<string, unknown> } {
+  const modules = mapping(`${where}: modules`, raw, ['default']);
+  const at = `${where}: modules.default:`;
+  const content = mapping(at.slice(0, -1), modules['default'], ['models', 'slices', 'parameters']);
+  if ((content['models'] === undefined) === (content['slices'] === undefined))
+    throw new RecipeError(`${at} exactly one of models and slices is expected`);
+  return { at, content };
+}
+
+/** `models` are one slice of all layers. */
+function readSlices(at: string, { models, slices }: Readonly<Record<string, unknown>>): readonly MergekitSlice[] {
+  if (models === undefined) return list(`${at} slices`, slices).map((slice, i) => readSlice(`${at} slices[${i}]`, slice));
+  return [{ sources: list(`${at} models`, models).map((m, i) => readModel(`${at} models[${i}]`, m)), parameters: {} }];
+}
+
+const AUTO = 'auto';
+
+function readChatTemplate(where: string, raw: unknown): string | undefined {
+  if (raw === undefined || raw === null) return undefined;
+  const written = string(`${where}: chat_template`, raw);
+  if (written === AUTO || written.includes('{')) return written;
+  throw new RecipeError(
+    `${where}: chat_template ${written}: mergekit's own templates are not here; auto, or the Jinja text itself, is expected`,
+  );
 }
 
 function readModel(where: string, raw: unknown): MergekitSource {

@@ -11,7 +11,7 @@ import { resolveParameters } from './methods/merge/parameters.ts';
 /** mergekit's own memory switch: no number depends on it. */
 const WITHOUT_EFFECT = 'int8_mask';
 
-/** Levels, the nearest first: a model in a slice, the slice, the whole file. @throws RecipeError for parameters that the method does not have */
+/** Levels, the nearest first: a model in a slice, the slice, the module, the whole file. @throws RecipeError for parameters that the method does not have */
 export function mergekitParameters(
   merger: Merger,
   { preset }: MergeRecipe,
@@ -22,7 +22,8 @@ export function mergekitParameters(
   const placeOf = slicePlaces(config, layerCountOf(template.tensors));
   return (tensor) => {
     const { slice, t } = placeOf(tensor);
-    const shared = { ...valuesAt(config.parameters, tensor, t), ...valuesAt(slice.parameters, tensor, t) };
+    const levels = [config.parameters, config.module, slice.parameters];
+    const shared = Object.assign({}, ...levels.map((level) => valuesAt(level, tensor, t))) as Record<string, unknown>;
     const own = rolesOf(config, slice).experts.map(({ parameters }: MergekitSource, k) => {
       const { tensors } = experts[k];
       const name = tensors instanceof StackedSource && tensors.tensors.has(tensor) ? tensors.ownName(tensor) : tensor;

@@ -60,24 +60,30 @@ export class ChatTemplate {
   }
 }
 
-/**
- * The chat template of a model folder: chat_template.jinja, chat_template.json or tokenizer_config.json, the first that is there; undefined when
- * there is none. Of several with names it is the one called `default`.
- */
+/** The chat template of a model folder, ready to render; undefined when there is none. */
 export async function loadChatTemplate(folder: string): Promise<ChatTemplate | undefined> {
-  const configPath = join(folder, 'tokenizer_config.json');
-  const config = await readObject(configPath);
-  const tokens = specialTokens(config ?? {});
+  const found = await readChatTemplate(folder);
+  if (found === undefined) return undefined;
+  const config = await readObject(join(folder, 'tokenizer_config.json'));
+  return ChatTemplate.parse(found.path, found.source, specialTokens(config ?? {}));
+}
+
+/**
+ * The text of it, and the file: chat_template.jinja, chat_template.json or tokenizer_config.json, the first that has one. Of several with names
+ * it is the one called `default`.
+ */
+export async function readChatTemplate(folder: string): Promise<{ readonly path: string; readonly source: string } | undefined> {
   const own = join(folder, 'chat_template.jinja');
   const text = await readText(own);
-  if (text !== undefined) return ChatTemplate.parse(own, text, tokens);
+  if (text !== undefined) return { path: own, source: text };
+  const configPath = join(folder, 'tokenizer_config.json');
   const jsonPath = join(folder, 'chat_template.json');
   for (const [path, object] of [
     [jsonPath, await readObject(jsonPath)],
-    [configPath, config],
+    [configPath, await readObject(configPath)],
   ] as const) {
     const source = sourceOf(path, object?.['chat_template']);
-    if (source !== undefined) return ChatTemplate.parse(path, source, tokens);
+    if (source !== undefined) return { path, source };
   }
   return undefined;
 }

@@ -97,6 +97,39 @@ parameters: {t: 0.5}
   });
 });
 
+describe('modules and chat_template', () => {
+  it('one module with parameters of its own, and the template that most models have or the one that is written out', async () => {
+    const templates = { base: 'old', math: 'new', code: 'new' };
+    for (const [model, template] of Object.entries(templates))
+      writeFileSync(at(model, 'tokenizer_config.json'), JSON.stringify({ chat_template: template, bos_token: '<s>' }));
+    const yaml = (template: string) => `
+modules:
+  default:
+    models: [{model: math}, {model: code, parameters: {weight: [{filter: mlp, value: 0.25}]}}]
+    parameters: {weight: 0.5}
+base_model: base
+merge_method: task_arithmetic
+parameters: {weight: 7, lambda: 2}
+chat_template: ${template}
+`;
+    expect(await merge('modular', yaml('auto'))).toMatchObject({ code: 0, stderr: '' });
+    const merged = await readWeights(at('modular'));
+    for (const name of [up(1), 'model.norm.weight']) {
+      const [theta, a, b, found] = [baseWeights, math, code, merged].map((weights) => values(weights, name));
+      const w = name.includes('mlp') ? 0.25 : 0.5;
+      for (let i = 0; i < theta.length; i++)
+        expect(found[i]).toBeCloseTo(theta[i] + 2 * (0.5 * (a[i] - theta[i]) + w * (b[i] - theta[i])), 5);
+    }
+    const templateOf = (folder: string) =>
+      (JSON.parse(readFileSync(at(folder, 'tokenizer_config.json'), 'utf8')) as Record<string, unknown>)['chat_template'];
+    expect(templateOf('modular')).toBe('new');
+    expect(await merge('written', yaml(`"{{ messages[0]['content'] }}"`))).toMatchObject({ code: 0 });
+    expect(templateOf('written')).toBe("{{ messages[0]['content'] }}");
+    const broken = await merge('broken', yaml('"{% if %}"'));
+    expect(broken).toMatchObject({ code: 2, stderr: expect.stringMatching(/broken\.yml: its chat template cannot be followed/) });
+  });
+});
+
 describe('what cannot be followed', () => {
   it.each([
     [

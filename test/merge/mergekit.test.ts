@@ -47,11 +47,31 @@ describe('a mergekit file', () => {
     ]);
   });
 
+  it('with modules has one, whose parameters come before those of the file', () => {
+    const { slices, module, parameters } = parse(
+      'merge_method: ties\nbase_model: b\nparameters: {density: 0.5}\nmodules: {default: {models: [{model: a}], parameters: {density: 0.2}}}',
+    );
+    expect(slices).toEqual([{ sources: [{ model: 'a', parameters: {} }], parameters: {} }]);
+    expect([parameters, module]).toEqual([{ density: 0.5 }, { density: 0.2 }]);
+  });
+
   it.each([
-    ['merge_method: ties\nmodels: [{model: a}]\nslices: []', /exactly one of models and slices/],
-    ['merge_method: ties', /exactly one of models and slices/],
+    ['merge_method: ties\nmodels: [{model: a}]\nslices: []', /exactly one of models, slices and modules/],
+    ['merge_method: ties', /exactly one of models, slices and modules/],
     ['merge_method: nonsense\nmodels: [{model: a}]', /--method nonsense: must be one of/],
-    ['merge_method: linear\nmodels: [{model: a}]\nchat_template: auto', /chat_template: pcomp follows/],
+    [
+      'merge_method: linear\nmodels: [{model: a}]\nchat_template: alpaca',
+      /chat_template alpaca: mergekit's own templates are not here/,
+    ],
+    ['merge_method: linear\nmodules: {vision: {models: [{model: a}]}}', /modules: vision: pcomp follows default here/],
+    [
+      'merge_method: linear\nmodules: {default: {models: [{model: a}], slices: []}}',
+      /modules\.default: exactly one of models and slices/,
+    ],
+    [
+      'merge_method: linear\nmodules: {default: {models: [{model: a}]}}\nmodels: [{model: a}]',
+      /exactly one of models, slices and modules/,
+    ],
     ['merge_method: linear\nmodels: [{model: a, weight: 1}]', /models\[0\]: weight: pcomp follows/],
     ['merge_method: linear\nmodels: [{model: a+lora}]', /a\+lora: model\+adapter is not taken/],
     ['merge_method: linear\nmodels: [{model: a}]\ndtype: int8', /dtype "int8": must be one of/],
