@@ -90,7 +90,7 @@ export async function learnMerge(
     hooks.note?.(`learning goes on with the ${progress.threads} threads it began with; others would round otherwise`);
   await using engine = await createEngine({ threads: progress.threads, onNote: (note) => hooks.note?.(note) });
   await using spool = new Spool({ ramBytes: recipe.maxMemory * (1 - KEPT_PART) });
-  using weights = new MergeWeights(inputs, jobs, recipe.maxMemory * KEPT_PART);
+  using weights = new MergeWeights(inputs, jobs, recipe.maxMemory * KEPT_PART, values.trim);
   const forward: Forward = { model, engine, blas: createBlas(engine), spool, path: folder, signal: hooks.signal };
   const report = (phase: string) => (done: number, total: number) => hooks.progress?.({ phase, done, total });
   const weightsOf = (k: number) => weights.expert(k);
@@ -310,11 +310,11 @@ class Learner {
   }
 
   #make(bounds: (index: number) => ChunkBounds): Coefficients {
-    const { method, model, labels } = this.#parts.prepared;
+    const { method, values, model, labels } = this.#parts.prepared;
     return new Coefficients(
       sitesOf(model).map(({ site }, index) => ({ name: site.name, bounds: bounds(index) })),
       labels.length,
-      coefficientRules(method, this.#paper),
+      coefficientRules(method, values, this.#paper),
     );
   }
 
@@ -340,11 +340,12 @@ class Learner {
 
   #plan(coefficients: Coefficients): MergePlan {
     const { prepared, found } = this.#parts;
-    const { method, labels, model } = prepared;
+    const { method, values, labels, model } = prepared;
+    const trim = values.trim < 1 ? { trim: values.trim } : {};
     const tensors = sitesOf(model).map(({ site }, l) => {
       const { bounds } = coefficients.tensors[l];
       const own = labels.map((_, k) => coefficients.of(l, k));
-      return [`${site.name}.weight`, { bounds: bounds.length > 1 ? bounds : [0, sizeOf(site)], coefficients: own }];
+      return [`${site.name}.weight`, { bounds: bounds.length > 1 ? bounds : [0, sizeOf(site)], coefficients: own, ...trim }];
     });
     const { start, passive } = found;
     return { method: method.name, experts: labels, start, passive, tensors: Object.fromEntries(tensors) };

@@ -17,8 +17,9 @@ const UNBOUNDED: CoefficientRules = {
   range: [Number.NEGATIVE_INFINITY, Number.POSITIVE_INFINITY],
 };
 
-export function coefficientRules({ objective }: LearnedMethod, paper: boolean): CoefficientRules {
-  return objective === 'entropy' ? UNBOUNDED : paper ? PAPER : BEST;
+export function coefficientRules({ objective }: LearnedMethod, { granularity }: LearnedValues, paper: boolean): CoefficientRules {
+  const rules = objective === 'entropy' ? UNBOUNDED : paper ? PAPER : BEST;
+  return granularity === 'task' ? { ...rules, shared: true } : rules;
 }
 
 /** Of the first stage; the second has updates of its own. */

@@ -6,6 +6,7 @@ import { transpose } from './artifacts/transpose.ts';
 import type { MergeInputs } from './merge-inputs.ts';
 import type { MergeJob, StoredTensor, TensorJob } from './merge-jobs.ts';
 import { expertReader, StoredRows, TensorHashes } from './merge-read.ts';
+import { trimWhole } from './methods/merge/trim.ts';
 import type { LinearSite, WeightReader } from './model/model.ts';
 
 /** Reads tensors of all models of a merge, whole, by the base's names. */
@@ -18,8 +19,11 @@ export class MergeWeights implements Disposable {
   readonly #kept = new Map<string, Float32Array>();
   #room: number;
 
-  /** @param keptBytes of task vectors that stay in memory once they are read */
-  constructor(inputs: MergeInputs, jobs: readonly TensorJob[], keptBytes: number) {
+  readonly #trim: number;
+
+  /** @param keptBytes of task vectors that stay in memory once they are read @param trim part of sites' task vectors that counts, their largest entries */
+  constructor(inputs: MergeInputs, jobs: readonly TensorJob[], keptBytes: number, trim = 1) {
+    this.#trim = trim;
     this.#room = keptBytes;
     this.#jobs = new Map(jobs.flatMap((job) => (job.kind === 'merge' ? [[job.name, job] as const] : [])));
     this.#ties = new Map(inputs.outputs.flatMap(({ name, made }) => (made.by === 'tie' ? [[name, made.like] as const] : [])));
@@ -36,12 +40,13 @@ export class MergeWeights implements Disposable {
     return this.#reader((name, start, end) => this.#expert(k, name, start, end).values);
   }
 
-  /** Expert k's task vector for a site, (outFeatures, inFeatures): as stored for an adapter, else the difference of weights. */
+  /** Expert k's task vector for a site, (outFeatures, inFeatures): as stored for an adapter, else the difference of weights; trimmed where that was asked for. */
   taskVector(k: number, site: LinearSite): Float32Array {
     const key = `${k} ${site.name}`;
     const known = this.#kept.get(key);
     if (known) return known;
-    const made = oriented(site, this.#taskVector(k, `${site.name}.weight`));
+    const whole = oriented(site, this.#taskVector(k, `${site.name}.weight`));
+    const made = this.#trim < 1 ? trimWhole(whole, this.#trim) : whole;
     if (made.byteLength <= this.#room) {
       this.#room -= made.byteLength;
       this.#kept.set(key, made);

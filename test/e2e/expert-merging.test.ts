@@ -165,11 +165,30 @@ describe('adamerging', () => {
         plan: { tensors: Record<string, { coefficients: number[][] }> };
       };
       for (const { coefficients } of Object.values(plan.tensors)) expect(coefficients.map((own) => own.length)).toEqual([1, 1]);
+      const trimmed = ['granularity=task', 'trim=0.3', 'updates=4'];
+      await runCliJson([...args, ...trimmed, '-o', 'trimmed'], { cwd });
+      const { plan: shared } = JSON.parse(readFileSync(at('trimmed', 'pcomp.json'), 'utf8')) as {
+        plan: { tensors: Record<string, { coefficients: number[][] }> };
+      };
+      const all = Object.values(shared.tensors);
+      expect(all[0].coefficients.flat()).not.toContain(0.3);
+      for (const tensor of all) expect(tensor).toMatchObject({ coefficients: all[0].coefficients, trim: 0.3 });
+      // By definition: the base, and of every task vector the largest entries.
+      const [own, code, math, made] = await Promise.all(['base', 'code', 'math', 'trimmed'].map((name) => readWeights(at(name))));
+      const b = own.get(Q)!.values;
+      const result = b.slice();
+      for (const [k, expert] of [code, math].entries()) {
+        const tau = expert.get(Q)!.values.map((value, i) => value - b[i]);
+        const order = [...tau.keys()].sort((i, j) => Math.abs(tau[j]) - Math.abs(tau[i]) || i - j);
+        for (const i of order.slice(0, Math.floor(0.3 * tau.length))) result[i] += all[0].coefficients[k][0] * tau[i];
+      }
+      const found = made.get(Q)!.values;
+      for (let i = 0; i < b.length; i++) expect(Math.abs(found[i] - result[i])).toBeLessThan(1e-5);
       const refused = await runCli([...args, 'gamma=1', '-o', 'never'], { cwd });
       expect([refused.code, refused.stderr]).toEqual([
         2,
         expect.stringMatching(
-          /gamma: adamerging has no such parameter; it has samples, length, response_length, response_temperature, updates/,
+          /gamma: adamerging has no such parameter; it has samples, length, response_length, response_temperature, updates, granularity, trim/,
         ),
       ]);
     },

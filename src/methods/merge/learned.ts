@@ -16,7 +16,7 @@ export interface LearnedMethod {
   readonly fixed: Partial<LearnedValues>;
 }
 
-export type LearnedValues = ParameterValues<typeof PARAMETERS>;
+export type LearnedValues = ParameterValues<typeof ALL>;
 
 const count = (summary: string, value: number): NumberParameter => ({
   type: 'number',
@@ -72,6 +72,25 @@ const PARAMETERS = {
   },
 } as const satisfies Parameters;
 
+/** Of `adamerging` alone. */
+const ENTROPY_PARAMETERS = {
+  granularity: {
+    type: 'choice',
+    summary: 'a coefficient of each expert for every tensor, or one for all (task)',
+    choices: ['tensor', 'task'],
+    default: 'tensor',
+  },
+  trim: {
+    type: 'number',
+    summary: 'part of each task vector that is kept, its largest entries; below 1 the "++" form, published with 0.2',
+    default: 1,
+    above: 0,
+    max: 1,
+  },
+} as const satisfies Parameters;
+
+const ALL = { ...PARAMETERS, ...ENTROPY_PARAMETERS };
+
 const FORMULA = 'start + sum_k alpha_k tau_k, alpha by descent on the divergence from every expert';
 
 /** Every learned method, by its name on the command line. */
@@ -106,6 +125,7 @@ export const LEARNED = {
       response_length: PARAMETERS.response_length,
       response_temperature: PARAMETERS.response_temperature,
       updates: { ...PARAMETERS.updates, summary: 'updates', default: 100, paper: 1000 },
+      ...ENTROPY_PARAMETERS,
     },
     fixed: { gamma: 0, hidden: 0, start: 'none', passive: 'base' },
   },
@@ -117,7 +137,7 @@ export function completeValues(
   own: Readonly<Record<string, unknown>>,
   preset: 'best' | 'paper',
 ): LearnedValues {
-  const declared = { name: method.name, parameters: PARAMETERS };
+  const declared = { name: method.name, parameters: ALL };
   return { ...resolveParameters(declared, { shared: {} }, [], preset), ...method.fixed, ...own };
 }
 

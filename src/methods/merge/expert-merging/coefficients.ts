@@ -19,6 +19,8 @@ export interface CoefficientRules {
   readonly anchor: number;
   /** Linear only: least and greatest coefficient. */
   readonly range: readonly [number, number];
+  /** One coefficient of an expert for all tensors, which have one chunk each. */
+  readonly shared?: boolean;
 }
 
 export class Coefficients {
@@ -33,8 +35,9 @@ export class Coefficients {
     this.tensors = tensors;
     this.expertCount = expertCount;
     this.rules = rules;
-    let length = 0;
+    let length = rules.shared ? expertCount : 0;
     this.#starts = tensors.map(({ bounds }) => {
+      if (rules.shared) return 0;
       const start = length;
       length += expertCount * (bounds.length - 1);
       return start;
@@ -45,6 +48,7 @@ export class Coefficients {
 
   /** Chunks of all tensors, those without elements included. */
   get chunkCount(): number {
+    if (this.rules.shared) return 1;
     return this.tensors.reduce((sum, { bounds }) => sum + bounds.length - 1, 0);
   }
 
