@@ -108,13 +108,13 @@ export async function merge(
   const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
   const expected = scheduleMerge(inputs, applied, mergerOf(learned || sparse ? PLACEHOLDER : recipe.method));
   const values = learned && learnedValues(learned, recipe);
+  const marks = await markInputs(inputs, recipe);
   const prepared =
     learned && values && recipe.plan === undefined ? await prepareLearning(learned, values, inputs, recipe, note) : undefined;
   if (mode.dryRun) {
     if (prepared) note('bytes, memory and tensors are those of applying the plan, once it is learned');
     return { ...outlineOf(inputs, recipe, expected, notes), ...(prepared ? { toLearn: prepared.cost } : {}) };
   }
-  const marks = await markInputs(inputs, recipe);
   await using output = await OutputFolder.open({ ...request, recipeHash: marks.hash });
   try {
     await requireSpace(output, expected);

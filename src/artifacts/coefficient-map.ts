@@ -2,7 +2,7 @@
 import type { MergePlan } from '../methods/merge/merge-plan.ts';
 
 /** Pixels. */
-const CELL = { width: 44, height: 18 };
+const CELL = { width: 46, height: 19 };
 const LABELS = 46;
 const GAP = 28;
 const TOP = 74;
@@ -59,8 +59,9 @@ function cells(grid: Grid, tensors: MergePlan['tensors'], expert: number, left: 
         const fill = colorOf(value, most);
         return `<rect x="${round(x + from * (CELL.width - 1))}" y="${y}" width="${round((to - from) * (CELL.width - 1))}" height="${CELL.height - 1}" fill="${fill}"/>`;
       });
+      const frame = `<rect x="${x}" y="${y}" width="${CELL.width - 1}" height="${CELL.height - 1}" fill="none" stroke="#999999" stroke-width="0.7"/>`;
       const told = own.map((value) => value.toPrecision(3)).join(' ');
-      return [`<g><title>${escaped(name)}: ${told}</title>${stripes.join('')}</g>`];
+      return [`<g><title>${escaped(name)}: ${told}</title>${stripes.join('')}${frame}</g>`];
     }),
   );
 }
