@@ -25,7 +25,7 @@ const lab = (path: string) => join(data, 'lab', path);
 const DOMAINS = ['python', 'shakespeare'] as const;
 const EXPERTS = DOMAINS.map((domain) => lab(`expert-${domain}`));
 const WITH_LORA = [lab('expert-python'), lab('lora-shakespeare')];
-const SCALES = [0.3, 0.5, 0.7, 1, 1.3];
+const SCALES = [0.3, 0.5, 0.7, 1, 1.3, 1.6, 2];
 /** Characters of the held-out text that are scored, and of the training text that scales are chosen on. */
 const SCORED = 64_000;
 const CHOSEN_ON = 30_000;
@@ -294,7 +294,7 @@ try {
 }
 console.error(whole ? 'nothing is left to run' : 'time is up: run it again to go on');
 await writeResults('expert-merging', ['npx tsx bench/expert-merging.ts', ...process.argv.slice(2)].join(' '), rows, [
-  'Recovered: the way from the linear average to the experts, in nats per token on the domain of each, mean of both; the first 64,000 characters of the held-out texts. Training-free methods have the scale of 0.3, 0.5, 0.7, 1 and 1.3 that is best on text that was held out of calibration. CPU seconds are of all threads, on a machine shared with other work.',
+  'Recovered: the way from the linear average to the experts, in nats per token on the domain of each, mean of both; the first 64,000 characters of the held-out texts. Training-free methods have the scale of 0.3, 0.5, 0.7, 1, 1.3, 1.6 and 2 that is best on text that was held out of calibration. CPU seconds are of all threads, on a machine shared with other work.',
   ...(whole ? [] : ['Not all rows were run.']),
 ]);
 if (whole) await rm(scratch, { recursive: true, force: true });

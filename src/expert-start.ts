@@ -12,7 +12,7 @@ import type { LinearSite } from './model/model.ts';
 
 /** Methods that are tried. */
 const START_METHODS = ['task-arithmetic', 'tsv-m', 'iso-c', 'regmean'] as const;
-const START_SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3] as const;
+const START_SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3, 1.6, 2] as const;
 /** Where the search of a scale begins: between a mean of two and a whole. */
 const MIDDLE_SCALE = 5;
 /** Samples of each expert that candidates are judged on. */

@@ -9,7 +9,7 @@ import { runCli, runCliJson } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 import { tinyLlama } from '../support/tiny-models.ts';
 
-const SETUP_MS = 120_000;
+const SETUP_MS = 300_000;
 const fixture = (path: string) => fileURLToPath(new URL(`../../fixtures/lab/${path}`, import.meta.url));
 const scratch = scratchFolder();
 const cwd = scratch.path;
@@ -76,8 +76,9 @@ describe('expert-merging++, the default with texts', () => {
       expect(coefficients[0]).toHaveLength(bounds.length - 1);
 
       // What was written is what the plan says: start + sum alpha tau, for the base and the experts as anybody reads them.
-      const applied = await runCli(['merge', ...EXPERTS, '--plan', 'merged/pcomp.json', '-o', 'again'], { cwd });
-      expect(applied.code).toBe(0);
+      const texts = plan.start.method === 'regmean' ? TEXTS : [];
+      const applied = await runCli(['merge', ...EXPERTS, '--plan', 'merged/pcomp.json', ...texts, '-o', 'again'], { cwd });
+      expect(applied.code, applied.stderr).toBe(0);
       expect(readFileSync(at('again', 'model.safetensors'))).toEqual(readFileSync(at('merged', 'model.safetensors')));
     },
     SETUP_MS,
@@ -119,6 +120,23 @@ describe('expert-merging++, the default with texts', () => {
         coefficients.flat(),
       );
       expect(all.every((alpha) => alpha > 0 && alpha < 1)).toBe(true);
+    },
+    SETUP_MS,
+  );
+
+  it(
+    'starts from regmean, which measures the text: its plan asks for the text again',
+    async () => {
+      const flags = ['--set', ...QUICK, 'start=regmean', '--threads', '1'];
+      const { learning } = await runCliJson<Learned>(['merge', ...EXPERTS, ...TEXTS, ...flags, '-o', 'measured'], { cwd });
+      expect(learning.stages).toHaveLength(2);
+      const follow = ['merge', ...EXPERTS, '--plan', 'measured/pcomp.json', '--threads', '1'];
+      const bare = await runCli([...follow, '-o', 'bare'], { cwd });
+      expect([bare.code, bare.stderr]).toEqual([2, expect.stringMatching(/starts from regmean, .* give the --calibration/)]);
+      const again = await runCli([...follow, ...TEXTS, '-o', 'measured-again'], { cwd });
+      expect(again.code, again.stderr).toBe(0);
+      const bytes = (folder: string) => readFileSync(at(folder, 'model.safetensors'));
+      expect(bytes('measured-again').equals(bytes('measured'))).toBe(true);
     },
     SETUP_MS,
   );
