@@ -1,7 +1,7 @@
 /**
  * Adapters of equal size on a real model: perplexity on text that no run has seen, by method, budget and seed. The ranks of the first seed are a heat
  * map below the table. `npx tsx bench/adapt.ts [--domain shakespeare] [--budgets 1,2] [--steps 150] [--seeds 3] [--methods uniform,uniform:pissa,...]`:
- * what follows a method's name is an --init, or dora. Writes bench/results/adapt-<domain>.{json,md}. Needs the expert texts of ../shared.
+ * what follows a method's name is an --init, or dora; after an @, layers, and what 1 % and so on of all layers costs is spent on these. `--lr` is that of all methods. Writes bench/results/adapt-<domain>[-<name>].{json,md}. Needs the expert texts of ../shared.
  */
 import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -9,12 +9,14 @@ import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import type { AdaptOutcome } from '../src/adapt.ts';
+import { openModelSource } from '../src/artifacts/model-source.ts';
 import { adapt, adaptRecipe, evaluate } from '../src/index.ts';
 import { writeResults } from './results.ts';
 
 const METHODS = [
   ...['uniform', 'uniform:dora', 'uniform:pissa', 'uniform:olora'],
-  ...['eva', 'gora', 'lamda++', 'adalora', 'increlora', 'triadaptlora'],
+  ...['eva', 'gora', 'lamda++', 'adalora', 'increlora', 'triadaptlora', 'snella', 'mola@*gate_proj+*up_proj'],
 ];
 const { values } = parseArgs({
   options: {
@@ -23,6 +25,8 @@ const { values } = parseArgs({
     seeds: { type: 'string', default: '3' },
     methods: { type: 'string', default: METHODS.join() },
     domain: { type: 'string', default: 'shakespeare' },
+    name: { type: 'string' },
+    lr: { type: 'string' },
   },
 });
 const shared = process.env['PCOMP_TEST_DATA'] ?? fileURLToPath(new URL('../../shared/data', import.meta.url));
@@ -33,6 +37,13 @@ if (!existsSync(training)) throw new Error(`${training} is not there`);
 const threads = availableParallelism();
 const machine = { device: 'cpu', threads, maxMemory: 2 ** 30 } as const;
 const evaluated = { ...machine, text: [unseen], sequenceLength: 128, accuracy: 'exact' } as const;
+type Layer = AdaptOutcome['modules'][number];
+/** Of all linear layers. */
+const weights = await (async () => {
+  await using source = await openModelSource(base);
+  const sites = source.model.blocks.flatMap((block) => block.sites);
+  return sites.reduce((sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures, 0);
+})();
 const scratch = await mkdtemp(join(tmpdir(), 'pcomp-bench-adapt-'));
 const maps: string[] = [];
 const rows: Record<string, number | string>[] = [
@@ -40,7 +51,8 @@ const rows: Record<string, number | string>[] = [
 ];
 for (const budget of values.budgets.split(',')) {
   for (const entry of values.methods.split(',')) {
-    const [method, variant] = entry.split(':');
+    const [choice, layers] = entry.split('@');
+    const [method, variant] = choice.split(':');
     const found: number[] = [];
     const heldOut: number[] = [];
     let parameters = 0;
@@ -50,7 +62,9 @@ for (const budget of values.budgets.split(',')) {
       const output = join(scratch, 'adapter');
       const request = {
         text: [training],
-        budget: `pct=${budget}%`,
+        budget: layers === undefined ? `pct=${budget}%` : `params=${Math.floor((Number(budget) / 100) * weights)}`,
+        ...(layers === undefined ? {} : { targets: layers.split('+') }),
+        ...(values.lr === undefined ? {} : { lr: values.lr }),
         method,
         ...(variant === 'dora' ? { dora: true } : variant ? { init: variant } : {}),
         batch: 8,
@@ -68,7 +82,7 @@ for (const budget of values.budgets.split(',')) {
       heldOut.push(Math.exp(run!.heldOut.best));
       [parameters, seconds] = [used, seconds + run!.seconds];
       if (seed > 0) continue;
-      ranks = modules.map(({ rank }) => rank);
+      ranks = modules.map(gotOf);
       maps.push(heatMap(`${entry}, ${budget} %`, modules));
     }
     const mean = (all: readonly number[]) => all.reduce((sum, value) => sum + value, 0) / all.length;
@@ -88,21 +102,26 @@ for (const budget of values.budgets.split(',')) {
 }
 await rm(scratch, { recursive: true, force: true });
 await writeResults(
-  `adapt-${values.domain}`,
-  `npx tsx bench/adapt.ts --domain ${values.domain} --budgets ${values.budgets} --steps ${values.steps} --seeds ${values.seeds} --methods ${values.methods}`,
+  `adapt-${values.domain}${values.name === undefined ? '' : `-${values.name}`}`,
+  `npx tsx bench/adapt.ts --domain ${values.domain} --budgets ${values.budgets} --steps ${values.steps} --seeds ${values.seeds} --methods ${values.methods}${values.name === undefined ? '' : ` --name ${values.name}`}${values.lr === undefined ? '' : ` --lr ${values.lr}`}`,
   rows,
   maps,
 );
 
+/** A layer's rank, experts, or non-zeros in percent of its weights. */
+function gotOf({ rank, experts, density }: Layer): number {
+  return density === undefined ? (experts ?? rank) : Number((100 * density).toFixed(2));
+}
+
 /** Ranks by block and layer. */
-function heatMap(title: string, modules: readonly { readonly name: string; readonly rank: number }[]): string {
-  const split = modules.map(({ name, rank }) => {
-    const [, block, layer] = /\.(\d+)\.(?:.*\.)?([^.]+)$/.exec(name)!;
-    return { block, layer, rank };
+function heatMap(title: string, modules: readonly Layer[]): string {
+  const split = modules.map((module) => {
+    const [, block, layer] = /\.(\d+)\.(?:.*\.)?([^.]+)$/.exec(module.name)!;
+    return { block, layer, got: gotOf(module) };
   });
   const layers = [...new Set(split.map(({ layer }) => layer))];
   const lines = [...new Set(split.map(({ block }) => block))].map((block) =>
-    [block, ...layers.map((layer) => split.find((one) => one.block === block && one.layer === layer)?.rank ?? '')].join(' | '),
+    [block, ...layers.map((layer) => split.find((one) => one.block === block && one.layer === layer)?.got ?? '')].join(' | '),
   );
   return `Ranks of ${title}:\n\n| block | ${layers.join(' | ')} |\n|${' --- |'.repeat(layers.length + 1)}\n${lines.map((line) => `| ${line} |`).join('\n')}`;
 }

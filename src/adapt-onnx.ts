@@ -9,6 +9,7 @@ import { FOLDS_FILE } from './artifacts/folds-file.ts';
 import { writeJson } from './artifacts/manifest.ts';
 import { assertNaturalOrder, openModelSource } from './artifacts/model-source.ts';
 import { type AdapterFeed, type AttachedAs, attachAdapter, feedsOf } from './artifacts/onnx/attach-adapter.ts';
+import { attachRouted } from './artifacts/onnx/attach-routed.ts';
 import { errorCode } from './artifacts/process-lock.ts';
 import { RecipeError, UnsupportedError } from './errors.ts';
 
@@ -33,8 +34,16 @@ export async function writeWithAdapter(base: string, contents: AdapterContents, 
     );
   const turned = contents.modules.find(({ magnitude }) => magnitude !== undefined);
   if (turned) throw new UnsupportedError(`"${turned.name}" is a DoRA, which a branch cannot say; --to merged folds it in`);
+  const { routed, deltas } = contents;
+  if (deltas.length > 0 || (routed.length > 0 && as === 'inputs'))
+    throw new UnsupportedError(
+      `--base ${base}: the adapter (${contents.layout}) ${deltas.length > 0 ? 'changes single weights, which a branch cannot; --to merged folds it in' : 'routes tokens through experts, which are constants of the file: --to onnx'}`,
+    );
   await using file = await openOnnx(onnxPath);
-  const model = attachAdapter(onnxPath, file.model, contents.modules, as, source.folds);
+  const model =
+    routed.length > 0
+      ? attachRouted(onnxPath, file.model, routed, source.folds)
+      : attachAdapter(onnxPath, file.model, contents.modules, as, source.folds);
   await mkdir(join(folder, 'onnx'), { recursive: true });
   const name = basename(onnxPath);
   const { data } = await writeOnnx(model, join(folder, 'onnx'), name);

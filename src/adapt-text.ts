@@ -36,6 +36,12 @@ export async function readTrainingText(
   return { training: windows.slice(0, windows.length - spare), heldOut: windows.slice(windows.length - spare) };
 }
 
+/** The token that stands between documents, by a model's config.json. */
+export function endOfText({ eos_token_id: id }: Readonly<Record<string, unknown>>): number | undefined {
+  const first: unknown = Array.isArray(id) ? id[0] : id;
+  return typeof first === 'number' ? first : undefined;
+}
+
 /** Windows that are enough to measure what enters a layer, evenly over the text. */
 export function surveyWindows(training: readonly Int32Array[]): readonly Int32Array[] {
   const count = Math.min(training.length, SURVEY_WINDOWS);

@@ -5,7 +5,7 @@ import { loadCheckpoint, saveCheckpoint } from './adapt-checkpoint.ts';
 import { writeUpdates } from './adapt-output.ts';
 import type { AdaptRecipe } from './adapt-recipe.ts';
 import { type FoundStart, findStart } from './adapt-start.ts';
-import { readTrainingText } from './adapt-text.ts';
+import { endOfText, readTrainingText } from './adapt-text.ts';
 import { Trainer } from './adapt-train.ts';
 import { hashFile, hashFolder, writeJson, writeReport } from './artifacts/manifest.ts';
 import { assertNaturalOrder, type ModelSource, openModelSource } from './artifacts/model-source.ts';
@@ -16,7 +16,7 @@ import { loadTokenizer } from './calibration/tokenizer.ts';
 import type { Device } from './compute/engine.ts';
 import { createEngine } from './compute/ort.ts';
 import { createBlas } from './compute/ort-blas.ts';
-import { RecipeError } from './errors.ts';
+import { RecipeError, UnsupportedError } from './errors.ts';
 import { type SpendableBudget, spendable } from './methods/rank/rank-budget.ts';
 import { SURROGATES } from './methods/rank/surrogate/index.ts';
 import { TRAINING_SCHEDULES } from './methods/rank/training/index.ts';
@@ -91,6 +91,8 @@ export async function adapt(
   await using source = await openModelSource(path);
   assertNaturalOrder(source, 'adapt');
   const { model } = source;
+  const routed = model.blocks.flatMap(({ sites }) => sites).find((site) => source.weights.routed?.(site));
+  if (routed) throw new UnsupportedError(`${path}: "${routed.name}" has experts beside it, and takes no adapter in training`);
   const modules = modulesOf(model, recipe.targets);
   const budget = budgetOf(recipe, modules);
   const { steps, preset, seed, method } = recipe;
@@ -351,11 +353,6 @@ async function firstStep(
       `first step: ${best.length} of the gradient's length, held-out loss ${before.toFixed(4)} before and ${best.nll.toFixed(4)} after`,
     );
   return best.nll;
-}
-
-function endOfText({ eos_token_id: id }: Readonly<Record<string, unknown>>): number | undefined {
-  const first: unknown = Array.isArray(id) ? id[0] : id;
-  return typeof first === 'number' ? first : undefined;
 }
 
 /** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */

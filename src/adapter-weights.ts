@@ -20,7 +20,8 @@ export async function withAdapter(source: ModelSource, path: string, blas: Blas)
   return new AdapterWeights(weights, contents, blas);
 }
 
-class AdapterWeights implements WeightReader {
+/** `base` with an adapter on it. */
+export class AdapterWeights implements WeightReader {
   readonly #base: WeightReader;
   readonly #blas: Blas;
   readonly #modules: ReadonlyMap<string, AdapterContents['modules'][number]>;
@@ -56,8 +57,8 @@ class AdapterWeights implements WeightReader {
     return out.data;
   }
 
-  routed({ name }: LinearSite): RoutedShape | undefined {
-    return this.#routed.get(name)?.routed;
+  routed(site: LinearSite): RoutedShape | undefined {
+    return this.#routed.get(site.name)?.routed ?? this.#base.routed?.(site);
   }
 
   async load(name: string): Promise<Float32Array> {

@@ -47,6 +47,8 @@ export interface RoutedBranch {
   /** `sum_j w_j B_j A_j x`, (batch, sequence, m) */
   readonly output: Value;
   readonly logits: Value;
+  /** w, like the logits. */
+  readonly gate: Value;
   /** 1 for the experts that a token goes through, else 0, like the logits; absent where it goes through all. */
   readonly picks?: Value;
 }
@@ -76,7 +78,7 @@ export function routedBranch(
   const weighed = builder.mul(each, builder.unsqueeze(gate, [3]));
   const routed = builder.reshape(weighed, [batch, sequence, experts * rank]);
   const all = sharedExpert ? builder.concat([routed, down], 2) : routed;
-  return { output: builder.matmul(all, turned(expertsB)), logits, ...(picks ? { picks } : {}) };
+  return { output: builder.matmul(all, turned(expertsB)), logits, gate, ...(picks ? { picks } : {}) };
 }
 
 /**

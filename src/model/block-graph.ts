@@ -226,9 +226,10 @@ function siteOf(input: string): string {
 /** How evenly the block's routers pick, those of equally many experts together; absent where none picks. */
 function blockBalance({ builder, branches, counts }: RenderedBlock): Value | undefined {
   const groups = new Map<unknown, Required<RoutedBranch>[]>();
-  for (const { output, logits, picks } of branches.values()) {
+  for (const branch of branches.values()) {
+    const { logits, picks } = branch;
     const experts = logits.shape[2];
-    if (picks) groups.set(experts, [...(groups.get(experts) ?? []), { output, logits, picks }]);
+    if (picks) groups.set(experts, [...(groups.get(experts) ?? []), { ...branch, picks }]);
   }
   if (groups.size === 0) return undefined;
   return builder.rootScope('balance', () => {

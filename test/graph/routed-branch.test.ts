@@ -83,7 +83,7 @@ describe('how evenly experts are picked', () => {
         const logits = values[`z${i}`];
         const { values: top, indices } = g.topK(logits, 2);
         const fill = (value: number, like: typeof logits) => g.expand(g.scalar('F64', value), g.shapeOf(like), like.shape);
-        return { output: logits, logits, picks: g.scatterElements(fill(0, logits), indices, fill(1, top)) };
+        return { output: logits, logits, gate: logits, picks: g.scatterElements(fill(0, logits), indices, fill(1, top)) };
       });
       return balanceLoss(g, found, g.constant('F64', counts, [1, counts.length, 1]));
     };

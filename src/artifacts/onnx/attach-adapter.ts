@@ -27,8 +27,11 @@ export function attachAdapter(
   folds: readonly ColumnFold[] = [],
 ): OnnxModel {
   const { graph } = model;
-  const producers = new Map(graph.nodes.flatMap((node) => node.outputs.map((output) => [output, node] as const)));
-  const scopes = new Set(graph.nodes.filter(({ op }) => op === 'MatMulNBits').map(({ name }) => scopeOf(name)));
+  const layers = findLayers(
+    path,
+    graph,
+    modules.map(({ name, rank, loraB }) => ({ name, outFeatures: loraB.length / rank })),
+  );
   const initializers = new Map(graph.initializers);
   const inputs = [...graph.inputs];
   const after = new Map<Node, AdapterModule>();
@@ -40,7 +43,7 @@ export function attachAdapter(
     const [inFeatures, outFeatures] = [loraA.length / rank, loraB.length / rank];
     if (initializers.has(down) || inputs.some((input) => input.name === down))
       throw new RecipeError(`${path}: "${name}" has a branch of its own ("${down}"), and takes no other`);
-    after.set(lastOf(path, graph, name, outFeatures), module);
+    after.set(layers.get(name)!.last, module);
     const orders = [columns.get(name), rows.get(name)] as const;
     if (as === 'constants') for (const constant of factorsOf(folded(module, orders))) initializers.set(constant.name, constant);
     else {
@@ -51,13 +54,35 @@ export function attachAdapter(
   }
   const nodes = graph.nodes.flatMap((node) => {
     const module = after.get(node);
-    return module ? withBranch(node, module, inputOf(node, scopes, producers), initializers) : [node];
+    return module ? withBranch(node, module, layers.get(module.name)!.input, initializers) : [node];
   });
   return {
     ...model,
     graph: { ...graph, nodes, initializers, inputs },
     metadata: as === 'constants' ? withRanks(model.metadata, modules) : model.metadata,
   };
+}
+
+/** Where a layer is in a graph: the node whose output is its own, and the name of what enters it before anything is done to that. */
+interface LayerPlace {
+  readonly last: Node;
+  readonly input: string;
+}
+
+/** The places of layers. Throws FormatError for one that the graph has not as a quantized layer, RecipeError for other outputs. */
+export function findLayers(
+  path: string,
+  graph: Graph,
+  layers: readonly { readonly name: string; readonly outFeatures: number }[],
+): Map<string, LayerPlace> {
+  const producers = new Map(graph.nodes.flatMap((node) => node.outputs.map((output) => [output, node] as const)));
+  const scopes = new Set(graph.nodes.filter(({ op }) => op === 'MatMulNBits').map(({ name }) => scopeOf(name)));
+  return new Map(
+    layers.map(({ name, outFeatures }) => {
+      const last = lastOf(path, graph, name, outFeatures);
+      return [name, { last, input: inputOf(last, scopes, producers) }];
+    }),
+  );
 }
 
 /** The node whose output is the layer's. */

@@ -54,13 +54,15 @@ export interface ExpertOptions {
 }
 
 const USUAL_RANK = 8;
+const LEAST_SOFT = 2;
 
 /** Experts of every layer: the most that the budget allows, in the proportions of the profile. Throws RecipeError where not even the least fit. */
 export function allocateExperts(layers: readonly ExpertLayer[], options: ExpertOptions): Map<string, RoutedShape> {
   const { profile, importance, blocks, routing, topK, budget } = options;
   const used = [...new Set(layers.map(({ block }) => block))].sort((a, b) => a - b);
   const weights = used.map((block) => (importance ? importance[block] : profileAt(profile, block, blocks)));
-  const least = routing === 'topk' ? topK : 1;
+  // One expert leaves a router nothing to weigh.
+  const least = routing === 'topk' ? topK : LEAST_SOFT;
   const most = importance ? Math.max(least, AUTO_MOST) : Infinity;
   const shapes = (counts: readonly number[], rank: number) =>
     new Map(

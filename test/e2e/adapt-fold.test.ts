@@ -1,0 +1,131 @@
+/** Routed experts and sparse updates in other forms: beside an artifact, in their own tensors, and as plain factors where that loses little. */
+import { copyFileSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { beforeAll, expect, it } from 'vitest';
+import { adapt } from '../../src/adapt.ts';
+import { type ConvertRequest, convertAdapter, inspectAdapter } from '../../src/adapt-convert.ts';
+import { type AdaptRequest, adaptRecipe } from '../../src/adapt-recipe.ts';
+import { readAdapterFolder } from '../../src/artifacts/adapter-reader.ts';
+import { writeRouted } from '../../src/artifacts/routed-adapter.ts';
+import { evaluate } from '../../src/evaluate.ts';
+import { normal } from '../../src/methods/rank/training/initial.ts';
+import { saveCheckpoint } from '../support/checkpoint-folder.ts';
+import { runQuantize } from '../support/runs.ts';
+import { scratchFolder } from '../support/scratch-folder.ts';
+import { tinyLlama } from '../support/tiny-models.ts';
+
+const fixture = (path: string) => fileURLToPath(new URL(`../../fixtures/lab/${path}`, import.meta.url));
+const scratch = scratchFolder();
+const at = (...parts: string[]) => join(scratch.path, ...parts);
+const MACHINE = { device: 'cpu', threads: 1, maxMemory: 2 ** 30 } as const;
+const MODES = { overwrite: true, resume: false, dryRun: false } as const;
+/** Activations of 8 bits move the loss by this much at most. */
+const FAST = 5e-3;
+
+const train = (output: string, request: AdaptRequest) =>
+  adapt(
+    at('base'),
+    at(output),
+    adaptRecipe({ text: [at('text.txt')], sequenceLength: 32, batch: 4, ...MACHINE, ...request }, 1),
+    MODES,
+  );
+const nll = async (model: string, adapter?: string, accuracy: 'exact' | 'fast' = 'exact'): Promise<number> => {
+  const options = { ...MACHINE, text: [at('text.txt')], sequenceLength: 32, accuracy };
+  return (await evaluate(at(model), { ...options, ...(adapter === undefined ? {} : { adapter: at(adapter) }) })).nll;
+};
+const convert = (adapter: string, to: ConvertRequest['to'], output: string, more: Partial<ConvertRequest> = {}) =>
+  convertAdapter(at(adapter), at(output), { to, overwrite: true, threads: 1, ...more });
+const FOLDED = () => ({ base: at('base'), text: [at('text.txt')] });
+
+/** The adapter with other routers: `spread` times a normal of deviation 1. */
+async function withRouters(from: string, to: string, spread: number): Promise<void> {
+  const contents = await readAdapterFolder(at(from));
+  const routed = contents.routed.map((module) => {
+    const { name, router, expertsB } = module;
+    return { ...module, router: normal(router.length, spread, 4, name), expertsB: expertsB.map((value) => 3 * value) };
+  });
+  rmSync(at(to), { recursive: true, force: true });
+  mkdirSync(at(to));
+  await writeRouted(at(to), { ...contents, base: 'base', routed });
+}
+
+beforeAll(async () => {
+  await saveCheckpoint(at('base'), tinyLlama('base', { vocab_size: 2048, max_position_embeddings: 64 }), 1e9);
+  for (const file of ['tokenizer.json', 'tokenizer_config.json']) copyFileSync(fixture(`base/${file}`), at('base', file));
+  writeFileSync(at('text.txt'), readFileSync(fixture('text/python.train.txt'), 'utf8').slice(0, 9000));
+  await runQuantize(at('base'), at('q'), { bits: 4, groupSize: 32, formats: ['onnx'], samples: 4, sequenceLength: 32 });
+  await train('topk', { method: 'mola', budget: 'params=6k', expertRank: 1, steps: 15, lr: 2e-2, profile: '4,4' });
+  await train('soft', { method: 'mola', router: 'soft', budget: 'params=4k', steps: 15, lr: 2e-2 });
+  await train('sparse', { method: 'snella', budget: 'density=0.05', steps: 15, lr: 2e-3 });
+}, 240_000);
+
+it.each(['topk', 'soft'])(
+  'experts (%s) run beside a quantized artifact as they do on its weights',
+  async (name) => {
+    await convert(name, 'onnx', 'on', { base: at('q') });
+    const expected = await nll('q', name);
+    expect(Math.abs(expected - (await nll('q')))).toBeGreaterThan(0.02);
+    expect(Math.abs((await nll('on')) - expected)).toBeLessThan(1e-5);
+    expect(Math.abs((await nll('on', undefined, 'fast')) - expected)).toBeLessThan(FAST);
+    await expect(convert(name, 'onnx', 'twice', { base: at('on') })).rejects.toThrow(
+      /has experts of its own, and takes no others/,
+    );
+    await expect(convert(name, 'onnx-inputs', 'no', { base: at('q') })).rejects.toThrow(/constants of the file: --to onnx/);
+    await expect(
+      adapt(at('on'), at('no'), adaptRecipe({ text: [at('text.txt')], budget: 'r=1', ...MACHINE }, 1), MODES),
+    ).rejects.toThrow(/has experts beside it, and takes no adapter in training/);
+  },
+  120_000,
+);
+
+it.each(['topk', 'soft'])('experts (%s) keep their own tensors', async (name) => {
+  await convert(name, 'routed', 'again');
+  const [first, second] = await Promise.all([name, 'again'].map((folder) => readAdapterFolder(at(folder))));
+  expect(second).toEqual(first);
+  await expect(convert(name, 'delta', 'no')).rejects.toThrow(/--to delta keeps sparse updates as they are/);
+});
+
+it('a soft router that hardly chooses is folded, into factors or into the base', async () => {
+  await withRouters('soft', 'even', 1e-3);
+  const expected = await nll('base', 'even');
+  expect(Math.abs(expected - (await nll('base')))).toBeGreaterThan(0.02);
+  for (const fold of ['ls', 'mean'] as const) {
+    const { folded, adapter } = await convert('even', 'peft', 'plain', { ...FOLDED(), fold });
+    expect(Math.max(...folded!.map(({ error }) => error))).toBeLessThan(0.05);
+    expect(Math.min(...folded!.map(({ entropy }) => entropy!))).toBeGreaterThan(0.999);
+    expect(adapter!.layout).toBe('lora');
+    expect(Math.abs((await nll('base', 'plain')) - expected)).toBeLessThan(5e-3);
+  }
+  await convert('even', 'merged', 'merged', FOLDED());
+  expect(Math.abs((await nll('merged')) - expected)).toBeLessThan(5e-3);
+}, 120_000);
+
+it('a router that chooses is refused, with what would be lost and the limit', async () => {
+  await withRouters('soft', 'choosing', 2);
+  await expect(convert('choosing', 'peft', 'no', FOLDED())).rejects.toThrow(
+    /loses 0\.\d+ of what it adds \(root mean square, router entropy 0\.\d+ of 1\), and the limit is 0\.05; --max-error allows more/,
+  );
+  await expect(convert('topk', 'merged', 'no', FOLDED())).rejects.toThrow(/the limit is 0\.05/);
+  // Picking the best two of four depends on the token however even the router is.
+  await withRouters('topk', 'even picks', 1e-3);
+  await expect(convert('even picks', 'peft', 'no', FOLDED())).rejects.toThrow(
+    /router entropy 0\.99\d* of 1|router entropy 1\.0000 of 1/,
+  );
+  const { folded } = await convert('choosing', 'peft', 'yes', { ...FOLDED(), maxError: 1 });
+  expect(Math.max(...folded!.map(({ error }) => error))).toBeGreaterThan(0.05);
+  await expect(convert('soft', 'peft', 'no', { base: at('base') })).rejects.toThrow(/--text: .* routes tokens through experts/);
+}, 120_000);
+
+it('a sparse update is as low in rank as it is, or refused', async () => {
+  await expect(convert('sparse', 'peft', 'no')).rejects.toThrow(/folded to rank \d+, ".*" loses 0\.\d+ .* the limit is 0\.05/);
+  const { folded } = await convert('sparse', 'peft', 'whole', { rank: 32 });
+  expect(Math.max(...folded!.map(({ error }) => error))).toBeLessThan(1e-3);
+  expect(Math.abs((await nll('base', 'whole')) - (await nll('base', 'sparse')))).toBeLessThan(1e-5);
+  await expect(convert('sparse', 'onnx', 'no', { base: at('q') })).rejects.toThrow(
+    /changes single weights, which a branch cannot/,
+  );
+  await expect(convert('sparse', 'delta', 'no', { rank: 3 })).rejects.toThrow(/--rank: says how an adapter is folded/);
+  await convert('sparse', 'delta', 'kept');
+  expect(await inspectAdapter(at('kept'))).toEqual(await inspectAdapter(at('sparse')));
+}, 120_000);
