@@ -86,8 +86,8 @@ export interface MergeJob extends Job {
 
 export type TensorJob = CopyJob | MergeJob;
 
-/** Elements of a block: more gain nothing, and small ones keep the cores' caches warm. */
-const BLOCK_ELEMENTS = 1 << 20;
+/** Elements of a block: few enough for a core's caches, enough that reading and writing them is not all beginnings. */
+const BLOCK_ELEMENTS = 1 << 16;
 
 export interface Sizing {
   readonly name: string;
@@ -97,6 +97,8 @@ export interface Sizing {
   readonly access: AccessClass;
   /** Must be taken whole: stored rows are not the method's rows, or the method needs the matrix. */
   readonly whole: boolean;
+  /** Reading a block again costs no more than a copy: it is on the disk, and most likely still in memory. An adapter's would be computed again. */
+  readonly stored: boolean;
   /** Bytes for this job's buffers. */
   readonly budget: number;
 }
@@ -113,20 +115,20 @@ function matrixBytes(rows: number, columns: number, experts: number): number {
 }
 
 /** Bytes of buffers of a block. */
-export function blockBytes({ rows, columns, experts, access, whole }: Omit<Sizing, 'name' | 'budget'>): number {
+export function blockBytes({ rows, columns, experts, access, whole }: Omit<Sizing, 'name' | 'budget' | 'stored'>): number {
   return rows * columns * bytesPerElement(experts) + (whole && access === 'matrix' ? matrixBytes(rows, columns, experts) : 0);
 }
 
 /**
- * Rows of a block. Methods that scan first get the tensor whole where it fits, so that it is read once.
+ * Rows of a block. Methods that scan first get a tensor whole where it fits and reading it again would cost more than memory.
  * @throws UnsupportedError naming the tensor and the bytes needed, when it does not fit
  */
 export function blockRowsFor(sizing: Sizing): number {
-  const { name, rows, columns, experts, access, whole, budget } = sizing;
+  const { name, rows, columns, experts, access, whole, stored, budget } = sizing;
   const needed = blockBytes(sizing);
   if (whole && needed > budget) throw tooLarge(name, needed, budget);
-  const scans = access !== 'elementwise' && access !== 'row';
-  if (whole || (scans && needed <= budget)) return Math.max(1, rows);
+  const once = !stored && access !== 'elementwise' && access !== 'row';
+  if (whole || (once && needed <= budget)) return Math.max(1, rows);
   const rowBytes = columns * bytesPerElement(experts);
   if (rowBytes > budget) throw tooLarge(name, rowBytes, budget);
   return Math.max(

@@ -1,8 +1,9 @@
 /** One input's version of a tensor as float32, a run of rows at a time, in memory that is used again and again. */
 import { createHash, type Hash } from 'node:crypto';
 import { readSync } from 'node:fs';
-import { areFinite, bitsPerElement, elementCount, type FloatDType, widenInto } from '../formats/dtype.ts';
+import { bitsPerElement, elementCount, type FloatDType, widenInto } from '../formats/dtype.ts';
 import { type LowRank, lowRank, lowRankRows } from './artifacts/merge/low-rank.ts';
+import { vectors } from './compute/kernels/vectors.ts';
 import { FormatError } from './errors.ts';
 import type { StoredOrigin, StoredTensor } from './merge-jobs.ts';
 
@@ -65,14 +66,22 @@ export class StoredRows {
   readonly #tensor: StoredTensor;
   readonly #columns: number;
   readonly #hashes: TensorHashes | undefined;
-  #values = new Float32Array(0);
-  #bytes = new Uint8Array(0);
+  readonly #allocate: (length: number) => Float32Array;
+  #values: Float32Array = new Float32Array(0);
 
-  constructor(open: OpenFile, tensor: StoredTensor, columns: number, hashes?: TensorHashes) {
+  /** @param hashes what is read is added to them, @param allocate memory for the rows */
+  constructor(
+    open: OpenFile,
+    tensor: StoredTensor,
+    columns: number,
+    hashes?: TensorHashes,
+    allocate: (length: number) => Float32Array = (length) => new Float32Array(length),
+  ) {
     this.#open = open;
     this.#tensor = tensor;
     this.#columns = columns;
     this.#hashes = hashes;
+    this.#allocate = allocate;
   }
 
   /** Whether the rows that were read last are all finite. */
@@ -80,19 +89,30 @@ export class StoredRows {
 
   /** Rows `[start, end)`; valid until the next call. */
   rows(start: number, end: number): Float32Array {
-    const { dtype } = this.#tensor;
     const count = (end - start) * this.#columns;
-    const width = bitsPerElement(dtype) / 8;
-    if (this.#values.length < count) this.#values = new Float32Array(count);
+    const width = bitsPerElement(this.#tensor.dtype) / 8;
+    if (this.#values.length < count) this.#values = this.#allocate(count);
     const values = this.#values.subarray(0, count);
-    // float32 needs no second buffer.
-    if (dtype !== 'F32' && this.#bytes.byteLength < count * width) this.#bytes = new Uint8Array(count * width);
-    const bytes = dtype === 'F32' ? new Uint8Array(values.buffer, 0, count * 4) : this.#bytes.subarray(0, count * width);
-    const position = start * this.#columns * width;
+    this.finite = true;
+    const most = vectors().incoming.byteLength / width;
+    for (let from = 0; from < count; from += most) {
+      const piece = values.subarray(from, from + most);
+      const finite = this.#readPiece((start * this.#columns + from) * width, piece.length * width, piece);
+      this.finite &&= finite;
+    }
+    return values;
+  }
+
+  /** Reads, hashes and widens while the bytes are in the nearest caches. Returns whether all values are finite. */
+  #readPiece(position: number, byteLength: number, values: Float32Array): boolean {
+    const dtype = this.#tensor.dtype as FloatDType | 'F64';
+    // float32 needs no place on the way.
+    const bytes =
+      dtype === 'F32' ? new Uint8Array(values.buffer, values.byteOffset, byteLength) : vectors().incoming.subarray(0, byteLength);
     readBytes(this.#open, this.#tensor, position, bytes);
     this.#hashes?.add(this.#tensor, position, bytes);
-    this.finite = dtype === 'F32' ? finiteValues(values) : widenInto(dtype as FloatDType | 'F64', bytes, values);
-    return values;
+    if (dtype === 'F32') return vectors().areFinite(values);
+    return dtype === 'F64' ? widenInto(dtype, bytes, values) : vectors().widen(dtype, bytes, values);
   }
 }
 
@@ -115,6 +135,7 @@ export function expertReader(
     columns,
     hashes,
     readBase,
+    allocate,
   }: {
     readonly open: OpenFile;
     readonly rows: number;
@@ -122,11 +143,13 @@ export function expertReader(
     readonly hashes: TensorHashes;
     /** Rows of the base, for what must be known of all of them first. */
     readonly readBase: ((start: number, end: number) => Float32Array) | undefined;
+    /** Memory for rows that are stored. */
+    readonly allocate?: (length: number) => Float32Array;
   },
 ): ReadExpert {
   switch (origin.kind) {
     case 'stored': {
-      const stored = new StoredRows(open, origin.tensor, columns, hashes);
+      const stored = new StoredRows(open, origin.tensor, columns, hashes, allocate);
       return (start, end) => ({ values: stored.rows(start, end), finite: stored.finite });
     }
     case 'base':
@@ -155,14 +178,10 @@ export function expertReader(
   }
 }
 
-function finiteValues(values: Float32Array): boolean {
-  return areFinite(new Int32Array(values.buffer, values.byteOffset, values.length));
-}
-
 function changed(base: Float32Array, taskVector: Float32Array): ExpertRows {
   const values = new Float32Array(base.length);
   for (let i = 0; i < values.length; i++) values[i] = base[i] + taskVector[i];
-  return { values, taskVector, finite: finiteValues(values) };
+  return { values, taskVector, finite: vectors().areFinite(values) };
 }
 
 interface Rescaling {
@@ -191,7 +210,7 @@ function rescaled(base: Float32Array, update: Float32Array, { columns, magnitude
       taskVector[i] = value - base[i];
     }
   }
-  return { values, taskVector, finite: finiteValues(values) };
+  return { values, taskVector, finite: vectors().areFinite(values) };
 }
 
 /** Factors of the outputs of a tensor that is stored (in, out): their lengths are known only after all rows. */

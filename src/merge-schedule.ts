@@ -204,7 +204,8 @@ function jobOf(
   const seen = turned ? [columns, rows] : stacked ? [rows, columns] : shape;
   const baseIndex = inputs.all.length - 1;
   const whole = turned || access === 'matrix';
-  const blockRows = blockRowsFor({ name, rows, columns, experts: labels.length, access, whole, budget });
+  const stored = made.experts.every(({ kind }) => kind === 'stored' || kind === 'base');
+  const blockRows = blockRowsFor({ name, rows, columns, experts: labels.length, access, whole, stored, budget });
   return {
     kind: 'merge',
     name,

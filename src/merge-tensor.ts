@@ -6,6 +6,7 @@ import { bitsPerElement } from '../formats/dtype.ts';
 import type { TensorPlace } from '../formats/safetensors/placed-files.ts';
 import { transpose } from './artifacts/transpose.ts';
 import type { Blas } from './compute/blas.ts';
+import { vectors } from './compute/kernels/vectors.ts';
 import type { CopyJob, MergeJob, MergeSetup, TensorJob } from './merge-jobs.ts';
 import { expertReader, readBytes, StoredRows, TensorHashes } from './merge-read.ts';
 import { type RoundingLoss, roundRows } from './merge-round.ts';
@@ -76,6 +77,7 @@ export class TensorWorker {
     const { name, dtype, places, values } = job;
     const plain = mergerOf(job.method);
     const merger = job.coefficients ? withCoefficients(plain, job.coefficients) : plain;
+    using _ = vectors().open();
     const hashes = new TensorHashes();
     const sha = createHash('sha256');
     const loss: RoundingLoss = { error: 0, change: 0 };
@@ -95,11 +97,14 @@ export class TensorWorker {
       let start = 0;
       for await (const merged of mergeTensor(merger, tensor, pass.blocks, values, context, CHECKED)) {
         const rows = job.turned ? transpose(merged, job.columns, job.rows) : merged;
-        const stored = roundRows({ name, dtype, allowNonfinite }, rows, { start, base: pass.base(), loss });
-        sha.update(stored);
-        this.#write(places, layer * job.rows * job.columns * width + start * width, stored);
+        let position = (layer * job.rows * job.columns + start) * width;
+        roundRows({ name, dtype, allowNonfinite }, rows, { start, base: pass.base(), loss }, (stored) => {
+          sha.update(stored);
+          this.#write(places, position, stored);
+          position += stored.byteLength;
+          bytes += stored.byteLength;
+        });
         start += rows.length;
-        bytes += stored.byteLength;
       }
     }
     const rounded = job.base !== undefined && job.usesBase && dtype !== 'F32' && dtype !== 'F64';
@@ -123,11 +128,12 @@ export class TensorWorker {
     const { rows, columns, blockRows, turned, usesBase } = job;
     const first = layer * rows;
     const open = this.#open;
-    const baseRows = job.base && new StoredRows(open, job.base, columns, hashes);
+    const allocate = (length: number) => vectors().floats(length);
+    const baseRows = job.base && new StoredRows(open, job.base, columns, hashes, allocate);
     const needsBase = usesBase || job.experts.some((origin) => origin.kind !== 'stored');
     const again = job.base && new StoredRows(open, job.base, columns);
     const readBase = again && ((start: number, end: number) => again.rows(first + start, first + end));
-    const experts = job.experts.map((origin) => expertReader(origin, { open, rows, columns, hashes, readBase }));
+    const experts = job.experts.map((origin) => expertReader(origin, { open, rows, columns, hashes, readBase, allocate }));
     // A Gram matrix is of the whole tensor, Fisher information of its elements; both are stored (out, in).
     const squares = mergerOf(job.method).statistics === 'gram';
     const statistics = (start: number, end: number): Float32Array[] =>
@@ -137,13 +143,17 @@ export class TensorWorker {
         return new StoredRows(open, tensor, width).rows(all ? 0 : start, all ? height : end);
       });
     let base: Float32Array | undefined;
+    let output: Float32Array = new Float32Array(0);
     const read = (start: number, end: number): MergeBlock => {
       base = needsBase ? baseRows?.rows(first + start, first + end) : undefined;
       const parts = experts.map((expert) => expert(first + start, first + end, base));
       const view = (values: Float32Array) => (turned ? transpose(values, rows, columns) : values);
       // Task vectors that are stored are more exact than the difference of rounded weights.
       const given = usesBase && parts.some(({ taskVector }) => taskVector);
+      const length = (end - start) * columns;
+      if (output.length < length) output = allocate(length);
       const block = mergeBlock(start * columns, {
+        output: output.subarray(0, length),
         ...(base && usesBase ? { base: view(base) } : {}),
         experts: parts.map(({ values }) => view(values)),
         ...(job.statistics ? { statistics: statistics(start, end) } : {}),

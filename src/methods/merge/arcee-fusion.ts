@@ -44,12 +44,12 @@ export const arceeFusion = defineMerger({
         writeSoftmax(block.base!, row, q);
         divergences[(block.start + row) / columns] = divergenceOf(p, q);
       }
-      eachRow(block, () => selection.countHigh(importance.bits, columns));
+      eachRow(block, () => selection.countHigh(importance, columns));
     };
     const scanLow = (block: MergeBlock): void => {
       // The element of rank r from below is the last of the n - r largest.
       if (block.start === 0) selection.choose(QUANTILES.map((z) => n - Math.floor(z * (n - 1))));
-      eachRow(block, () => selection.countLow(importance.bits, columns));
+      eachRow(block, () => selection.countLow(importance, columns));
     };
     let fence: number | undefined;
     const merge = (block: MergeBlock): Float32Array => {

@@ -1,4 +1,5 @@
 /** Takes one tensor through a merge method: the method's scans, each over all blocks, then its merged blocks. */
+import { vectors } from '../../compute/kernels/vectors.ts';
 import { UnsupportedError } from '../../errors.ts';
 import type { MergeBlock, MergeContext, Merger, MergeTensor, Parameters, ParameterValues } from './merger.ts';
 
@@ -8,20 +9,27 @@ export interface BlockInputs {
   readonly experts: readonly Float32Array[];
   readonly taskVectors?: readonly Float32Array[];
   readonly statistics?: readonly Float32Array[];
+  /** Where the merged rows may be written; absent: new memory. */
+  readonly output?: Float32Array;
 }
 
 /** A block from its inputs; `taskVectors` are computed when first asked for, and kept. @param start flat index of the first element */
 export function mergeBlock(start: number, inputs: BlockInputs): MergeBlock {
   const { base, experts, statistics } = inputs;
-  let taskVectors = inputs.taskVectors;
+  let { taskVectors, output } = inputs;
+  const length = (experts[0] ?? base)?.length ?? 0;
   return {
     start,
-    length: (experts[0] ?? base)?.length ?? 0,
+    length,
     base,
     experts,
     get taskVectors() {
       taskVectors ??= experts.map((expert) => difference(expert, base));
       return taskVectors;
+    },
+    get output() {
+      output ??= new Float32Array(length);
+      return output;
     },
     ...(statistics ? { statistics } : {}),
   };
@@ -38,7 +46,7 @@ function difference(expert: Float32Array, base: Float32Array | undefined): Float
 export type BlockPass = () => Iterable<MergeBlock> | AsyncIterable<MergeBlock>;
 
 /**
- * Yields the merged tensor, block by block as the last pass cuts it. Reads the blocks `scans + 1` times.
+ * Yields the merged tensor, block by block as the last pass cuts it, each good until the next is asked for. Reads the blocks `scans + 1` times.
  * @param options `allowNonfinite` lets NaN and infinities through
  * @throws RecipeError for values the method cannot use, UnsupportedError for a number that is not finite: tensor, input and flat index
  */
@@ -50,6 +58,7 @@ export async function* mergeTensor<D extends Parameters>(
   context: MergeContext,
   options: { readonly allowNonfinite?: boolean } = {},
 ): AsyncGenerator<Float32Array> {
+  using _ = vectors().open();
   const merge = merger.prepare(tensor, values, context);
   let checked = options.allowNonfinite === true;
   for (const scan of merge.scans) {

@@ -1,7 +1,7 @@
 /** Fisher merging (Matena and Raffel, arXiv 2111.09832): a mean in which each expert's element weighs what its Fisher information says. */
 import { RecipeError } from '../../errors.ts';
 import { defineMerger, type MergeBlock } from './merger.ts';
-import { SpanSum } from './span-sum.ts';
+import { SpanSums } from './span-sum.ts';
 import { SAMPLES } from './statistics-parameters.ts';
 import { weightedSum } from './weighted-sum.ts';
 import { normalizedWeights, sum } from './weights.ts';
@@ -32,20 +32,19 @@ export const fisher = defineMerger({
   prepare(_tensor, { scale, normalize, epsilon }, { statisticNorms }) {
     if (sum(scale) === 0) throw new RecipeError(`scale ${scale.join(',')}: fisher needs one above 0`);
     // Without norms over the whole model, each tensor is balanced by itself, at the price of one more pass.
-    const squares = normalize && !statisticNorms ? scale.map(() => new SpanSum()) : undefined;
+    const squares = normalize && !statisticNorms ? scale.map(() => new SpanSums()) : undefined;
     const scan = (block: MergeBlock): void => {
-      for (const [k, square] of squares!.entries())
-        square.addProducts(block.statistics![k], block.statistics![k], 0, block.length);
+      for (const [k, square] of squares!.entries()) square.addProducts(block.statistics![k], block.statistics![k]);
     };
     let factors: readonly number[] | undefined;
     const solve = (): readonly number[] => {
       if (!normalize) return scale;
-      const norms = statisticNorms ?? squares!.map((square) => Math.sqrt(square.total));
+      const norms = statisticNorms ?? squares!.map((square) => Math.sqrt(square.total()));
       return scale.map((s, k) => s / (norms[k] + epsilon));
     };
-    const merge = ({ experts, statistics, length }: MergeBlock): Float32Array => {
+    const merge = ({ experts, statistics, length, output }: MergeBlock): Float32Array => {
       // What is no layer has none: its mean, weighted by `scale` alone.
-      if (!statistics) return weightedSum(experts, normalizedWeights('fisher', scale));
+      if (!statistics) return weightedSum(experts, normalizedWeights('fisher', scale), output);
       factors ??= solve();
       const result = new Float32Array(length);
       for (let i = 0; i < length; i++) {

@@ -1,10 +1,12 @@
 /** Inner products of the inputs over a whole tensor: all that methods of norms and angles need to know before they combine (merging.md 2.2). */
-import { SpanSum } from './span-sum.ts';
-import { allocateStretch, readTaskVector, stretchLength } from './stretch.ts';
+import { vectors } from '../../compute/kernels/vectors.ts';
+import { SpanSums } from './span-sum.ts';
+import { stretchLength } from './stretch.ts';
 
 export class GramScan {
   readonly #size: number;
-  #sums: SpanSum[];
+  /** Two vectors: their three products side by side. More: one sum for each pair, (0,0), (1,0), (1,1), (2,0) ... */
+  #sums: SpanSums[];
   readonly #length = stretchLength(undefined);
   readonly #taskVectors: Float32Array[] = [];
 
@@ -20,9 +22,9 @@ export class GramScan {
   }
 
   /** Scans the next elements of all vectors. */
-  add(vectors: readonly Float32Array[]): void {
-    for (let from = 0; from < vectors[0].length; from += this.#length)
-      this.#addStretch(vectors, from, Math.min(this.#length, vectors[0].length - from));
+  add(xs: readonly Float32Array[]): void {
+    for (let from = 0; from < xs[0].length; from += this.#length)
+      this.#addStretch(xs.map((x) => x.subarray(from, from + this.#length)));
   }
 
   /** Scans the experts of a block, or their task vectors where there is a base. */
@@ -31,18 +33,22 @@ export class GramScan {
       this.add(experts);
       return;
     }
-    while (this.#taskVectors.length < this.#size) this.#taskVectors.push(allocateStretch(this.#length).values);
+    while (this.#taskVectors.length < this.#size) this.#taskVectors.push(vectors().floats(this.#length));
     for (let from = 0; from < base.length; from += this.#length) {
-      const count = Math.min(this.#length, base.length - from);
-      for (let k = 0; k < this.#size; k++) readTaskVector(experts[k], base, from, count, this.#taskVectors[k]);
-      this.#addStretch(this.#taskVectors, 0, count);
+      const part = base.subarray(from, from + this.#length);
+      const own = this.#taskVectors.map((taskVector) => taskVector.subarray(0, part.length));
+      for (let k = 0; k < this.#size; k++) vectors().subtract(experts[k].subarray(from, from + part.length), part, own[k]);
+      this.#addStretch(own);
     }
   }
 
-  #addStretch(vectors: readonly Float32Array[], from: number, count: number): void {
+  #addStretch(xs: readonly Float32Array[]): void {
+    if (this.#size === 2) {
+      this.#sums[0].addGram(xs[0], xs[1]);
+      return;
+    }
     let pair = 0;
-    for (let i = 0; i < this.#size; i++)
-      for (let j = 0; j <= i; j++) this.#sums[pair++].addProducts(vectors[i], vectors[j], from, count);
+    for (let i = 0; i < this.#size; i++) for (let j = 0; j <= i; j++) this.#sums[pair++].addProducts(xs[i], xs[j]);
   }
 
   /** `<x_i, x_j>`, (size, size) row-major. */
@@ -52,15 +58,17 @@ export class GramScan {
     let pair = 0;
     for (let i = 0; i < n; i++)
       for (let j = 0; j <= i; j++) {
-        result[i * n + j] = this.#sums[pair].total;
-        result[j * n + i] = this.#sums[pair++].total;
+        const total = n === 2 ? this.#sums[0].total(pair) : this.#sums[pair].total();
+        result[i * n + j] = total;
+        result[j * n + i] = total;
+        pair++;
       }
     return result;
   }
 }
 
-function zeros(size: number): SpanSum[] {
-  return Array.from({ length: (size * (size + 1)) / 2 }, () => new SpanSum());
+function zeros(size: number): SpanSums[] {
+  return size === 2 ? [new SpanSums(3)] : Array.from({ length: (size * (size + 1)) / 2 }, () => new SpanSums());
 }
 
 /** Cosine of two vectors from their Gram entries; undefined when one of them is not longer than `tiny`. */

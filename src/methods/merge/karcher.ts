@@ -41,7 +41,7 @@ export const karcher = defineMerger({
       scans: [(block) => gram.add(block.experts)],
       merge(block) {
         coefficients ??= karcherCoefficients(gram.matrix(), a, max_iter, tol);
-        return weightedSum(block.experts, coefficients);
+        return weightedSum(block.experts, coefficients, block.output);
       },
     };
   },

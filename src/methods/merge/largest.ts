@@ -1,8 +1,12 @@
 /** Sparsifiers that keep a band of the ranks of each task vector's magnitudes, over the whole tensor. */
+import { vectors } from '../../compute/kernels/vectors.ts';
 import type { MergeBlock } from './merger.ts';
 import { MagnitudeSelection } from './selection.ts';
 import { type Stretch, scanTaskVectors } from './stretch.ts';
 import type { Sparsifier } from './task-vectors.ts';
+
+/** Bits of the largest magnitude, of a NaN. */
+const MOST_BITS = 0x7fffffff;
 
 /** Ranks kept, by magnitude from the largest: `drop` are skipped, then `keep` kept, the rest dropped. */
 export interface RankBand {
@@ -24,8 +28,8 @@ export function keepRanks(length: number, bands: readonly (RankBand | undefined)
   const selections = bands.map((band) => (band ? new MagnitudeSelection(length) : undefined));
   const takings: (Taking | undefined)[] = [];
 
-  const scanHigh = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countHigh(stretch.bits, count));
-  const countLow = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countLow(stretch.bits, count));
+  const scanHigh = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countHigh(stretch, count));
+  const countLow = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countLow(stretch, count));
   const scanLow = (block: MergeBlock): void => {
     if (block.start === 0) for (const k of which) selections[k]!.choose([bands[k]!.drop, bands[k]!.drop + bands[k]!.keep]);
     countLow(block);
@@ -47,7 +51,25 @@ export function keepRanks(length: number, bands: readonly (RankBand | undefined)
   };
 }
 
+/** Keeps what is in the band; ties are taken by the stretch, except where they run out in it. */
 function takeBand(taking: Taking, stretch: Stretch, count: number): void {
+  const { keepBits, dropBits } = taking;
+  const values = stretch.values.subarray(0, count);
+  const keepTies = taking.keepTies > 0 ? vectors().countEqual(values, keepBits) : 0;
+  const dropTies = taking.dropTies > 0 ? vectors().countEqual(values, dropBits) : 0;
+  if (keepTies > taking.keepTies || dropTies > taking.dropTies) {
+    takeOneByOne(taking, stretch, count);
+    return;
+  }
+  // Ties that are kept are not above the threshold, ties that are dropped not below it.
+  const above = taking.keepTies > 0 ? keepBits - 1 : keepBits;
+  const below = taking.dropTies > 0 ? dropBits : Math.min(dropBits + 1, MOST_BITS);
+  vectors().keepBetween(values, above, below);
+  taking.keepTies -= keepTies;
+  taking.dropTies -= dropTies;
+}
+
+function takeOneByOne(taking: Taking, stretch: Stretch, count: number): void {
   const { bits } = stretch;
   const { dropBits, keepBits } = taking;
   for (let i = 0; i < count; i++) {

@@ -16,6 +16,6 @@ export const linear = defineMerger({
   },
   prepare(_tensor, values) {
     const coefficients = values.normalize ? normalizedWeights('linear', values.weight) : values.weight;
-    return { scans: [], merge: (block) => weightedSum(block.experts, coefficients) };
+    return { scans: [], merge: (block) => weightedSum(block.experts, coefficients, block.output) };
   },
 });

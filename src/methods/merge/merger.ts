@@ -80,6 +80,8 @@ export interface MergeBlock {
   readonly taskVectors: readonly Float32Array[];
   /** What was measured on calibration text for this tensor, per expert, in the form the method declares; absent where nothing was. */
   readonly statistics?: readonly Float32Array[];
+  /** Memory for what `merge` returns, of `length`. */
+  readonly output: Float32Array;
 }
 
 export interface MergeContext {
@@ -97,7 +99,7 @@ export interface MergeContext {
 export interface TensorMerge {
   /** Must not depend on where blocks end. */
   readonly scans: readonly ((block: MergeBlock) => void)[];
-  /** The merged rows, float32, newly allocated or one of the inputs unchanged. */
+  /** The merged rows, float32, good until the next block: the block's `output`, or memory of the method's own, or one of the inputs unchanged. */
   merge(block: MergeBlock): Float32Array | Promise<Float32Array>;
 }
 

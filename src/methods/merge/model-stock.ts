@@ -36,7 +36,7 @@ export const modelStock = defineMerger({
         scans: [(block) => gram.addExperts(block.experts, block.base)],
         merge(block) {
           share ??= solve();
-          return baseAndTaskVectors(block.base!, block.experts, new Array(count).fill(share));
+          return baseAndTaskVectors(block.base!, block.experts, new Array(count).fill(share), block.output);
         },
       };
     }

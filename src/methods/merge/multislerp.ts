@@ -41,8 +41,8 @@ export const multislerp = defineMerger({
       merge(block) {
         coefficients ??= solve();
         return block.base
-          ? baseAndTaskVectors(block.base, block.experts, coefficients)
-          : weightedSum(block.experts, coefficients);
+          ? baseAndTaskVectors(block.base, block.experts, coefficients, block.output)
+          : weightedSum(block.experts, coefficients, block.output);
       },
     };
   },

@@ -55,7 +55,9 @@ function wholeTensor(ends: Ends): TensorMerge {
     scans: [(block) => gram.addExperts(block.experts, block.base)],
     merge(block) {
       coefficients ??= solve();
-      return block.base ? baseAndTaskVectors(block.base, block.experts, coefficients) : weightedSum(block.experts, coefficients);
+      return block.base
+        ? baseAndTaskVectors(block.base, block.experts, coefficients, block.output)
+        : weightedSum(block.experts, coefficients, block.output);
     },
   };
 }

@@ -3,7 +3,7 @@
  * on blocks, threads and interruptions nor on which other experts take part.
  */
 import { createHash } from 'node:crypto';
-import { philox4x32 } from '../../compute/random.ts';
+import { vectors } from '../../compute/kernels/vectors.ts';
 
 /** Resolution of the uniform numbers. */
 export const UNIFORM_STEPS = 2 ** 24;
@@ -14,16 +14,7 @@ export function randomKey(seed: number, tensor: string, expert: string): Uint32A
   return Uint32Array.of(hash.readUInt32LE(0), hash.readUInt32LE(4));
 }
 
-const counter = new Uint32Array(4);
-const words = new Uint32Array(4);
-
-/** Writes uniform whole numbers in 0 .. 2^24 - 1, those of the elements with flat indices `at .. at + count`. */
-export function fillUniform(key: Uint32Array, at: number, count: number, out: Uint32Array): void {
-  for (let i = 0; i < count; ) {
-    const quad = Math.floor((at + i) / 4);
-    counter[0] = quad;
-    counter[1] = quad / 2 ** 32;
-    philox4x32(counter, key, words);
-    for (let word = (at + i) % 4; word < 4 && i < count; word++) out[i++] = words[word] >>> 8;
-  }
+/** Writes uniform whole numbers in 0 .. 2^24 - 1, those of the elements with flat indices `at .. at + out.length`. */
+export function fillUniform(key: Uint32Array, at: number, out: Uint32Array): void {
+  vectors().fillUniform(key, at, out);
 }

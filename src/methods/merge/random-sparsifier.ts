@@ -1,7 +1,8 @@
 /** Sparsifiers that keep each element with a probability and make up for what is lost: DARE and DELLA. */
+import { vectors } from '../../compute/kernels/vectors.ts';
 import type { MergeContext, MergeTensor } from './merger.ts';
 import { fillUniform, randomKey, UNIFORM_STEPS } from './random-mask.ts';
-import { SpanSum } from './span-sum.ts';
+import { SpanSums } from './span-sum.ts';
 import { type Stretch, scanTaskVectors, stretchLength } from './stretch.ts';
 import type { Sparsifier } from './task-vectors.ts';
 
@@ -18,43 +19,60 @@ export const RESCALE = {
 export type KeepProbability = (stretch: Stretch, count: number, out: Float64Array) => void;
 
 /**
- * @param probabilities per expert; undefined keeps everything
+ * @param probabilities per expert: the same for all elements, or each its own; undefined keeps everything
  * @param rowLength where probabilities depend on whole rows
  */
 export function keepRandomly(
   tensor: MergeTensor,
   context: MergeContext,
-  probabilities: readonly (KeepProbability | undefined)[],
+  probabilities: readonly (number | KeepProbability | undefined)[],
   rescale: 'l1' | 'inverse' | 'none',
   rowLength?: number,
 ): Sparsifier {
-  const which = probabilities.flatMap((probability, k) => (probability ? [k] : []));
+  const which = probabilities.flatMap((probability, k) => (probability === undefined ? [] : [k]));
   const keys = tensor.experts.map((label) => randomKey(context.seed, tensor.name, label));
   const length = stretchLength(rowLength);
-  const probability = new Float64Array(length);
-  const uniform = new Uint32Array(length);
+  const own = probabilities.some((write) => typeof write === 'function') ? length : 0;
+  const probability = new Float64Array(own);
+  const uniform = new Uint32Array(own);
 
-  const sparsify = (k: number, stretch: Stretch, count: number, at: number): void => {
+  /** Writes what is kept of `values` into `out`, which may be the same. */
+  const keep = (k: number, stretch: Stretch, count: number, at: number, out: Float32Array): void => {
     const write = probabilities[k];
-    if (!write) return;
+    const values = stretch.values.subarray(0, count);
+    if (typeof write === 'number') {
+      vectors().keepRandomly(values, keys[k], at, Math.ceil(write * UNIFORM_STEPS), out);
+      if (rescale === 'inverse') vectors().divide(out.subarray(0, count), write);
+      return;
+    }
+    if (out !== stretch.values) out.set(values);
+    if (write === undefined) return;
     write(stretch, count, probability);
-    fillUniform(keys[k], at, count, uniform);
-    drop(stretch.values, probability, uniform, rescale === 'inverse', count);
+    const numbers = uniform.subarray(0, count);
+    fillUniform(keys[k], at, numbers);
+    drop(out, probability, numbers, rescale === 'inverse', count);
   };
-  const scale = { sparsify, ...(rowLength ? { rowLength } : {}) };
-  if (rescale !== 'l1') return { ...scale, scans: [], scale: () => 1 };
+  const common = {
+    sparsify: (k: number, stretch: Stretch, count: number, at: number) => keep(k, stretch, count, at, stretch.values),
+    ...(rowLength ? { rowLength } : {}),
+  };
+  if (rescale !== 'l1') return { ...common, scans: [], scale: () => 1 };
 
-  const before = probabilities.map(() => new SpanSum());
-  const after = probabilities.map(() => new SpanSum());
+  // Magnitudes before and after.
+  const sums = probabilities.map(() => new SpanSums(2));
+  let kept: Float32Array | undefined;
   const scan = scanTaskVectors(which, rowLength, (k, stretch, count, at) => {
-    before[k].addMagnitudes(stretch.values, 0, count);
-    sparsify(k, stretch, count, at);
-    after[k].addMagnitudes(stretch.values, 0, count);
+    kept ??= vectors().floats(length);
+    keep(k, stretch, count, at, kept);
+    sums[k].addMagnitudePairs(stretch.values.subarray(0, count), kept.subarray(0, count));
   });
   return {
-    ...scale,
+    ...common,
     scans: which.length > 0 ? [scan] : [],
-    scale: (k) => (before[k].total === 0 || after[k].total === 0 ? 1 : before[k].total / after[k].total),
+    scale(k) {
+      const [before, after] = [sums[k].total(0), sums[k].total(1)];
+      return before === 0 || after === 0 ? 1 : before / after;
+    },
   };
 }
 
@@ -67,6 +85,6 @@ function drop(values: Float32Array, probability: Float64Array, uniform: Uint32Ar
 }
 
 /** The same probability everywhere; a density of 1 or more keeps everything. */
-export function constantProbability(density: number): KeepProbability | undefined {
-  return density < 1 ? (_stretch, count, out) => void out.fill(density, 0, count) : undefined;
+export function constantProbability(density: number): number | undefined {
+  return density < 1 ? density : undefined;
 }

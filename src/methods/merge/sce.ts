@@ -4,7 +4,7 @@
  */
 import { defineMerger, type MergeBlock } from './merger.ts';
 import { MagnitudeSelection, type Threshold } from './selection.ts';
-import { SpanSum } from './span-sum.ts';
+import { SpanSums } from './span-sum.ts';
 import { allocateStretch, readTaskVector, type Stretch, stretchLength } from './stretch.ts';
 import { elementCount } from './tensor-size.ts';
 import { sum } from './weights.ts';
@@ -35,7 +35,7 @@ export const sce = defineMerger({
     const deltas = tensor.experts.map(() => allocateStretch(length));
     const variance = allocateStretch(length);
     const selection = select_topk < 1 ? new MagnitudeSelection(n) : undefined;
-    const squares = tensor.experts.map(() => new SpanSum());
+    const squares = tensor.experts.map(() => new SpanSums());
     let varying = 0;
 
     const eachStretch = (block: MergeBlock, look: (from: number, count: number) => void): void => {
@@ -63,22 +63,23 @@ export const sce = defineMerger({
     const scanHigh = (block: MergeBlock): void =>
       eachStretch(block, (_from, count) => {
         for (let i = 0; i < count; i++) if (variance.values[i] > 0) varying++;
-        selection?.countHigh(variance.bits, count);
+        selection?.countHigh(variance, count);
       });
     const scanLow = (block: MergeBlock): void => {
       if (block.start === 0) selection?.choose([Math.floor(select_topk * varying)]);
-      eachStretch(block, (_from, count) => selection?.countLow(variance.bits, count));
+      eachStretch(block, (_from, count) => selection?.countLow(variance, count));
     };
     const selectForSquares = selector();
     const scanSquares = (block: MergeBlock): void =>
       eachStretch(block, (_from, count) => {
         selectForSquares(count);
-        for (const [k, { values }] of deltas.entries()) squares[k].addProducts(values, values, 0, count);
+        for (const [k, { values }] of deltas.entries())
+          squares[k].addProducts(values.subarray(0, count), values.subarray(0, count));
       });
 
     let weights: readonly number[] | undefined;
     const solve = (): readonly number[] => {
-      const energies = squares.map((square) => square.total);
+      const energies = squares.map((square) => square.total());
       const total = sum(energies);
       const negligible = compat === 'mergekit' ? total / n < COMPAT_NEGLIGIBLE : total === 0;
       return energies.map((energy) => (negligible ? 1 / energies.length : energy / total));

@@ -3,6 +3,8 @@
  * the sign cleared, which orders like the magnitude. One scan counts the high half of the pattern, a second the low half where it
  * matters. Order: magnitude descending, then flat index ascending, so ties at the threshold go to the elements that come first.
  */
+import { vectors } from '../../compute/kernels/vectors.ts';
+import type { Stretch } from './stretch.ts';
 
 /** The `k` largest magnitudes: all whose bits exceed `bits`, and the first `ties` elements whose bits equal it. */
 export interface Threshold {
@@ -13,11 +15,14 @@ export interface Threshold {
 const ABOVE_ALL: Threshold = { bits: 0x7fffffff, ties: 0 };
 const MAGNITUDE = 0x7fffffff;
 
+/** Tensors of fewer elements than this have 32-bit counters, which kernels count in. */
+const FEW = 2 ** 32;
+
 type Counts = Uint32Array | Float64Array;
 
 export class MagnitudeSelection {
   readonly #length: number;
-  readonly #high: Counts;
+  #high: Counts | undefined;
   /** Per wanted k: the high half it falls into and how many of that half are still to be taken. */
   #wanted: { high: number; remaining: number }[] = [];
   readonly #low = new Map<number, Counts>();
@@ -25,13 +30,14 @@ export class MagnitudeSelection {
   /** @param length how many elements the tensor has */
   constructor(length: number) {
     this.#length = length;
-    this.#high = counters(0x8000, length);
   }
 
-  /** First scan: the bit patterns of the next `count` elements. */
-  countHigh(bits: Int32Array, count: number): void {
+  /** First scan: the next `count` elements. */
+  countHigh({ values, bits }: Stretch, count: number): void {
+    this.#high ??= counters(0x8000, this.#length);
     const counts = this.#high;
-    for (let i = 0; i < count; i++) counts[(bits[i] & MAGNITUDE) >>> 16]++;
+    if (counts instanceof Uint32Array) vectors().countHigh(values.subarray(0, count), counts);
+    else for (let i = 0; i < count; i++) counts[(bits[i] & MAGNITUDE) >>> 16]++;
   }
 
   /** Between the scans: how many elements are to be selected, for each of several selections. 0 .. length. */
@@ -40,16 +46,18 @@ export class MagnitudeSelection {
       if (count === 0) return { high: -1, remaining: 0 };
       let remaining = count;
       let high = 0x7fff;
-      while (remaining > this.#high[high]) remaining -= this.#high[high--];
+      while (remaining > this.#high![high]) remaining -= this.#high![high--];
       return { high, remaining };
     });
     for (const { high } of this.#wanted) if (high >= 0) this.#low.set(high, counters(0x10000, this.#length));
   }
 
   /** Second scan. */
-  countLow(bits: Int32Array, count: number): void {
-    for (const [high, counts] of this.#low)
-      for (let i = 0; i < count; i++) if ((bits[i] & MAGNITUDE) >>> 16 === high) counts[bits[i] & 0xffff]++;
+  countLow({ values, bits }: Stretch, count: number): void {
+    for (const [high, counts] of this.#low) {
+      if (counts instanceof Uint32Array) vectors().countLow(values.subarray(0, count), high, counts);
+      else for (let i = 0; i < count; i++) if ((bits[i] & MAGNITUDE) >>> 16 === high) counts[bits[i] & 0xffff]++;
+    }
   }
 
   /** After the scans: the threshold of each selection, in the order of `choose`. */
@@ -70,7 +78,6 @@ export function magnitudeOf(threshold: Threshold): number {
   return new Float32Array(Int32Array.of(threshold.bits).buffer)[0];
 }
 
-// A 32-bit counter is enough for a tensor of less than 2^32 elements, and twice as fast in the caches.
 function counters(size: number, length: number): Counts {
-  return length < 2 ** 32 ? new Uint32Array(size) : new Float64Array(size);
+  return length < FEW ? vectors().counters(size) : new Float64Array(size);
 }

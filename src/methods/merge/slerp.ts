@@ -28,7 +28,7 @@ export const slerp = defineMerger({
       scans: [(block) => gram.add([block.base!, block.experts[0]])],
       merge(block) {
         coefficients ??= solve();
-        return weightedSum([block.base!, block.experts[0]], coefficients);
+        return weightedSum([block.base!, block.experts[0]], coefficients, block.output);
       },
     };
   },

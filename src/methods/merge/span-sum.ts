@@ -1,48 +1,57 @@
 /**
  * Sums over a tensor that is seen in blocks, the same to the last bit however it is cut: partial sums over fixed spans of 65,536
- * elements, in float64, added in the order of the spans (merging.md 2.2).
+ * elements, in float64 and in the order of the elements, added in the order of the spans (merging.md 2.2).
  */
+import { vectors } from '../../compute/kernels/vectors.ts';
+
 const SPAN = 65_536;
 
-export class SpanSum {
-  #total = 0;
-  #partial = 0;
+/** Several sums that are added to together: one addition waits for the last, but not for those of other sums. */
+export class SpanSums {
+  readonly #totals: Float64Array;
+  readonly #partials: Float64Array;
   #room = SPAN;
 
-  /** Adds `|x|` of the next `count` elements, `x[from ..]`. */
-  addMagnitudes(x: Float32Array, from: number, count: number): void {
-    const end = from + count;
-    for (let at = from; at < end; ) {
-      const stop = Math.min(end, at + this.#room);
-      this.#room -= stop - at;
-      let sum = this.#partial;
-      for (; at < stop; at++) sum += Math.abs(x[at]);
-      this.#close(sum);
-    }
+  constructor(count = 1) {
+    this.#totals = new Float64Array(count);
+    this.#partials = new Float64Array(count);
   }
 
-  /** Adds `x y` of the next `count` elements. */
-  addProducts(x: Float32Array, y: Float32Array, from: number, count: number): void {
-    const end = from + count;
-    for (let at = from; at < end; ) {
-      const stop = Math.min(end, at + this.#room);
-      this.#room -= stop - at;
-      let sum = this.#partial;
-      for (; at < stop; at++) sum += x[at] * y[at];
-      this.#close(sum);
-    }
+  /** Adds `|x|` of the next elements to the first sum. */
+  addMagnitudes(x: Float32Array): void {
+    this.#add(x.length, (from, to, sums) => vectors().sumMagnitudes(x.subarray(from, to), sums));
   }
 
-  #close(partial: number): void {
-    this.#partial = partial;
-    if (this.#room > 0) return;
-    this.#total += partial;
-    this.#partial = 0;
-    this.#room = SPAN;
+  /** Adds `|x|` of the next elements to the first sum, `|y|` to the second. */
+  addMagnitudePairs(x: Float32Array, y: Float32Array): void {
+    this.#add(x.length, (from, to, sums) => vectors().sumMagnitudePairs(x.subarray(from, to), y.subarray(from, to), sums));
+  }
+
+  /** Adds `x y` of the next elements to the first sum. */
+  addProducts(x: Float32Array, y: Float32Array): void {
+    this.#add(x.length, (from, to, sums) => vectors().sumProducts(x.subarray(from, to), y.subarray(from, to), sums));
+  }
+
+  /** Adds `x x`, `x y` and `y y` of the next elements to three sums. */
+  addGram(x: Float32Array, y: Float32Array): void {
+    this.#add(x.length, (from, to, sums) => vectors().sumGram(x.subarray(from, to), y.subarray(from, to), sums));
+  }
+
+  #add(count: number, add: (from: number, to: number, sums: Float64Array) => void): void {
+    for (let from = 0; from < count; ) {
+      const to = Math.min(count, from + this.#room);
+      add(from, to, this.#partials);
+      this.#room -= to - from;
+      from = to;
+      if (this.#room > 0) continue;
+      for (const [i, partial] of this.#partials.entries()) this.#totals[i] += partial;
+      this.#partials.fill(0);
+      this.#room = SPAN;
+    }
   }
 
   /** Of everything added so far. */
-  get total(): number {
-    return this.#total + this.#partial;
+  total(sum = 0): number {
+    return this.#totals[sum] + this.#partials[sum];
   }
 }

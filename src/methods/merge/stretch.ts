@@ -1,8 +1,9 @@
-/** Task vectors a stretch at a time: short enough to stay in the first cache while it is made, thinned out and added up. */
+/** Task vectors a stretch at a time: short enough to stay in the nearest caches while it is made, thinned out and added up. */
+import { vectors } from '../../compute/kernels/vectors.ts';
 import type { MergeBlock } from './merger.ts';
 
 /** Elements a stretch has, where the method does not ask for whole rows. */
-const LENGTH = 1024;
+const LENGTH = 2048;
 
 /** Part of one expert's task vector. A method may overwrite it. */
 export interface Stretch {
@@ -12,8 +13,8 @@ export interface Stretch {
 }
 
 export function allocateStretch(length: number): Stretch {
-  const values = new Float32Array(length);
-  return { values, bits: new Int32Array(values.buffer) };
+  const values = vectors().floats(length);
+  return { values, bits: new Int32Array(values.buffer, values.byteOffset, length) };
 }
 
 /** Elements per stretch: whole rows of `rowLength` where that is given. */
@@ -23,7 +24,7 @@ export function stretchLength(rowLength: number | undefined): number {
 
 /** Writes `expert - base` for the elements `from .. from + count`. */
 export function readTaskVector(expert: Float32Array, base: Float32Array, from: number, count: number, out: Float32Array): void {
-  for (let i = 0; i < count; i++) out[i] = expert[from + i] - base[from + i];
+  vectors().subtract(expert.subarray(from, from + count), base.subarray(from, from + count), out);
 }
 
 /**
@@ -36,8 +37,9 @@ export function scanTaskVectors(
   look: (k: number, stretch: Stretch, count: number, at: number) => void,
 ): (block: MergeBlock) => void {
   const length = stretchLength(rowLength);
-  const stretch = allocateStretch(length);
+  let stretch: Stretch | undefined;
   return (block) => {
+    stretch ??= allocateStretch(length);
     for (const k of which) {
       for (let from = 0; from < block.length; from += length) {
         const count = Math.min(length, block.length - from);

@@ -19,6 +19,6 @@ export const taskArithmetic = defineMerger({
   prepare(_tensor, { weight, lambda, normalize }) {
     const divisor = normalize ? divisorOf(sum(weight)) : 1;
     const coefficients = weight.map((w) => (lambda * w) / divisor);
-    return { scans: [], merge: (block) => baseAndTaskVectors(block.base!, block.experts, coefficients) };
+    return { scans: [], merge: (block) => baseAndTaskVectors(block.base!, block.experts, coefficients, block.output) };
   },
 });

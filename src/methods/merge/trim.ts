@@ -1,4 +1,5 @@
 /** Task vectors trimmed to their largest entries, as TIES trims them (merging.md 4): `floor(density n)` of each tensor's, at least one. */
+import { vectors } from '../../compute/kernels/vectors.ts';
 import { keepRanks } from './largest.ts';
 import type { MergeBlock } from './merger.ts';
 
@@ -31,8 +32,11 @@ export function trimming(length: number, experts: number, density: number): Trim
 
 /** A whole task vector, trimmed. */
 export function trimWhole(taskVector: Float32Array, density: number): Float32Array {
-  const block: MergeBlock = { start: 0, length: taskVector.length, base: undefined, experts: [], taskVectors: [taskVector] };
-  const { scans, trimmed } = trimming(taskVector.length, 1, density);
+  using _ = vectors().open();
+  const { length } = taskVector;
+  const output = new Float32Array(length);
+  const block: MergeBlock = { start: 0, length, base: undefined, experts: [], taskVectors: [taskVector], output };
+  const { scans, trimmed } = trimming(length, 1, density);
   for (const scan of scans) scan(block);
   return trimmed(0, block);
 }

@@ -3,6 +3,7 @@
  * outputs are points, the distances between them make a matrix of full rank, and its largest entries are the update.
  */
 import type { Blas, Matrix } from '../../compute/blas.ts';
+import { vectors } from '../../compute/kernels/vectors.ts';
 import { MagnitudeSelection } from '../merge/selection.ts';
 import type { SparseDelta, TrainedModule } from './training/schedule.ts';
 
@@ -223,11 +224,12 @@ async function cutKernel(
 /** Sets all but the `count` largest magnitudes to 0, exactly; of equal ones the first are kept. */
 export function keepLargest(values: Float32Array, count: number): void {
   if (count >= values.length) return;
+  using _ = vectors().open();
   const bits = new Int32Array(values.buffer, values.byteOffset, values.length);
   const selection = new MagnitudeSelection(values.length);
-  selection.countHigh(bits, values.length);
+  selection.countHigh({ values, bits }, values.length);
   selection.choose([count]);
-  selection.countLow(bits, values.length);
+  selection.countLow({ values, bits }, values.length);
   const [{ bits: least, ties }] = selection.thresholds();
   let left = ties;
   for (let at = 0; at < values.length; at++) {
