@@ -43,3 +43,16 @@ it('what fails between jobs is told by the next', async () => {
     stack: expect.stringMatching(/failing-worker\.ts/),
   });
 });
+
+it('a job tells what it does in order, and hears that it is to stop', async () => {
+  await using talking = startJobThread<string, string, number>(import.meta.url, 'failing-worker');
+  const told: number[] = [];
+  expect(await talking.run('count', { onEvent: (event) => told.push(event) })).toBe('did count');
+  expect(told).toEqual([1, 2, 3]);
+
+  const abort = new AbortController();
+  const waiting = talking.run('wait', { onEvent: () => abort.abort(), signal: abort.signal });
+  await expect(waiting).rejects.toThrow('This operation was aborted');
+  await expect(talking.run('wait', { signal: abort.signal })).rejects.toThrow('This operation was aborted');
+  expect(await talking.run('anything')).toBe('did anything');
+});
