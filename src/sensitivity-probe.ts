@@ -14,6 +14,8 @@ import { OutputHead } from './output-head.ts';
 
 /** Tokens the error is followed on. */
 const TOKENS = 2048;
+/** Tokens, of these, that a single layer's part in its block's error is told on: a ratio of sums over all values of all tokens is steady. */
+const SHARE_TOKENS = 512;
 /** Part of a trial's error that is made: small enough for the divergence to grow with its square. */
 const STEP = 0.5;
 /** Logits held at once, in bytes of float32. */
@@ -43,6 +45,8 @@ interface Probe {
 export class SensitivityProbe implements AsyncDisposable {
   readonly #options: ProbeOptions;
   readonly #windows: readonly Int32Array[];
+  /** Their beginning. */
+  readonly #few: readonly Int32Array[];
   readonly #spool: Spool;
   readonly #runner: BlockRunner;
   readonly #base: HiddenStates;
@@ -50,7 +54,8 @@ export class SensitivityProbe implements AsyncDisposable {
 
   private constructor(options: ProbeOptions) {
     this.#options = options;
-    this.#windows = firstTokens(options.windows);
+    this.#windows = firstTokens(options.windows, TOKENS);
+    this.#few = firstTokens(this.#windows, SHARE_TOKENS);
     this.#spool = new Spool({ ramBytes: options.ramBytes });
     this.#runner = new BlockRunner(options.model, options.engine, options.path);
     this.#base = this.#states();
@@ -75,18 +80,24 @@ export class SensitivityProbe implements AsyncDisposable {
     await this.#advance(this.#base, block, float);
     for (const { states } of this.#probes) await this.#advance(states, block, float);
 
-    const shares = new Map<string, number>();
-    for (const site of block.sites) {
-      const trial = trials.get(site.name);
-      if (trial === undefined || !(trial.loss > 0)) continue;
-      const one = this.#states();
+    const parts = new Map<string, number>();
+    for (const [site] of bent) {
+      if (!(trials.get(site)!.loss > 0)) continue;
+      await using one = this.#states(this.#few);
       await one.copy(before);
-      await this.#advance(one, block, withSites(float, new Map([[site.name, bent.get(site.name)!]])));
-      shares.set(site.name, (await meanSquareError(one, this.#base)) / (STEP * STEP * trial.loss));
-      await one[Symbol.asyncDispose]();
+      await this.#advance(one, block, withSites(float, new Map([[site, bent.get(site)!]])));
+      parts.set(site, await meanSquareError(one, this.#base));
     }
     await this.#advance(before, block, withSites(float, bent));
-    this.#probes.push({ states: before, error: await meanSquareError(before, this.#base), shares });
+    await using whole = this.#states(this.#few);
+    await whole.copy(before);
+    const wholeOfFew = await meanSquareError(whole, this.#base);
+    const error = await meanSquareError(before, this.#base);
+    const shares = new Map<string, number>();
+    for (const [site, part] of parts) {
+      shares.set(site, wholeOfFew > 0 ? ((part / wholeOfFew) * error) / (STEP * STEP * trials.get(site)!.loss) : 0);
+    }
+    this.#probes.push({ states: before, error, shares });
   }
 
   /** After the last block: nats of divergence per unit of each site's loss. */
@@ -120,8 +131,8 @@ export class SensitivityProbe implements AsyncDisposable {
     await this.#spool[Symbol.asyncDispose]();
   }
 
-  #states(): HiddenStates {
-    return new HiddenStates(this.#windows, this.#options.model.shape.hiddenSize, DEFAULT_BATCH_TOKENS, this.#spool);
+  #states(windows = this.#windows): HiddenStates {
+    return new HiddenStates(windows, this.#options.model.shape.hiddenSize, DEFAULT_BATCH_TOKENS, this.#spool);
   }
 
   async #advance(states: HiddenStates, block: Block, weights: WeightReader): Promise<void> {
@@ -130,12 +141,12 @@ export class SensitivityProbe implements AsyncDisposable {
   }
 }
 
-/** Whole windows up to `TOKENS` tokens, at least one; a longer first one is cut. */
-function firstTokens(windows: readonly Int32Array[]): Int32Array[] {
-  const taken = [windows[0].subarray(0, TOKENS)];
+/** Whole windows up to `most` tokens, at least one; a longer first one is cut. */
+function firstTokens(windows: readonly Int32Array[], most: number): Int32Array[] {
+  const taken = [windows[0].subarray(0, most)];
   let tokens = taken[0].length;
   for (const window of windows.slice(1)) {
-    if (tokens + window.length > TOKENS) break;
+    if (tokens + window.length > most) break;
     taken.push(window);
     tokens += window.length;
   }
@@ -168,6 +179,7 @@ function withSites(weights: WeightReader, replaced: ReadonlyMap<string, Float32A
   return { ...weights, loadSite: async (site) => replaced.get(site.name) ?? weights.loadSite(site) };
 }
 
+/** Over the tokens of `a`, which `b` begins with. */
 async function meanSquareError(a: HiddenStates, b: HiddenStates): Promise<number> {
   let sum = 0;
   for (const { rowStart, rowEnd } of a.batches) {

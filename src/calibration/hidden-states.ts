@@ -120,11 +120,11 @@ export class HiddenStates implements AsyncDisposable {
     this.#condition = 'whole';
   }
 
-  /** Takes over the states of another run over the same windows. */
+  /** Takes over the states of another run, whose tokens begin with these windows' tokens. */
   async copy(other: HiddenStates): Promise<void> {
     other.#assertWhole();
     await this.fill(async (store) => {
-      for (const { rowStart, rowEnd } of other.batches) await store.write(rowStart, await other.store.read(rowStart, rowEnd));
+      for (const { rowStart, rowEnd } of this.batches) await store.write(rowStart, await other.store.read(rowStart, rowEnd));
     });
   }
 

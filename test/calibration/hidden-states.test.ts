@@ -1,7 +1,8 @@
 /** Batches of windows and their pads. */
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { dropPads, isPadded, padRows, planBatches } from '../../src/calibration/hidden-states.ts';
+import { dropPads, HiddenStates, isPadded, padRows, planBatches } from '../../src/calibration/hidden-states.ts';
+import { Spool } from '../../src/calibration/state-store.ts';
 
 const windowsOf = (lengths: readonly number[]) => lengths.map((length) => new Int32Array(length));
 const anyLengths = fc.array(fc.integer({ min: 1, max: 9 }), { minLength: 1, maxLength: 30 });
@@ -56,4 +57,22 @@ describe('pads', () => {
     expect(isPadded(batch)).toBe(false);
     expect(padRows(batch, rows, 3)).toBe(rows);
   });
+});
+
+it('the states of a text are copied for its beginning, in the middle of a window too', async () => {
+  await using spool = new Spool();
+  await using all = new HiddenStates(windowsOf([5, 3, 4]), 2, 8, spool);
+  await all.fill((store) =>
+    store.write(
+      0,
+      Float32Array.from({ length: 24 }, (_, i) => i),
+    ),
+  );
+  for (const lengths of [[5, 3], [4]]) {
+    await using few = new HiddenStates(windowsOf(lengths), 2, 4, spool);
+    await few.copy(all);
+    const rows = [];
+    for await (const { hidden } of few.perWindow()) rows.push(...hidden);
+    expect(rows).toEqual(Array.from({ length: 2 * few.tokenCount }, (_, i) => i));
+  }
 });
