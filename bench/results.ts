@@ -1,5 +1,5 @@
 /** Keeps a benchmark's rows as JSON and as a table, with the command that makes them and the machine they were made on. */
-import { mkdir, writeFile } from 'node:fs/promises';
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { arch, availableParallelism, cpus, platform } from 'node:os';
 import { fileURLToPath } from 'node:url';
 
@@ -28,6 +28,13 @@ export async function writeResults(
     `${folder}${name}.md`,
     `\`${command}\`\n\n${machine}\n\n${table.join('\n')}\n${notes.map((note) => `\n${note}\n`).join('')}`,
   );
+}
+
+/** Rows of the last time, for a benchmark that measures some of its cases anew. */
+export async function earlierRows(name: string): Promise<Row[]> {
+  const path = fileURLToPath(new URL(`results/${name}.json`, import.meta.url));
+  const text = await readFile(path, 'utf8').catch(() => '{"rows":[]}');
+  return (JSON.parse(text) as { rows: Row[] }).rows;
 }
 
 function format(value: number): string {

@@ -17,18 +17,17 @@
  *   drift         2 T n^2 per input for the moment between the two models (7/8 of the tokens), 4 m n^2 per site for the correction
  * Softmaxes, the search of scales, decoding, packing, hashing, reading and writing count as no work: they lower the share.
  */
-import { execFile } from 'node:child_process';
-import { mkdtemp, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { promisify } from 'node:util';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import type { Model } from '../src/model/model.ts';
 import { quantizeRecipe } from '../src/recipe.ts';
 import { measureGemm } from './gemm-rate.ts';
-import { type Row, writeResults } from './results.ts';
+import { quantizeInProcess } from './quantize-process.ts';
+import { earlierRows, type Row, writeResults } from './results.ts';
 import { SHAPES, writeSynthetic } from './synthetic.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));
@@ -61,22 +60,13 @@ const CASES: Readonly<Record<string, Case>> = {
   '1b-2': synthetic('1b', 2),
 };
 
-/** Tells the processor time of a whole process on stderr when it ends. */
-const TELL_TIME = "data:text/javascript,process.on('exit',()=>console.error(JSON.stringify(process.cpuUsage())))";
-
-/** What the command line says of a run with --json. */
-interface Outcome {
-  readonly passes: string;
-  readonly run: { readonly seconds: number; readonly peakBytes: number };
-}
-
 const names = process.argv.length > 2 ? process.argv.slice(2) : Object.keys(CASES);
 for (const name of names) {
   if (!Object.hasOwn(CASES, name)) throw new Error(`no case "${name}"; there are ${Object.keys(CASES).join(', ')}`);
 }
 for (const name of names) {
   const made = await measure(name, CASES[name]);
-  const rows = [...(await earlierRows()).filter((earlier) => earlier['case'] !== name), ...made];
+  const rows = [...(await earlierRows('speed')).filter((earlier) => earlier['case'] !== name), ...made];
   rows.sort((a, b) => order(a) - order(b));
   await writeResults('speed', 'npx tsx bench/speed.ts', rows, [
     'Share: counted work (see bench/speed.ts) over seconds, against the fp32 GEMM rate (2048 cubed) measured before and after the run. ' +
@@ -109,7 +99,7 @@ async function measurePreset(
   sequenceLength: number,
 ): Promise<Row> {
   const before = await gemm();
-  const { passes, run, cpuSeconds } = await quantize(folder, output, preset, samples, sequenceLength);
+  const { passes, run, cpuSeconds } = await quantizeInProcess(folder, output, { preset, samples, sequenceLength });
   const after = await gemm();
   const rate = (before.rate + after.rate) / 2;
   const perCpuSecond = (before.perCpuSecond + after.perCpuSecond) / 2;
@@ -131,36 +121,6 @@ async function measurePreset(
     'share, %': Math.round((100 * achieved) / rate),
     'share of CPU time, %': Math.round((100 * flops) / cpuSeconds / 1e9 / perCpuSecond),
   };
-}
-
-async function quantize(
-  model: string,
-  output: string,
-  preset: Preset,
-  samples: number,
-  sequenceLength: number,
-): Promise<Outcome & { cpuSeconds: number }> {
-  const flags = ['--preset', preset, '--bits', '2', '--samples', `${samples}`, '--sequence-length', `${sequenceLength}`];
-  const { stdout, stderr } = await promisify(execFile)(
-    process.execPath,
-    [
-      '--import',
-      'tsx',
-      '--import',
-      TELL_TIME,
-      root('cli/pcomp.ts'),
-      'quantize',
-      model,
-      '-o',
-      output,
-      ...flags,
-      '--json',
-      '--quiet',
-    ],
-    { cwd: root(''), maxBuffer: 2 ** 26 },
-  );
-  const { user, system } = JSON.parse(stderr.trim().split('\n').at(-1) ?? '') as NodeJS.CpuUsage;
-  return { ...(JSON.parse(stdout) as Outcome), cpuSeconds: (user + system) / 1e6 };
 }
 
 /** Measured on an engine of its own, so that its memory and threads are gone while the command runs. */
@@ -193,11 +153,6 @@ function countFlops({ blocks, shape }: Model, tokens: number, sequence: number, 
     flops += forward * (best ? 3 : last ? 1 : 2);
   }
   return flops;
-}
-
-async function earlierRows(): Promise<Row[]> {
-  const text = await readFile(root('bench/results/speed.json'), 'utf8').catch(() => '{"rows":[]}');
-  return (JSON.parse(text) as { rows: Row[] }).rows;
 }
 
 function order(row: Row): number {
