@@ -50,7 +50,6 @@ const SOLUTIONS: readonly [string, QuantizeRequest | undefined, readonly OnnxCon
   ['rtn, 2 bits', { method: 'rtn', preset: 'paper', bits: 2 }, ONNX_CONTAINERS.filter((one) => one !== '2')],
   ['slim-llm, paper, 2 bits', { method: 'slim-llm', preset: 'paper', bits: 2 }, ONNX_CONTAINERS],
   ['slim-llm, best, 2 bits', { bits: 2 }, ONNX_CONTAINERS],
-  ['slim-llm, best, 2 bits, without transform', { bits: 2, without: ['transform'] }, ['auto']],
 ];
 
 const cores = availableParallelism();
