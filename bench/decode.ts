@@ -1,8 +1,8 @@
 /**
  * Speed of written artifacts in onnxruntime, batch 1: a prefill of 128 tokens, then one token a run on the KV cache.
  * `npx tsx bench/decode.ts [lab] [1b]`; rows replace those of the same model in bench/results/decode.{json,md}. The artifacts take turns
- * in short rounds, so that what else the machine does falls on all of them alike; medians over all rounds, ratios within one. Once with one thread and once with
- * all cores: sessions here do not spin between operators, so with several threads every operator also pays for waking them.
+ * in short rounds, one thread; medians over all rounds, ratios within one. Times are of the processor, not of the clock: what else the machine does
+ * must not count.
  */
 import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
@@ -48,7 +48,6 @@ const SOLUTIONS: readonly [string, QuantizeRequest | undefined, readonly OnnxCon
   ['rtn, 4 bits', { method: 'rtn', preset: 'paper', bits: 4 }, ['auto']],
   ['float', undefined, ['auto']],
   ['rtn, 2 bits', { method: 'rtn', preset: 'paper', bits: 2 }, ONNX_CONTAINERS.filter((one) => one !== '2')],
-  ['slim-llm, paper, 2 bits', { method: 'slim-llm', preset: 'paper', bits: 2 }, ONNX_CONTAINERS],
   ['slim-llm, best, 2 bits', { bits: 2 }, ONNX_CONTAINERS],
 ];
 
@@ -94,17 +93,15 @@ async function measure(name: string): Promise<Row[]> {
       artifacts.push(...(await write(folder, join(scratch, `${artifacts.length}`), artifact, request, containers)));
       console.error(`${name}: ${artifact} written`);
     }
-    const rows: Row[] = [];
-    for (const threads of new Set([1, cores])) rows.push(...(await measureWith(threads, name, folder, artifacts)));
-    return rows;
+    return await measureAll(name, folder, artifacts);
   } finally {
     await rm(scratch, { recursive: true, force: true });
   }
 }
 
-async function measureWith(threads: number, name: string, folder: string, artifacts: readonly Written[]): Promise<Row[]> {
+async function measureAll(name: string, folder: string, artifacts: readonly Written[]): Promise<Row[]> {
   await using source = await openModelSource(folder);
-  await using engine = await createEngine({ threads });
+  await using engine = await createEngine({ threads: 1 });
   const candidates: Candidate[] = [];
   for (const written of artifacts) {
     await using file = await openOnnx(written.path);
@@ -122,10 +119,9 @@ async function measureWith(threads: number, name: string, folder: string, artifa
     container: written.container,
     'operands, MB': written.runtimeMegabytes,
     nodes,
-    threads,
-    'decode, tokens/s': 1000 / median(decode),
+    'decode, tokens/CPU s': 1000 / median(decode),
     'decode / 4 bits': ratio(first.decode, decode),
-    'prefill, tokens/s': (1000 * PREFILL) / median(prefill),
+    'prefill, tokens/CPU s': (1000 * PREFILL) / median(prefill),
     'prefill / 4 bits': ratio(first.prefill, prefill),
   }));
 }
@@ -142,12 +138,17 @@ async function generate(model: Model, { program, prefill, decode }: Candidate, c
     Int32Array.from({ length: PREFILL }, (_, i) => 3 + ((i * 37) % 2000)),
   );
   for (let step = 0; step <= STEPS; step++) {
-    const started = performance.now();
+    const started = cpuMilliseconds();
     const results = await program.run(feeds);
-    const milliseconds = performance.now() - started;
+    const milliseconds = cpuMilliseconds() - started;
     if (counts) (step === 0 ? prefill : decode).push(milliseconds);
     feeds = nextFeeds(results, model.shape.blockCount, 3 + step, PREFILL + step + 1);
   }
+}
+
+function cpuMilliseconds(): number {
+  const { user, system } = process.cpuUsage();
+  return (user + system) / 1000;
 }
 
 /** Quantizes once, or takes the checkpoint as it is, and writes an ONNX file for each container below `folder`. */
@@ -161,7 +162,7 @@ async function write(
   await using source = await openModelSource(model);
   // How well codes fit does not change their speed, so a little text does; it decides the plan, which does.
   const text =
-    request === undefined || request.method === 'rtn' ? {} : { calibration: [CALIBRATION], samples: 8, sequenceLength: 128 };
+    request === undefined || request.method === 'rtn' ? {} : { calibration: [CALIBRATION], samples: 4, sequenceLength: 128 };
   if (request) {
     const recipe = quantizeRecipe({ ...request, ...text, formats: ['safetensors'] }, cores);
     await quantize(model, folder, recipe, { overwrite: false, resume: false, dryRun: false });
