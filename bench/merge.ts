@@ -2,8 +2,8 @@
  * Speed and memory of `pcomp merge` beside a copy of the same bytes: `npm run build && npx tsx bench/merge.ts [GB of each checkpoint, default 1]`.
  * Three BF16 checkpoints of 7B block shapes: two experts and their base, or three experts for methods without a base. Each row is one run of
  * the command line in a process of its own. `copy` reads the inputs and writes a result of their size, with nothing in between, by one
- * thread; `share` is the copy's time over the run's, start of the process included. On a machine with other work only the CPU seconds, of all
- * threads together, mean something. Rows go to bench/results/merge.{json,md}.
+ * thread; `share` is the copy's time over the run's, start of the process included, and `share of CPU` the same of processor seconds of all threads together:
+ * on a machine with other work only these mean something. Rows go to bench/results/merge.{json,md}.
  */
 import { execFile } from 'node:child_process';
 import { closeSync, openSync, readSync, writeSync } from 'node:fs';
@@ -85,9 +85,11 @@ try {
     ['task-arithmetic', [path('a'), path('b')], ['--base', path('base')]],
     ['ties', [path('a'), path('b')], ['--base', path('base'), '--set', 'density=0.2']],
     ['dare-ties', [path('a'), path('b')], ['--base', path('base'), '--set', 'density=0.2']],
+    ['slerp', [path('a')], ['--base', path('base'), '--set', 't=0.3']],
   ];
   for (const [method, experts, flags] of merges) {
-    const copy = copySeconds(NAMES.map(path), path('copy'));
+    const inputs = method === 'linear' ? experts : [...experts, path('base')];
+    const copy = copySeconds(inputs, path('copy'));
     await rm(path('copy'));
     const out = join(folder, 'out');
     const started = performance.now();
@@ -106,13 +108,15 @@ try {
       share: copy.seconds / seconds,
       'copy CPU s': copy.cpuSeconds,
       'merge CPU s': run.cpuSeconds,
-      'MB per CPU s': (4 * size) / 1e6 / run.cpuSeconds,
+      'GB/s': ((inputs.length + 1) * size) / 1e9 / seconds,
+      'MB per CPU s': ((inputs.length + 1) * size) / 1e6 / run.cpuSeconds,
+      'share of CPU': copy.cpuSeconds / run.cpuSeconds,
       'peak RSS MB': Math.round(run.peakBytes / 1e6),
     });
     console.log(rows.at(-1));
   }
   await writeResults('merge', `npm run build && npx tsx bench/merge.ts ${gigabytes}`, rows, [
-    'Inputs in the page cache. MB counts the bytes of the three inputs and of the result. --max-memory 512MiB.',
+    'Inputs in the page cache. GB and MB count the bytes of the inputs, once, and of the result. --max-memory 512MiB.',
     ...process.argv.slice(3),
   ]);
 } finally {

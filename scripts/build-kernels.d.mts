@@ -1,2 +1,2 @@
 /** The compiled module; throws what the compiler complains about. */
-export function buildKernels(name: 'kernels' | 'vectors'): Promise<Uint8Array>;
+export function buildKernels(name: 'dense' | 'kernels' | 'vectors'): Promise<Uint8Array>;

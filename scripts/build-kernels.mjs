@@ -12,6 +12,7 @@ const SHARED = ['--enable', 'threads', '--importMemory', '--sharedMemory', '--in
 export const MODULES = {
   kernels: { entry: 'assembly/index.ts', flags: [], constant: 'KERNELS_WASM' },
   vectors: { entry: 'assembly/vectors/index.ts', flags: SHARED, constant: 'VECTORS_WASM' },
+  dense: { entry: 'assembly/dense/index.ts', flags: [], constant: 'DENSE_WASM' },
 };
 
 /**

@@ -3,7 +3,7 @@ import type { TensorPlace } from '../formats/safetensors/placed-files.ts';
 import type { DType } from '../formats/tensor.ts';
 import { UnsupportedError } from './errors.ts';
 import type { TensorCoefficients } from './methods/merge/merge-plan.ts';
-import type { AccessClass, MergeTensor, Parameters, ParameterValues } from './methods/merge/merger.ts';
+import type { AccessClass, Merger, MergeTensor, Parameters, ParameterValues } from './methods/merge/merger.ts';
 
 /** A tensor of an input, where its bytes are. */
 export interface StoredTensor {
@@ -95,6 +95,8 @@ export interface Sizing {
   readonly columns: number;
   readonly experts: number;
   readonly access: AccessClass;
+  /** Of the method. */
+  readonly side?: Merger['side'];
   /** Must be taken whole: stored rows are not the method's rows, or the method needs the matrix. */
   readonly whole: boolean;
   /** Reading a block again costs no more than a copy: it is on the disk, and most likely still in memory. An adapter's would be computed again. */
@@ -108,15 +110,25 @@ function bytesPerElement(experts: number): number {
   return 8 * (experts + 1) + 24;
 }
 
-/** Bytes that a method on matrices works in, by merging.md 5.2: task vectors and factors in float64. */
-function matrixBytes(rows: number, columns: number, experts: number): number {
-  const smaller = Math.min(rows, columns);
-  return 8 * (experts + 2) * rows * columns + 16 * smaller * smaller;
+/** Bytes of buffers for an element of a matrix that is taken whole: float32 of every input, task vector and result; no bytes on their way. */
+function bytesPerMatrixElement(experts: number): number {
+  return 8 * experts + 12;
+}
+
+/**
+ * Bytes that a method on matrices works in: task vectors and factors in float64, and a square matrix while its eigenvectors are found, which are seven of
+ * its size. A method that works on the columns keeps those of all experts.
+ */
+function matrixBytes({ rows, columns, experts, side }: Pick<Sizing, 'rows' | 'columns' | 'experts' | 'side'>): number {
+  const square = side === 'columns' ? columns : Math.min(rows, columns);
+  return 8 * (experts + 2) * rows * columns + 8 * (side === 'columns' ? experts + 7 : 7) * square * square;
 }
 
 /** Bytes of buffers of a block. */
-export function blockBytes({ rows, columns, experts, access, whole }: Omit<Sizing, 'name' | 'budget' | 'stored'>): number {
-  return rows * columns * bytesPerElement(experts) + (whole && access === 'matrix' ? matrixBytes(rows, columns, experts) : 0);
+export function blockBytes(sizing: Omit<Sizing, 'name' | 'budget' | 'stored'>): number {
+  const { rows, columns, experts, access, whole } = sizing;
+  if (whole && access === 'matrix') return rows * columns * bytesPerMatrixElement(experts) + matrixBytes(sizing);
+  return rows * columns * bytesPerElement(experts);
 }
 
 /**

@@ -66,7 +66,7 @@ export function scheduleMerge(
   const { jobs, threads } = shareMemory(recipe.threads, (count) =>
     outputs.filter(({ made }) => made.by !== 'tie').map((output) => make(output, Math.floor(recipe.maxMemory / count))),
   );
-  const peaks = jobs.map((job) => bufferBytes(job, merger.access)).sort((a, b) => b - a);
+  const peaks = jobs.map((job) => bufferBytes(job, merger)).sort((a, b) => b - a);
   return {
     merger,
     layout,
@@ -205,7 +205,8 @@ function jobOf(
   const baseIndex = inputs.all.length - 1;
   const whole = turned || access === 'matrix';
   const stored = made.experts.every(({ kind }) => kind === 'stored' || kind === 'base');
-  const blockRows = blockRowsFor({ name, rows, columns, experts: labels.length, access, whole, stored, budget });
+  const sizing = { name, rows, columns, experts: labels.length, access, side: merger.side, whole, stored, budget };
+  const blockRows = blockRowsFor(sizing);
   return {
     kind: 'merge',
     name,
@@ -255,11 +256,11 @@ function storedOrigin(inputs: MergeInputs, input: number, origin: TensorOrigin):
   }
 }
 
-function bufferBytes(job: TensorJob, access: AccessClass): number {
+function bufferBytes(job: TensorJob, { access, side }: Merger): number {
   if (job.kind === 'copy') return 0;
   const { columns, blockRows, experts, tensor } = job;
   const whole = job.turned || (access === 'matrix' && tensor.role === 'matrix');
-  return blockBytes({ rows: blockRows, columns, experts: experts.length, access, whole });
+  return blockBytes({ rows: blockRows, columns, experts: experts.length, access: whole ? access : 'elementwise', side, whole });
 }
 
 /** Bytes that a job reads. Asks the method for its scans, which also has it check the values. */
@@ -275,17 +276,17 @@ function readBytesOf(job: TensorJob, merger: Merger, recipe: MergeRecipe): numbe
 }
 
 /**
- * Seconds of one core for the singular vectors that methods on matrices take, roughly: measured 5 ns times R^3, and as much again for a
- * matrix four times as long as wide; of each expert, and of two matrices of all.
+ * Seconds of one core for the singular vectors that methods on matrices take, roughly: measured 1 ns times R^3 for the eigenvectors, and 0.4 ns for each
+ * R^2 n of the products beside them (bench/results/matrix-merge.md); of each expert, and of two matrices of all, or once where a method works on the columns.
  */
-export function matrixSeconds({ outputs, experts }: Pick<MergeInputs, 'outputs' | 'experts'>): number {
+export function matrixSeconds({ outputs, experts }: Pick<MergeInputs, 'outputs' | 'experts'>, side?: Merger['side']): number {
   let total = 0;
-  for (const { made, role, shape } of outputs) {
+  for (const { made, role, shape, transposed } of outputs) {
     if (made.by !== 'merge' || role !== 'matrix') continue;
-    const [rows, columns] = shape.slice(-2);
-    const smaller = Math.min(rows, columns);
-    const each = 5e-9 * smaller ** 3 + 1.3e-9 * smaller ** 2 * Math.max(rows, columns);
-    total += elementCount(shape.slice(0, -2)) * (experts.length + 2) * each;
+    const [rows, columns] = transposed ? shape.slice(-2).reverse() : shape.slice(-2);
+    const square = side === 'columns' ? columns : Math.min(rows, columns);
+    const each = 1e-9 * square ** 3 + 0.4e-9 * square ** 2 * Math.max(rows, columns);
+    total += elementCount(shape.slice(0, -2)) * (side === 'columns' ? 1 : experts.length + 2) * each;
   }
   return total;
 }

@@ -62,8 +62,8 @@ export interface MergeOutcome {
   };
 }
 
-/** Core hours that a default may take. */
-const LONG_HOURS = 1;
+/** Core hours that a default may take: a model of a billion parameters, in an hour on two cores. */
+const LONG_HOURS = 2;
 /** The default where the usual one would take longer: the mean of the experts, which needs no scale. */
 const QUICK = 'linear';
 
@@ -187,7 +187,7 @@ function affordable(inputs: MergeInputs, recipe: MergeRecipe, note: (message: st
     mergerOf(recipe.method).statistics
   )
     return recipe;
-  const hours = matrixSeconds(inputs) / 3600;
+  const hours = matrixSeconds(inputs, mergerOf(recipe.method).side) / 3600;
   if (hours <= LONG_HOURS) return recipe;
   const cost = `${recipe.method} takes the singular vectors of every matrix, here about ${Math.ceil(hours)} core hours`;
   if (recipe.chosen === 'default') {

@@ -19,6 +19,9 @@ it('grows with the cube of a matrix, with stacks and with experts, and counts no
   expect(matrixSeconds({ outputs: [matrix(128, 128)], experts }) / one).toBeCloseTo(8);
   expect(matrixSeconds({ outputs: [matrix(3, 64, 64)], experts }) / one).toBeCloseTo(3);
   expect(matrixSeconds({ outputs: [matrix(64, 64)], experts: [...experts, ...experts] }) / one).toBeCloseTo(6 / 4);
+  // A method that works on the columns pays for that side, once.
+  const wide = { outputs: [matrix(64, 128)], experts };
+  expect(matrixSeconds(wide, 'columns') / matrixSeconds({ outputs: [matrix(128, 128)], experts })).toBeCloseTo(1 / 4);
   const others: OutputTensor[] = [
     { ...matrix(64, 64), role: 'embedding' },
     { ...matrix(64, 64), made: { by: 'copy', input: 0, name: 'w' } },

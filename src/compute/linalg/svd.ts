@@ -1,6 +1,6 @@
 /** Thin singular value decomposition, and the orthogonal factor of a matrix, in float64, by the eigenvectors of the smaller Gram matrix. */
 import { eigh } from './eigh.ts';
-import { gramOfRows, multiply, transposed } from './products.ts';
+import { gramOfColumns, gramOfRows, multiply, transposed } from './products.ts';
 
 export interface Svd {
   /** Singular values kept, r of them, descending. */
@@ -17,16 +17,19 @@ export interface Svd {
  */
 export const RANK_GUARD = 1e-6;
 
-/** `A = sum_j values[j] left_j right_j^T` up to the rank guard; `a` is (m, n). A matrix of zeros has no values. */
-export function svd(a: Float64Array, m: number, n: number): Svd {
+/**
+ * `A = sum_j values[j] left_j right_j^T` up to the rank guard; `a` is (m, n). A matrix of zeros has no values.
+ * @param most directions that are wanted, the strongest; all
+ */
+export function svd(a: Float64Array, m: number, n: number, most = Number.POSITIVE_INFINITY): Svd {
   if (m > n) {
-    const { values, left, right } = svd(transposed(a, m, n), n, m);
+    const { values, left, right } = svd(transposed(a, m, n), n, m, most);
     return { values, left: right, right: left };
   }
-  const { values: squares, vectors } = eigh(gramOfRows(a, m, n), m);
-  const rank = rankOf(squares);
+  const kept = (squares: Float64Array) => Math.min(rankOf(squares), most);
+  const { values: squares, vectors: left } = eigh(gramOfRows(a, m, n), m, kept);
+  const rank = kept(squares);
   const values = squares.slice(0, rank).map(Math.sqrt);
-  const left = vectors.slice(0, rank * m);
   const right = multiply(left, a, rank, m, n);
   for (let j = 0; j < rank; j++) for (let k = 0; k < n; k++) right[j * n + k] /= values[j];
   return { values, left, right };
@@ -44,13 +47,14 @@ export function polar(a: Float64Array, m: number, n: number): Polar {
     const { factor, values } = polar(transposed(a, m, n), n, m);
     return { factor: transposed(factor, n, m), values };
   }
-  const { values, vectors } = eigh(gramOfRows(a, m, n), m);
-  const rank = rankOf(values);
-  // (A A^T)^(-1/2) A on the directions that are kept.
-  const scaled = vectors.slice(0, rank * m);
-  for (let j = 0; j < rank; j++) for (let i = 0; i < m; i++) scaled[j * m + i] /= Math.sqrt(values[j]);
-  const root = multiply(transposed(vectors.slice(0, rank * m), rank, m), scaled, m, rank, m);
-  return { factor: multiply(root, a, m, m, n), values: values.slice(0, rank).map(Math.sqrt) };
+  const { values: squares, vectors } = eigh(gramOfRows(a, m, n), m, rankOf);
+  const rank = rankOf(squares);
+  // (A A^T)^(-1/2) A on the directions that are kept; half of the power is on either side of a Gram matrix.
+  for (let j = 0; j < rank; j++) {
+    const root = squares[j] ** -0.25;
+    for (let i = 0; i < m; i++) vectors[j * m + i] *= root;
+  }
+  return { factor: multiply(gramOfColumns(vectors, rank, m), a, m, m, n), values: squares.slice(0, rank).map(Math.sqrt) };
 }
 
 function rankOf(squares: Float64Array): number {

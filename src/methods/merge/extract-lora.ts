@@ -25,7 +25,7 @@ export function extractLora(
   inFeatures: number,
   options: ExtractOptions,
 ): LowRankFactors {
-  const { values, left, right } = svd(Float64Array.from(taskVector), outFeatures, inFeatures);
+  const { values, left, right } = svd(Float64Array.from(taskVector), outFeatures, inFeatures, options.rank);
   // Of the matrix, not of the values that passed the guard: what those leave out is part of the residual.
   let total = 0;
   for (const value of taskVector) total += value * value;

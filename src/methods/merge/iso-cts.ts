@@ -1,5 +1,5 @@
 /** Isotropic merging in a common subspace and those of the tasks (Marczak et al., arXiv 2502.04959). */
-import { multiply, transposed } from '../../compute/linalg/products.ts';
+import { multiply, multiplyTransposed } from '../../compute/linalg/products.ts';
 import { polar, svd } from '../../compute/linalg/svd.ts';
 import { MATRIX_PARAMETERS, meanOf, mergeMatrix, sumOf } from './matrix-merge.ts';
 import { defineMerger } from './merger.ts';
@@ -22,20 +22,21 @@ export const isoCts = defineMerger({
       let shared = Math.floor(rank * common);
       shared = rank - experts * roundHalfEven((rank - shared) / experts);
       const own = (rank - shared) / experts;
-      const top = svd(sumOf(taskVectors), rows, columns);
+      const top = svd(sumOf(taskVectors), rows, columns, shared);
       const commonCount = Math.min(shared, top.values.length);
       const commonLeft = top.left.subarray(0, commonCount * rows);
       const parts = taskVectors.map((taskVector) => {
         // (I - U U^T) tau
         const along = multiply(commonLeft, taskVector, commonCount, rows, columns);
-        const inside = multiply(transposed(commonLeft, commonCount, rows), along, rows, commonCount, columns);
+        const inside = multiplyTransposed(commonLeft, along, rows, commonCount, columns);
         const outside = svd(
           taskVector.map((value, i) => value - inside[i]),
           rows,
           columns,
+          own,
         );
         // What the projection leaves of an expert that lies in the common space is rounding, whatever its own scale.
-        const least = 1e-6 * (svd(taskVector, rows, columns).values[0] ?? 0);
+        const least = 1e-6 * (svd(taskVector, rows, columns, 1).values[0] ?? 0);
         const count = Math.min(own, outside.values.filter((value) => value > least).length);
         return { values: outside.values.subarray(0, count), left: outside.left, right: outside.right, count };
       });
@@ -53,7 +54,7 @@ export const isoCts = defineMerger({
         return polar(all, count, width).factor;
       };
       const mean = meanOf(values);
-      const merged = multiply(transposed(join('left', rows), count, rows), join('right', columns), rows, count, columns);
+      const merged = multiplyTransposed(join('left', rows), join('right', columns), rows, count, columns);
       return merged.map((value) => value * mean);
     }),
 });

@@ -9,7 +9,7 @@ export type MatrixMerge = (
   rows: number,
   columns: number,
   block: MergeBlock,
-) => Float64Array;
+) => Float64Array | Promise<Float64Array>;
 
 export const MATRIX_PARAMETERS = { lambda: LAMBDA } as const;
 
@@ -17,21 +17,24 @@ export const MATRIX_PARAMETERS = { lambda: LAMBDA } as const;
 export function mergeMatrix(tensor: MergeTensor, lambda: number, merge: MatrixMerge): TensorMerge {
   const { role, shape } = tensor;
   const mean = (block: MergeBlock) => {
-    const { base, experts } = block;
+    const { base, experts, output } = block;
     return baseAndTaskVectors(
       base!,
       experts,
       experts.map(() => lambda / experts.length),
+      output,
     );
   };
   if (role !== 'matrix' || shape.length !== 2) return { scans: [], merge: mean };
   const [rows, columns] = shape;
   return {
     scans: [],
-    merge(block) {
+    async merge(block) {
       const taskVectors = block.taskVectors.map((taskVector) => Float64Array.from(taskVector));
-      const merged = merge(taskVectors, rows, columns, block);
-      return block.base!.map((value, i) => value + lambda * merged[i]);
+      const merged = await merge(taskVectors, rows, columns, block);
+      const { base, output } = block;
+      for (let i = 0; i < output.length; i++) output[i] = base![i] + lambda * merged[i];
+      return output;
     },
   };
 }

@@ -113,6 +113,8 @@ export interface Merger<D extends Parameters = Parameters> {
   readonly access: AccessClass;
   /** `optional`: works on task vectors when there is one, on the weights themselves otherwise. */
   readonly base: 'required' | 'optional' | 'unused';
+  /** The side of the square matrices that a method on matrices works in: the columns; absent: the smaller. */
+  readonly side?: 'columns';
   readonly experts: { readonly min: number; readonly max?: number };
   /** What must be measured first on calibration text: the Gram matrix of each expert's inputs, or its Fisher diagonal. */
   readonly statistics?: 'gram' | 'fisher';

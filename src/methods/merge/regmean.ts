@@ -1,5 +1,6 @@
 /** RegMean (Jin et al., arXiv 2212.09849): the layer whose outputs are nearest to every expert's on that expert's own inputs, in closed form. */
-import { choleskyLower } from '../../compute/linalg/cholesky.ts';
+import { addProduct, strided } from '../../compute/linalg/products.ts';
+import { solveRows } from '../../compute/linalg/solve.ts';
 import { mergeMatrix } from './matrix-merge.ts';
 import { defineMerger } from './merger.ts';
 import { SAMPLES } from './statistics-parameters.ts';
@@ -14,6 +15,7 @@ export const regmean = defineMerger({
   reference: '2212.09849',
   access: 'matrix',
   base: 'required',
+  side: 'columns',
   experts: { min: 1 },
   statistics: 'gram',
   parameters: {
@@ -28,7 +30,7 @@ export const regmean = defineMerger({
     ...SAMPLES,
   },
   prepare(tensor, { reduce, lambda }) {
-    return mergeMatrix(tensor, lambda, (taskVectors, rows, columns, { statistics }) => {
+    return mergeMatrix(tensor, lambda, async (taskVectors, rows, columns, { statistics }) => {
       const merged = new Float64Array(rows * columns);
       // Layers that no text went through are averaged, like all that is no layer.
       if (!statistics) {
@@ -43,10 +45,9 @@ export const regmean = defineMerger({
       grams.forEach((gram, k) => {
         for (let j = 0; j < columns; j++) gram[j * columns + j] += ridge;
         for (let i = 0; i < total.length; i++) total[i] += gram[i];
-        addProduct(merged, taskVectors[k], gram, rows, columns);
+        addProduct(strided(taskVectors[k], columns), strided(gram, columns), strided(merged, columns), rows, columns, columns);
       });
-      choleskyLower(total, columns);
-      solveRows(merged, total, rows, columns);
+      await solveRows(merged, rows, total, columns);
       return merged;
     });
   },
@@ -62,32 +63,4 @@ function traceOf(matrix: Float64Array, n: number): number {
   let sum = 0;
   for (let j = 0; j < n; j++) sum += matrix[j * n + j];
   return sum;
-}
-
-/** sum += a b; a (rows, n), b (n, n). */
-function addProduct(sum: Float64Array, a: Float64Array, b: Float64Array, rows: number, n: number): void {
-  for (let i = 0; i < rows; i++) {
-    for (let k = 0; k < n; k++) {
-      const factor = a[i * n + k];
-      if (factor === 0) continue;
-      for (let j = 0; j < n; j++) sum[i * n + j] += factor * b[k * n + j];
-    }
-  }
-}
-
-/** Every row x of `x` (rows, n) becomes x (L L^T)^-1. */
-function solveRows(x: Float64Array, lower: Float64Array, rows: number, n: number): void {
-  for (let i = 0; i < rows; i++) {
-    const row = x.subarray(i * n, (i + 1) * n);
-    for (let j = 0; j < n; j++) {
-      let value = row[j];
-      for (let k = 0; k < j; k++) value -= lower[j * n + k] * row[k];
-      row[j] = value / lower[j * n + j];
-    }
-    for (let j = n - 1; j >= 0; j--) {
-      const value = row[j] / lower[j * n + j];
-      row[j] = value;
-      for (let k = 0; k < j; k++) row[k] -= lower[j * n + k] * value;
-    }
-  }
 }

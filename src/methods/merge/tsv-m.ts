@@ -1,5 +1,5 @@
 /** Task Singular Vectors (Gargiulo et al., arXiv 2412.00081): the strongest directions of every expert, made orthogonal to each other. */
-import { multiply, transposed } from '../../compute/linalg/products.ts';
+import { multiplyTransposed } from '../../compute/linalg/products.ts';
 import { polar, svd } from '../../compute/linalg/svd.ts';
 import { MATRIX_PARAMETERS, mergeMatrix } from './matrix-merge.ts';
 import { defineMerger } from './merger.ts';
@@ -16,7 +16,7 @@ export const tsvM = defineMerger({
     mergeMatrix(tensor, lambda, (taskVectors, rows, columns) => {
       const share = Math.max(1, Math.floor(Math.min(rows, columns) / taskVectors.length));
       const parts = taskVectors.map((taskVector) => {
-        const { values, left, right } = svd(taskVector, rows, columns);
+        const { values, left, right } = svd(taskVector, rows, columns, share);
         const count = Math.min(share, values.length);
         return {
           values: values.subarray(0, count),
@@ -39,6 +39,6 @@ export const tsvM = defineMerger({
       const left = join('left', rows);
       const right = join('right', columns);
       for (let j = 0; j < count; j++) for (let k = 0; k < columns; k++) right[j * columns + k] *= values[j];
-      return multiply(transposed(left, count, rows), right, rows, count, columns);
+      return multiplyTransposed(left, right, rows, count, columns);
     }),
 });

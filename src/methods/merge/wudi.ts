@@ -1,6 +1,6 @@
 /** WUDI (Cheng et al., arXiv 2503.08099, and version 2 in 2505.19892): the least interference with every task vector, in closed form. */
 import { eigh } from '../../compute/linalg/eigh.ts';
-import { gramOfRows, multiply, transposed } from '../../compute/linalg/products.ts';
+import { gramOfColumns, multiply, transposed } from '../../compute/linalg/products.ts';
 import { MATRIX_PARAMETERS, mergeMatrix, sumOf } from './matrix-merge.ts';
 import { defineMerger } from './merger.ts';
 
@@ -13,6 +13,7 @@ export const wudi = defineMerger({
   reference: '2503.08099',
   access: 'matrix',
   base: 'required',
+  side: 'columns',
   experts: { min: 1 },
   parameters: {
     ...MATRIX_PARAMETERS,
@@ -38,25 +39,29 @@ export const wudi = defineMerger({
       const c = new Float64Array(columns * columns);
       const d = new Float64Array(rows * columns);
       for (const { taskVector, square } of moved) {
-        const gram = gramOfRows(transposed(taskVector, rows, columns), columns, rows);
+        const gram = gramOfColumns(taskVector, rows, columns);
         const product = multiply(taskVector, gram, rows, columns, columns);
         for (let i = 0; i < c.length; i++) c[i] += gram[i] / square;
         for (let i = 0; i < d.length; i++) d[i] += product[i] / square;
       }
-      const { values, vectors } = eigh(c, columns);
-      const factors = factorsOf(values, filter, time, ratio);
+      let factors: Float64Array = new Float64Array(0);
+      const { values, vectors } = eigh(c, columns, (all) => {
+        factors = factorsOf(all, filter, time, ratio);
+        return factors.findLastIndex((factor) => factor !== 0) + 1;
+      });
+      const count = vectors.length / columns;
       const start = sumOf(taskVectors).map((value) => value / taskVectors.length);
       // start + (D / lambda - start) V f V^T, along each eigenvector.
-      const turned = transposed(vectors, columns, columns);
-      const along = multiply(d, turned, rows, columns, columns);
-      const startAlong = multiply(start, turned, rows, columns, columns);
+      const turned = transposed(vectors, count, columns);
+      const along = multiply(d, turned, rows, columns, count);
+      const startAlong = multiply(start, turned, rows, columns, count);
       for (let i = 0; i < rows; i++) {
-        for (let j = 0; j < columns; j++) {
-          const at = i * columns + j;
-          along[at] = factors[j] === 0 ? 0 : factors[j] * (along[at] / values[j] - startAlong[at]);
+        for (let j = 0; j < count; j++) {
+          const at = i * count + j;
+          along[at] = factors[j] * (along[at] / values[j] - startAlong[at]);
         }
       }
-      const change = multiply(along, vectors, rows, columns, columns);
+      const change = multiply(along, vectors, rows, count, columns);
       return start.map((value, i) => value + change[i]);
     }),
 });
