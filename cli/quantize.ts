@@ -98,6 +98,7 @@ export function quantizeCommand(signal: AbortSignal): Command {
       '--lowrank <budget>',
       'low-rank branches that repair what codes lose, beside the budget: bpw=0.1, bytes=, params=, r=',
     )
+    .option('--lowrank-bits <bits>', `how wide branches are stored: 16, 8 or 4 (default: ${D.lowrankBits})`)
     .option('--joint', '--lowrank: ranks and widths compete for one budget, the sum of both')
     .option('--lowrank-outer <rounds>', `times that codes and branches are made for each other (default: ${D.lowrankOuter})`)
     .addOption(

@@ -6,6 +6,7 @@ import type { Calibration } from './calibration/calibration.ts';
 import type { CalibrationStats } from './calibration/statistics.ts';
 import type { Blas } from './compute/blas.ts';
 import type { AsyncKernels } from './compute/kernels/kernels.ts';
+import type { LowRankBranch } from './methods/quantize/low-rank.ts';
 import { dequantize, type QuantizedLinear } from './methods/quantize/quantized-linear.ts';
 import type {
   BitAllocation,
@@ -125,7 +126,7 @@ async function quantizeBlock(run: BlocksRun, block: Block): Promise<void> {
         finished.set(site.name, quantized);
         const seconds = (performance.now() - started) / 1000;
         sites[site.name] = {
-          plan: withRank(plan, quantized.lowRank?.rank),
+          plan: withRank(plan, quantized.lowRank?.rank, widthOf(quantized.lowRank)),
           ...(relativeError === undefined ? {} : { relativeError }),
           ...(spectrum && { spectrum }),
           ...(details && { details }),
@@ -152,8 +153,12 @@ async function decide(
 }
 
 /** The plan with the rank that the layer came to have: fewer than asked for where more would be nothing. */
-function withRank({ rank: _, ...plan }: SitePlan, rank: number | undefined): SitePlan {
-  return rank === undefined ? plan : { ...plan, rank };
+function withRank({ rank: _, rankBits: __, ...plan }: SitePlan, rank: number | undefined, rankBits?: 8 | 4): SitePlan {
+  return rank === undefined ? plan : { ...plan, rank, ...(rankBits && { rankBits }) };
+}
+
+function widthOf(branch: LowRankBranch | undefined): 8 | 4 | undefined {
+  return branch?.dtype === 'Q8' ? 8 : branch?.dtype === 'Q4' ? 4 : undefined;
 }
 
 /** Lets a method that learns replace what is finished of the block by something better. */

@@ -1,12 +1,28 @@
 /** What a quantize run does about low-rank branches: see what ranks would make up for in each layer, share a budget of them out, add them (adapters.md, section 6). */
 import type { SharedBudget } from './bit-budget.ts';
 import type { CalibrationStats } from './calibration/statistics.ts';
-import type { Repair } from './methods/quantize/allocation/joint.ts';
+import type { Matrix } from './compute/blas.ts';
+import type { Repair as JointRepair } from './methods/quantize/allocation/joint.ts';
 import { transformColumns, untransformColumns } from './methods/quantize/input-transform.ts';
-import { addBranch, type LowRankBranch, storedBranch } from './methods/quantize/low-rank.ts';
+import {
+  addBranch,
+  type FactorBits,
+  factorBits,
+  factorStorage,
+  type LowRankBranch,
+  roundFactor,
+  storedBranch,
+} from './methods/quantize/low-rank.ts';
 import { decodeStored, type QuantizedLinear } from './methods/quantize/quantized-linear.ts';
 import type { BitPlan, QuantizeContext, QuantizeResult, Quantizer, Remainder, SitePlan } from './methods/quantize/quantizer.ts';
-import { type CompensationVariant, compensate, errorEnergy, errorSpectrum } from './methods/rank/compensation.ts';
+import {
+  type Compensation,
+  type CompensationVariant,
+  compensate,
+  errorEnergy,
+  errorSpectrum,
+  refit,
+} from './methods/rank/compensation.ts';
 import { greedyRanks } from './methods/rank/greedy.ts';
 import { type SpendableBudget, uniformRank } from './methods/rank/rank-budget.ts';
 import type { LinearSite } from './model/model.ts';
@@ -16,6 +32,8 @@ export interface BranchOptions {
   readonly variant: CompensationVariant;
   /** Times that codes and branch are made, each for what the other leaves; the best time counts. */
   readonly rounds: number;
+  /** How wide factors are stored, where the plan does not say it. */
+  readonly bits: FactorBits;
 }
 
 /** What a pass over the blocks does about branches: see what each rank would be worth, up to some rank; or add those of the plan. */
@@ -83,14 +101,14 @@ export function shareJointly(
   budget: SpendableBudget,
   rankBits: number,
   before: number,
-  share: (repairs: ReadonlyMap<string, Repair>) => SharedBudget,
+  share: (repairs: ReadonlyMap<string, JointRepair>) => SharedBudget,
 ): SharedRanks {
   const repairs = new Map(
-    sites.flatMap(({ site, spectrum: { values, total } }): [string, Repair][] => {
+    sites.flatMap(({ site, spectrum: { values, total } }): [string, JointRepair][] => {
       if (!(total > 0)) return [];
       const left = [1];
       for (const value of values) left.push(Math.max(0, left[left.length - 1] - value / total));
-      return [[site.name, { left, rankSize: rankBits * (site.outFeatures + site.inFeatures) }]];
+      return [[site.name, { left, rankSize: rankBits * budget.cost(site) }]];
     }),
   );
   const joint = share(repairs);
@@ -145,9 +163,9 @@ interface Round {
 }
 
 /** The layer with the branch of its plan's rank. The relative error is that of codes and branch together. */
-export async function addBranchTo(done: QuantizedSite, { variant, rounds }: BranchOptions): Promise<QuantizeResult> {
+export async function addBranchTo(done: QuantizedSite, { variant, rounds, ...options }: BranchOptions): Promise<QuantizeResult> {
   const { context, quantizer, site, weight, stats, plan } = done;
-  const { rank = 0 } = plan;
+  const { rank = 0, rankBits: bits = options.bits } = plan;
   if (rank === 0) return done.result;
   let best: Round | undefined;
   let branch: LowRankBranch | undefined;
@@ -159,10 +177,9 @@ export async function addBranchTo(done: QuantizedSite, { variant, rounds }: Bran
     const { error, gram } = remainderOf({ ...done, weight: target, result });
     // What the codes were not asked for is the branch's as well.
     if (branch) addBranch(error, site.outFeatures, site.inFeatures, inStoredOrder(done, result, branch));
-    const { loraA, loraB, rank: made } = await compensate(context.blas, matrix(done, error), gram, rank, variant);
-    const { transform } = result.quantized;
-    const natural = transform ? untransformColumns(transform, loraA, made, site.inFeatures) : loraA;
-    branch = made === 0 ? undefined : storedBranch(made, natural, loraB);
+    const repair = { error: matrix(done, error), gram, variant };
+    const found = await compensate(context.blas, repair.error, gram, rank, variant);
+    branch = found.rank === 0 ? undefined : await roundBranch({ ...done, result }, repair, found, bits);
     if (branch) addBranch(error, site.outFeatures, site.inFeatures, negated(inStoredOrder(done, result, branch)));
     const left = await errorEnergy(context.blas, matrix(done, error), gram);
     if (best === undefined || left < best.left) best = { left, result, branch, before };
@@ -172,7 +189,8 @@ export async function addBranchTo(done: QuantizedSite, { variant, rounds }: Bran
   // Later codes are of what a branch leaves: theirs is another error.
   const { relativeError: alone } = done.result;
   if (kept === undefined) return codes;
-  if (kept.dtype === 'F32') context.note(site, 'its branch is beyond float16 and takes twice its share of the budget');
+  const share = factorBits(kept.dtype) / bits;
+  if (share > 1) context.note(site, `its branch does not fit ${bits} bits and takes ${share} times its share of the budget`);
   const quantized = withBias(done, { ...codes.quantized, lowRank: kept }, before);
   return {
     quantized,
@@ -183,6 +201,32 @@ export async function addBranchTo(done: QuantizedSite, { variant, rounds }: Bran
       ...(alone === undefined ? {} : { relativeErrorOfCodes: alone }),
     },
   };
+}
+
+interface Repair {
+  /** What is left of the weight, in stored order. */
+  readonly error: Matrix;
+  readonly gram: Float64Array;
+  readonly variant: CompensationVariant;
+}
+
+/** A branch as it is stored. With codes A is rounded first, B is made anew for what A has become, and rounded then. */
+async function roundBranch(
+  { context, site, result }: QuantizedSite,
+  { error, gram, variant }: Repair,
+  { rank, loraA, loraB }: Compensation,
+  bits: FactorBits,
+): Promise<LowRankBranch> {
+  const { transform } = result.quantized;
+  const natural = transform ? untransformColumns(transform, loraA, rank, site.inFeatures) : loraA;
+  if (bits === 16) return storedBranch(rank, natural, loraB);
+  const a = roundFactor(natural, rank, bits, { step: site.inFeatures, stride: 1 });
+  if (!a) return storedBranch(rank, natural, loraB);
+  const stored = transform ? transformColumns(transform, a.values, rank, site.inFeatures) : a.values;
+  const fitted = await refit(context.blas, error, gram, { rank, loraA: stored }, variant);
+  const b = roundFactor(fitted ?? loraB, rank, bits, { step: 1, stride: rank });
+  if (!b) return storedBranch(rank, natural, loraB);
+  return { rank, dtype: factorStorage(bits), loraA: a.values, loraB: b.values, scales: { a: a.scales, b: b.scales } };
 }
 
 function remainderOf({ site, weight, stats, result }: QuantizedSite): Remainder {

@@ -15,6 +15,7 @@ import type { ModelSource } from './artifacts/model-source.ts';
 import { layOutShape, type OnnxLinearLayout, type OnnxStorageOptions } from './artifacts/onnx/linear-layout.ts';
 import type { ArtifactFormat } from './artifacts/write-artifact.ts';
 import { shapeOfKind } from './methods/quantize/best/prepared-input.ts';
+import { factorStorage } from './methods/quantize/low-rank.ts';
 import type { Measuring, SitePlan } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
 
@@ -142,8 +143,8 @@ function storageOf(
   free: ReadonlySet<string> = new Set(),
 ): ModuleStorage[] {
   const inputs = new Set<string>();
-  const all = [...sites].map(([site, { groupSize, bits, transform: kind, rank }]) => {
-    const lowRank = rank === undefined ? {} : { lowRank: { rank, dtype: 'F16' as const } };
+  const all = [...sites].map(([site, { groupSize, bits, transform: kind, rank, rankBits }]) => {
+    const lowRank = rank === undefined ? {} : { lowRank: { rank, dtype: factorStorage(rankBits) } };
     const plain = { ...site, groupSize, bits: Uint8Array.from(bits), scaleDtype: 'F16' as const, ...lowRank };
     const first = !inputs.has(site.input);
     inputs.add(site.input);
@@ -171,8 +172,11 @@ function storageOf(
   return shapes.map(({ site, own, shape }) => {
     const bits = onnx?.get(site.name) ?? { storedBits: format === 'gptq' ? gptqStoredBits(shape) : planesStoredBits(own) };
     const { lowRank, ...rest } = shape;
-    const dtype = format === 'onnx' && options.compact === false ? 'F32' : 'F16';
-    const branch = lowRank && { rank: lowRank.rank, storedBits: lowRankBits({ ...shape, lowRank: { ...lowRank, dtype } }) };
+    const dtype = format === 'onnx' && options.compact === false ? 'F32' : lowRank?.dtype;
+    const branch = lowRank && {
+      rank: lowRank.rank,
+      storedBits: lowRankBits({ ...shape, lowRank: { ...lowRank, dtype: dtype! } }),
+    };
     return { ...rest, bits: [...shape.bits], codeBits: codeBitsOf(shape), ...(branch && { lowRank: branch }), ...bits };
   });
 }

@@ -9,6 +9,7 @@ import { loadTokenizer } from './calibration/tokenizer.ts';
 import { calibrationWindows, holdOut } from './calibration/windows.ts';
 import { RecipeError } from './errors.ts';
 import { quantizerOf } from './methods/quantize/index.ts';
+import { componentBits, type FactorStorage, factorBits, factorStorage } from './methods/quantize/low-rank.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
 import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
 import { parseRankBudget, type SpendableBudget, spendable, uniformRank } from './methods/rank/rank-budget.ts';
@@ -93,7 +94,8 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   checkBranches(recipe, branches);
   if (rankBudget) {
     const rank = uniformRank(rankBudget, sites);
-    if (rank > 0) for (const [site, plan] of expected) expected.set(site, { ...plan, rank });
+    const rankBits = recipe.lowrankBits === 16 ? {} : { rankBits: recipe.lowrankBits };
+    if (rank > 0) for (const [site, plan] of expected) expected.set(site, { ...plan, rank, ...rankBits });
   }
   checkFormats(recipe, expected);
   const unbranched = fixedCosts(source, withoutRanks(expected), expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
@@ -120,8 +122,13 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
 }
 
 /** Bits of a branch's parameter in the file that sizes are told of. */
-export function branchBits({ formats, compact }: QuantizeRecipe): number {
-  return formats[0] === 'onnx' && !compact ? 32 : 16;
+export function branchBits(recipe: QuantizeRecipe): number {
+  return factorBits(branchStorage(recipe));
+}
+
+/** Operands that are whole in the file have float32 beside them. */
+function branchStorage({ formats, compact, lowrankBits }: QuantizeRecipe): FactorStorage {
+  return formats[0] === 'onnx' && !compact ? 'F32' : factorStorage(lowrankBits);
 }
 
 function rankBudgetOf(
@@ -141,7 +148,12 @@ function rankBudgetOf(
     throw new RecipeError(
       `--lowrank ${recipe.lowrank}: inside a budget of bytes, ranks are counted by bpw=, bytes=, params= or pct=`,
     );
-  return spendable(budget, sites, { parameterBits: branchBits(recipe), flag: '--lowrank' });
+  const storage = branchStorage(recipe);
+  return spendable(budget, sites, {
+    parameterBits: branchBits(recipe),
+    flag: '--lowrank',
+    parametersOf: (length) => componentBits(storage, length) / factorBits(storage),
+  });
 }
 
 /** Refuses what goes with branches only, and where they cannot be. */
@@ -156,7 +168,7 @@ function checkBranches({ method, formats, calibration, plan, lowrank, lowrankOut
 }
 
 function withoutRanks(plans: ReadonlyMap<LinearSite, SitePlan>): Map<LinearSite, SitePlan> {
-  return new Map([...plans].map(([site, { rank: _, ...plan }]) => [site, plan]));
+  return new Map([...plans].map(([site, { rank: _, rankBits: __, ...plan }]) => [site, plan]));
 }
 
 /** A budget of bytes pays for the branches too: what they may take is kept for them. */

@@ -134,10 +134,10 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
     const joint = ranks?.joint;
     const budget = joint ?? shared;
     const allocation = given || !budget ? undefined : allocationOf(budget);
-    const { lowrankInputs: variant, lowrankOuter: rounds } = recipe;
+    const { lowrankInputs: variant, lowrankOuter: rounds, lowrankBits: bits } = recipe;
     const own =
       joint && new Map(Object.entries(joint.sites).flatMap(([name, { rank }]) => (rank ? [[name, rank] as const] : [])));
-    const branches = job.branches ? ({ kind: 'add', options: { variant, rounds }, ranks: own } as const) : undefined;
+    const branches = job.branches ? ({ kind: 'add', options: { variant, rounds, bits }, ranks: own } as const) : undefined;
     await quantizeBlocks({ ...run, parts, progress, hooks, given, allocation, branches });
     if (recipe.embeddings !== 'float' && !parts.hasEmbeddings) {
       await quantizeEmbeddings(weights, job.expectedEmbeddings, options, blas, parts, hooks);
@@ -220,7 +220,13 @@ async function surveyOf(
 
 /** Bits of the quantized layers with these widths: stored ones, or as the runtime holds them where the budget counts those. */
 function sizeOfPlan({ source, recipe, expected, fixed }: QuantizeJob, plan: ReadonlyMap<string, SitePlan>): number {
-  const linears = new Map([...expected.keys()].map((site) => [site, plan.get(site.name)!]));
+  const width = recipe.lowrankBits === 16 ? {} : { rankBits: recipe.lowrankBits };
+  const linears = new Map(
+    [...expected.keys()].map((site) => {
+      const own = plan.get(site.name)!;
+      return [site, own.rank === undefined ? own : { ...own, ...width }];
+    }),
+  );
   const sizes = predictSizes(source, linears, new Map(), recipe.formats[0], onnxStorageOf(recipe));
   if (recipe.runtimeMemory !== undefined) return 8 * (sizes.runtimeBytes ?? 0);
   return sizes.bitsPerWeight * fixed.weights;

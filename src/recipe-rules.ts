@@ -97,6 +97,8 @@ function checkLowRank({ lowrank, plan, maxLoss, joint, without }: QuantizeRecipe
     throw new RecipeError('--joint: shares a budget out, and --without allocation leaves that out');
   if (joint && /^r=/.test(lowrank!.trim()))
     throw new RecipeError(`--lowrank ${lowrank}: with --joint, ranks are counted by bpw=, bytes=, params= or pct=`);
+  if (request.lowrankBits !== undefined && lowrank === undefined)
+    throw new RecipeError('--lowrank-bits: goes with --lowrank; a plan says how wide its branches are');
   const alone = (['lowrankOuter', 'lowrankInputs'] as const).find((key) => request[key] !== undefined);
   if (alone !== undefined && lowrank === undefined && plan === undefined)
     throw new RecipeError(`${flag(alone)}: goes with --lowrank, which says what branches may cost`);

@@ -6,6 +6,7 @@ import { ENGINES, type EngineName } from './compute/engines.ts';
 import { RecipeError } from './errors.ts';
 import { BEST_STEPS, type BestStep } from './methods/quantize/best/steps.ts';
 import { QUANTIZERS } from './methods/quantize/index.ts';
+import { FACTOR_BITS, type FactorBits } from './methods/quantize/low-rank.ts';
 import { TRANSFORMS, type TransformKind } from './methods/quantize/quantizer.ts';
 import { COMPENSATION_VARIANTS, type CompensationVariant } from './methods/rank/compensation.ts';
 import { parseRankBudget } from './methods/rank/rank-budget.ts';
@@ -82,6 +83,8 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly lowrankOuter: number;
   /** What branches take inputs for: `exact` for what they are. */
   readonly lowrankInputs: CompensationVariant;
+  /** Bits of a branch's factors in the file. */
+  readonly lowrankBits: FactorBits;
   /** ONNX: codes at their true width in the file, expanded when it is loaded. */
   readonly compact: boolean;
   /** ONNX: which operands the runtime is to hold. */
@@ -120,6 +123,7 @@ export const QUANTIZE_DEFAULTS = {
   joint: false,
   lowrankOuter: 2,
   lowrankInputs: 'exact',
+  lowrankBits: 16,
   compact: true,
   onnxContainer: 'auto',
   device: 'cpu',
@@ -168,6 +172,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     joint: boolean('joint', given.joint),
     lowrankOuter: integer('lowrankOuter', given.lowrankOuter, 1, 4),
     lowrankInputs: oneOf('lowrankInputs', given.lowrankInputs, COMPENSATION_VARIANTS),
+    lowrankBits: factorBits(given.lowrankBits),
     compact: boolean('compact', given.compact),
     onnxContainer: oneOf('onnxContainer', String(given.onnxContainer), ONNX_CONTAINERS),
     device: oneOf('device', given.device, DEVICES),
@@ -204,4 +209,11 @@ function formats(names: readonly string[]): ArtifactFormat[] {
     throw new RecipeError('--format safetensors,gptq: both write model.safetensors; take one of them (either may go with onnx)');
   }
   return result;
+}
+
+function factorBits(given: unknown): FactorBits {
+  const bits = integer('lowrankBits', given, 1, 32);
+  const known = FACTOR_BITS.find((width) => width === bits);
+  if (known === undefined) throw new RecipeError(`--lowrank-bits ${bits}: branches are stored in ${FACTOR_BITS.join(', ')} bits`);
+  return known;
 }

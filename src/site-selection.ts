@@ -43,7 +43,7 @@ export async function readPlan(path: string): Promise<BitPlan> {
 function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
   const fail = (what: string) => new RecipeError(`--plan ${path}: module "${name}" ${what}`);
   if (!isObject(site)) throw fail('is not an object with "groupSize" and "bits"');
-  const { groupSize, bits, transform, rank } = site;
+  const { groupSize, bits, transform, rank, rankBits } = site;
   if (typeof groupSize !== 'number' || ![32, 64, 128, 256].includes(groupSize))
     throw fail(`has groupSize ${groupSize}; 32, 64, 128 or 256 is expected`);
   if (!Array.isArray(bits) || !bits.every((width) => Number.isInteger(width) && width >= 1 && width <= 8)) {
@@ -54,11 +54,14 @@ function checkSitePlan(path: string, name: string, site: unknown): SitePlan {
     throw fail(`has a "transform" that is not ${TRANSFORMS.filter((known) => known !== 'none').join(', ')}`);
   if (rank !== undefined && !(Number.isInteger(rank) && (rank as number) > 0))
     throw fail('has a "rank" that is no whole number above 0');
+  if (rankBits !== undefined && (rank === undefined || (rankBits !== 8 && rankBits !== 4)))
+    throw fail('has "rankBits" that are not the 8 or 4 of a "rank"');
   return {
     groupSize,
     bits: bits as number[],
     ...(kind && kind !== 'none' && { transform: kind }),
     ...(rank !== undefined && { rank: rank as number }),
+    ...(rankBits !== undefined && { rankBits: rankBits as 8 | 4 }),
   };
 }
 

@@ -4,6 +4,7 @@
  */
 import { byteLengthOf } from '../../formats/dtype.ts';
 import type { TensorDeclaration } from '../../formats/tensor.ts';
+import { componentBits } from '../methods/quantize/low-rank.ts';
 import { gptqDeclarations } from './gptq.ts';
 import { hadamardBits, rotationSteps } from './onnx/hadamard-constant.ts';
 import { signsPerByte } from './onnx/input-signs.ts';
@@ -56,7 +57,8 @@ export function lowRankBits({
   inFeatures,
   lowRank,
 }: Pick<QuantizedShape, 'outFeatures' | 'inFeatures' | 'lowRank'>): number {
-  return lowRank ? lowRank.rank * (outFeatures + inFeatures) * (lowRank.dtype === 'F16' ? 16 : 32) : 0;
+  if (!lowRank) return 0;
+  return lowRank.rank * (componentBits(lowRank.dtype, outFeatures) + componentBits(lowRank.dtype, inFeatures));
 }
 
 /** Stored bits in the layout `planes`. */

@@ -3,11 +3,18 @@ import { fromFloat32, toFloat32 } from '../../formats/dtype.ts';
 import type { Tensor, TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
 import { FormatError } from '../errors.ts';
 import { type InputTransform, shapeOfTransform, type TransformShape } from '../methods/quantize/input-transform.ts';
-import type { LowRankBranch, LowRankShape } from '../methods/quantize/low-rank.ts';
+import {
+  branchCodes,
+  branchOfCodes,
+  type FactorStorage,
+  type LowRankBranch,
+  type LowRankShape,
+} from '../methods/quantize/low-rank.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import { groupCount } from '../methods/quantize/quantized-linear.ts';
 import { readExpected } from './expected-tensor.ts';
 import { packPlanes, planeWordCount, unpackPlanes } from './packing/bit-planes.ts';
+import { factorRowBytes, packFactor, unpackFactor } from './packing/factor-codes.ts';
 import type { QuantizedModule } from './quant-metadata.ts';
 import { checkedOrder } from './stored-order.ts';
 import { asBytes, asWords } from './tensor-bytes.ts';
@@ -40,12 +47,23 @@ const SUFFIXES = {
   signs: '.pq_signs',
   loraA: '.lora_A.weight',
   loraB: '.lora_B.weight',
+  ...codeSuffixes('A'),
+  ...codeSuffixes('B'),
 } as const;
+
+/** Of a factor in codes: (rank, bytes of a row), one row a component, and their steps. */
+function codeSuffixes<Side extends 'A' | 'B'>(side: Side) {
+  return {
+    [`codes8${side}`]: `.lora_${side}.codes_8`,
+    [`codes4${side}`]: `.lora_${side}.codes_4`,
+    [`steps${side}`]: `.lora_${side}.scales`,
+  } as { readonly [Key in `${'codes8' | 'codes4' | 'steps'}${Side}`]: string };
+}
 
 /** Names of the tensors that hold module `name`: what may be there. */
 export const PLANES_SUFFIXES: readonly string[] = Object.values(SUFFIXES);
 /** Those of its branch. */
-export const LOW_RANK_SUFFIXES = [SUFFIXES.loraA, SUFFIXES.loraB] as const;
+export const LOW_RANK_SUFFIXES: readonly string[] = PLANES_SUFFIXES.filter((suffix) => suffix.startsWith('.lora_'));
 
 /** Width of group `g` in columns: the last one may be short. */
 function groupColumns(shape: CodeShape, g: number): number {
@@ -88,7 +106,18 @@ function branchDeclarations(
   name: string,
   { outFeatures, inFeatures }: Pick<QuantizedShape, 'outFeatures' | 'inFeatures'>,
   { rank, dtype }: LowRankShape,
-): [TensorDeclaration, TensorDeclaration] {
+): TensorDeclaration[] {
+  if (dtype === 'Q8' || dtype === 'Q4') {
+    const bits = dtype === 'Q8' ? 8 : 4;
+    return (['A', 'B'] as const).flatMap((side) => [
+      {
+        name: name + SUFFIXES[`codes${bits}${side}`],
+        dtype: 'U8',
+        shape: [rank, factorRowBytes(side === 'A' ? inFeatures : outFeatures, bits)],
+      },
+      { name: name + SUFFIXES[`steps${side}`], dtype: 'F16', shape: [rank, 1] },
+    ]);
+  }
   return [
     { name: name + SUFFIXES.loraA, dtype, shape: [rank, inFeatures] },
     { name: name + SUFFIXES.loraB, dtype, shape: [outFeatures, rank] },
@@ -142,17 +171,26 @@ export function encodePlanes(name: string, q: QuantizedLinear): Tensor[] {
       : new Uint8Array(0),
     ...(q.transform?.order ? { [name + SUFFIXES.order]: asBytes(q.transform.order) } : {}),
     ...(q.transform?.signs ? { [name + SUFFIXES.signs]: packSigns(q.transform.signs) } : {}),
-    ...(q.lowRank
-      ? {
-          [name + SUFFIXES.loraA]: fromFloat32(q.lowRank.dtype, q.lowRank.loraA),
-          [name + SUFFIXES.loraB]: fromFloat32(q.lowRank.dtype, q.lowRank.loraB),
-        }
-      : {}),
+    ...(q.lowRank ? branchData(name, q.lowRank) : {}),
   };
   return planesDeclarations(name, shapeOfGrid(q)).map((declared) => {
     const bytes = data[declared.name];
     return { ...declared, byteLength: bytes.byteLength, data: bytes };
   });
+}
+
+function branchData(name: string, branch: LowRankBranch): Record<string, Uint8Array> {
+  const { rank, dtype, loraA, loraB, scales } = branch;
+  if (dtype === 'F16' || dtype === 'F32')
+    return { [name + SUFFIXES.loraA]: fromFloat32(dtype, loraA), [name + SUFFIXES.loraB]: fromFloat32(dtype, loraB) };
+  const bits = dtype === 'Q8' ? 8 : 4;
+  const { a, b } = branchCodes(branch);
+  return {
+    [name + SUFFIXES[`codes${bits}A`]]: packFactor(a, rank, bits),
+    [name + SUFFIXES.stepsA]: fromFloat32('F16', scales!.a),
+    [name + SUFFIXES[`codes${bits}B`]]: packFactor(b, rank, bits),
+    [name + SUFFIXES.stepsB]: fromFloat32('F16', scales!.b),
+  };
 }
 
 /** Turns (outFeatures, groups) into (chosen groups, outFeatures). */
@@ -198,7 +236,13 @@ export async function readPlanesShape(source: TensorSource, name: string, module
   const { outFeatures, inFeatures, groupSize, transform, rank } = module;
   const shape = { outFeatures, inFeatures, groupSize, bits, scaleDtype, ...(transform && { transform }) } as const;
   if (rank === undefined) return shape;
-  return { ...shape, lowRank: { rank, dtype: source.tensors.get(name + SUFFIXES.loraA)?.dtype === 'F32' ? 'F32' : 'F16' } };
+  return { ...shape, lowRank: { rank, dtype: storageOf(source, name) } };
+}
+
+function storageOf({ tensors }: TensorSource, name: string): FactorStorage {
+  if (tensors.has(name + SUFFIXES.codes8A)) return 'Q8';
+  if (tensors.has(name + SUFFIXES.codes4A)) return 'Q4';
+  return tensors.get(name + SUFFIXES.loraA)?.dtype === 'F32' ? 'F32' : 'F16';
 }
 
 /** Reads module `name` without its codes. */
@@ -239,9 +283,22 @@ async function readBranch(
   shape: Pick<QuantizedShape, 'outFeatures' | 'inFeatures'>,
   branch: LowRankShape,
 ): Promise<LowRankBranch> {
+  const { rank, dtype } = branch;
+  if (dtype === 'Q8' || dtype === 'Q4') {
+    const bits = dtype === 'Q8' ? 8 : 4;
+    const [a, ofA, b, ofB] = branchDeclarations(name, shape, branch);
+    const codes = async (declared: TensorDeclaration, length: number) =>
+      unpackFactor(await readExpected(source, declared), rank, length, bits);
+    const scales = async (declared: TensorDeclaration) => toFloat32('F16', await readExpected(source, declared));
+    return branchOfCodes(
+      branch,
+      { a: await codes(a, shape.inFeatures), b: await codes(b, shape.outFeatures) },
+      { a: await scales(ofA), b: await scales(ofB) },
+    );
+  }
   const [a, b] = branchDeclarations(name, shape, branch);
-  const loraA = toFloat32(branch.dtype, await readExpected(source, a));
-  return { ...branch, loraA, loraB: toFloat32(branch.dtype, await readExpected(source, b)) };
+  const loraA = toFloat32(dtype, await readExpected(source, a));
+  return { ...branch, loraA, loraB: toFloat32(dtype, await readExpected(source, b)) };
 }
 
 function packSigns(signs: Uint8Array): Uint8Array {

@@ -49,7 +49,10 @@ class SafetensorsModules {
     let bytes = 0;
     for (const suffix of this.#suffixes) bytes += source.tensors.get(name + suffix)?.byteLength ?? 0;
     const branch = LOW_RANK_SUFFIXES.map((suffix) => source.tensors.get(name + suffix)?.byteLength ?? 0);
-    return moduleStorage(name, module, bits, { storedBits: bytes * 8, lowRankBits: 8 * (branch[0] + branch[1]) });
+    return moduleStorage(name, module, bits, {
+      storedBits: bytes * 8,
+      lowRankBits: 8 * branch.reduce((sum, one) => sum + one, 0),
+    });
   }
 }
 

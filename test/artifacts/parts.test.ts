@@ -59,6 +59,7 @@ describe('the planes layout', () => {
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
       transform: fc.record({ hadamard: fc.constantFrom(0, 16, 48, 64), signed: fc.boolean(), seed: fc.nat() }),
       lowRank: fc.integer({ min: 1, max: 4 }),
+      lowRankBits: fc.constantFrom(16 as const, 8 as const, 4 as const),
     };
     const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
     await fc.assert(

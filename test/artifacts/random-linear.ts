@@ -1,7 +1,13 @@
 /** Random quantized linears for tests: every width, short last groups, F16 grids. */
 import { roundToF16 } from '../../formats/dtype.ts';
 import type { InputTransform } from '../../src/methods/quantize/input-transform.ts';
-import { storedBranch } from '../../src/methods/quantize/low-rank.ts';
+import {
+  type FactorBits,
+  factorStorage,
+  type LowRankBranch,
+  roundFactor,
+  storedBranch,
+} from '../../src/methods/quantize/low-rank.ts';
 import { groupCount, type QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 
 /** Small deterministic generator (mulberry32), uniform in [0, 1). */
@@ -28,6 +34,8 @@ export interface RandomLinearOptions {
   readonly bias?: boolean;
   /** Rank of a branch beside it. */
   readonly lowRank?: number;
+  /** Of its factors; absent: 16. */
+  readonly lowRankBits?: FactorBits;
 }
 
 export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
@@ -62,10 +70,11 @@ export function randomLinear(options: RandomLinearOptions): QuantizedLinear {
     ...(bits.includes(1) && { offsets }),
     ...(transform && { transform: randomTransform(columns, transform) }),
     ...(options.lowRank && {
-      lowRank: storedBranch(
+      lowRank: branch(
         options.lowRank,
         Float32Array.from({ length: options.lowRank * columns }, () => 0.2 * random() - 0.1),
         Float32Array.from({ length: rows * options.lowRank }, () => 0.2 * random() - 0.1),
+        options.lowRankBits ?? 16,
       ),
     }),
     ...(options.bias && { bias: Float32Array.from({ length: rows }, () => Math.round(random() * 16) / 8 - 1) }),
@@ -79,6 +88,13 @@ function randomTransform(
   if (!signed) return { order: randomOrder(columns, seed), hadamard };
   const random = uniform(seed);
   return { signs: Uint8Array.from({ length: columns }, () => (random() < 0.5 ? 1 : 0)), hadamard };
+}
+
+function branch(rank: number, loraA: Float32Array, loraB: Float32Array, bits: FactorBits): LowRankBranch {
+  if (bits === 16) return storedBranch(rank, loraA, loraB);
+  const a = roundFactor(loraA, rank, bits, { step: loraA.length / rank, stride: 1 })!;
+  const b = roundFactor(loraB, rank, bits, { step: 1, stride: rank })!;
+  return { rank, dtype: factorStorage(bits), loraA: a.values, loraB: b.values, scales: { a: a.scales, b: b.scales } };
 }
 
 /** A permutation of 0 to `count` - 1. */

@@ -2,6 +2,7 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
+import { openSafetensors } from '../../formats/safetensors/reader.ts';
 import { inspect } from '../../src/inspect.ts';
 import { quantize } from '../../src/quantize.ts';
 import { type QuantizeRequest, quantizeRecipe } from '../../src/recipe.ts';
@@ -61,6 +62,46 @@ describe.each(['llama', 'gpt2'] as const)('a %s', (name) => {
     expect(repaired.kl!).toBeLessThan(without.kl!);
     const fast = await runEvaluate(output, text, { accuracy: 'fast' });
     expect(Math.abs(fast.nll / repaired.nll - 1)).toBeLessThan(0.03);
+  });
+});
+
+describe.each([8, 4] as const)('branches of %i bits', (lowrankBits) => {
+  it('are charged as they are stored, decode alike in every layout, and repair', async () => {
+    const output = join(scratch.path, `coded-${lowrankBits}`);
+    const { artifacts, plan } = await runQuantize(llama, output, request({ lowrankBits, lowrank: 'bpw=0.8' }));
+    const { ranks } = reportOf(output);
+    expect(ranks.spent).toBeLessThanOrEqual(ranks.total);
+    const ranked = Object.values(plan.modules).filter(({ rank }) => rank !== undefined);
+    expect(ranked.length).toBeGreaterThan(0);
+    for (const { rankBits } of ranked) expect(rankBits).toBe(lowrankBits);
+    for (const { lowRankBitsPerWeight } of artifacts) {
+      expect(lowRankBitsPerWeight).toBeGreaterThan(0.5);
+      expect(lowRankBitsPerWeight).toBeLessThanOrEqual(0.8);
+    }
+    // What is charged is what lies in the file.
+    await using source = await openSafetensors(join(output, 'model.safetensors'));
+    const bytes = [...source.tensors.values()]
+      .filter(({ name }) => name.includes('.lora_'))
+      .reduce((sum, { byteLength }) => sum + byteLength, 0);
+    const weights = (await inspect(output)).modules.reduce(
+      (sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures,
+      0,
+    );
+    expect(artifacts.find(({ format }) => format === 'safetensors')!.lowRankBitsPerWeight).toBeCloseTo((8 * bytes) / weights, 6);
+    const plain = join(scratch.path, `coded-${lowrankBits}-plain`);
+    await runQuantize(llama, plain, request({ lowrank: undefined }));
+    const repaired = await runEvaluate(output, text, { against: llama });
+    expect(repaired.kl!).toBeLessThan((await runEvaluate(plain, text, { against: llama })).kl!);
+    const fast = await runEvaluate(output, text, { accuracy: 'fast' });
+    expect(Math.abs(fast.nll / repaired.nll - 1)).toBeLessThan(0.03);
+    const again = join(scratch.path, `coded-${lowrankBits}-planned`);
+    await runQuantize(
+      llama,
+      again,
+      request({ bits: undefined, lowrank: undefined, plan: join(output, 'pcomp.json'), groupSize: undefined }),
+    );
+    for (const file of ['model.safetensors', 'onnx/model_q2.onnx_data'])
+      expect(readFileSync(join(again, file)).equals(readFileSync(join(output, file)))).toBe(true);
   });
 });
 
@@ -161,6 +202,8 @@ describe('a request for branches', () => {
     [{ lowrank: undefined, joint: true }, /--joint: .* goes with --lowrank/],
     [{ joint: true, method: 'gptq' }, /--joint: --method gptq does not use it/],
     [{ joint: true, lowrank: 'r=2' }, /with --joint, ranks are counted by/],
+    [{ lowrankBits: 5 }, /--lowrank-bits 5: branches are stored in 16, 8, 4 bits/],
+    [{ lowrankBits: 4, lowrank: undefined }, /--lowrank-bits: goes with --lowrank; a plan says how wide/],
     [{ lowrankOuter: 5 }, /--lowrank-outer 5: must be within 1..4/],
     [{ bits: undefined, size: 90_000, lowrank: 'r=2' }, /--lowrank r=2: inside a budget of bytes/],
   ])('%j is refused before any work', async (changes, message) => {

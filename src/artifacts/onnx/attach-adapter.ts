@@ -9,7 +9,7 @@ import type { AdapterModule } from '../peft.ts';
 import { asBytes } from '../tensor-bytes.ts';
 import { transpose } from '../transpose.ts';
 import { isHadamardProduct } from './hadamard-constant.ts';
-import { branchNames } from './linear-initializers.ts';
+import { branchConstantNames, branchNames } from './linear-initializers.ts';
 
 /** `constants`: the factors are in the file. `inputs`: they are inputs of any rank, rank 0 adding nothing. */
 export type AttachedAs = 'constants' | 'inputs';
@@ -41,7 +41,7 @@ export function attachAdapter(
     const { name, rank, loraA, loraB } = module;
     const { down, up } = branchNames(name);
     const [inFeatures, outFeatures] = [loraA.length / rank, loraB.length / rank];
-    if (initializers.has(down) || inputs.some((input) => input.name === down))
+    if (branchConstantNames(name).some((constant) => initializers.has(constant)) || inputs.some((input) => input.name === down))
       throw new RecipeError(`${path}: "${name}" has a branch of its own ("${down}"), and takes no other`);
     after.set(layers.get(name)!.last, module);
     const orders = [columns.get(name), rows.get(name)] as const;

@@ -3,6 +3,7 @@ import { elementCount, toFloat32 } from '../../../formats/dtype.ts';
 import type { Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
 import type { DType } from '../../../formats/tensor.ts';
 import { FormatError } from '../../errors.ts';
+import { transpose } from '../transpose.ts';
 
 /** A folded constant. Integers of up to 32 bits are held as they are, floats as float32. */
 export interface ConstantValue {
@@ -66,7 +67,9 @@ function fold(node: Node, inputs: readonly ConstantValue[]): ConstantValue | und
     case 'Cast':
       if (a.values instanceof Uint8Array && node.attributes.to?.value === BOOLEAN) return { ...a, dtype: 'BOOL' };
       // What is float is held as float32 already.
-      return a.values instanceof Float32Array && node.attributes.to?.value === FLOAT32 ? { ...a, dtype: 'F32' } : undefined;
+      if (node.attributes.to?.value !== FLOAT32) return undefined;
+      if (a.values instanceof Uint8Array) return { ...a, dtype: 'F32', values: Float32Array.from(a.values) };
+      return a.values instanceof Float32Array ? { ...a, dtype: 'F32' } : undefined;
     case 'Where':
       return a.dtype === 'BOOL' ? chosen(a, b, c) : undefined;
     case 'BitwiseAnd':
@@ -84,7 +87,13 @@ function fold(node: Node, inputs: readonly ConstantValue[]): ConstantValue | und
       return elementCount(shape) === elementCount(a.shape) ? { ...a, shape } : undefined;
     }
     case 'Mul':
-      return a.values instanceof Float32Array && b.values instanceof Float32Array ? product(a, b) : undefined;
+      return elementwise(a, b, (x, y) => x * y);
+    case 'Sub':
+      return elementwise(a, b, (x, y) => x - y);
+    case 'Transpose':
+      return a.values instanceof Float32Array && a.shape.length === 2 ? turned(a, a.values) : undefined;
+    case 'Slice':
+      return cut(a, inputs.slice(1));
     default:
       return undefined;
   }
@@ -156,12 +165,27 @@ function picked({ dtype, shape, values }: ConstantValue, places: readonly number
   return { dtype, shape: [rows, places.length, ...shape.slice(2)], values: result };
 }
 
-/** Elementwise product of two constants of one rank, whose axes of size 1 stretch. */
-function product(a: ConstantValue, b: ConstantValue): ConstantValue {
+function turned({ dtype, shape: [rows, columns] }: ConstantValue, values: Float32Array): ConstantValue {
+  return { dtype, shape: [columns, rows], values: transpose(values, rows, columns) };
+}
+
+/** The first columns of bytes. */
+function cut({ dtype, shape, values }: ConstantValue, [starts, ends, axes]: readonly ConstantValue[]): ConstantValue | undefined {
+  const [start, end, axis] = [starts, ends, axes].map((bound) => Number(bound?.values[0]));
+  if (start !== 0 || axis !== 1 || shape.length !== 2 || !(end <= shape[1]) || !(values instanceof Uint8Array)) return undefined;
+  const [rows, columns] = shape;
+  const kept = new Uint8Array(rows * end);
+  for (let row = 0; row < rows; row++) kept.set(values.subarray(row * columns, row * columns + end), row * end);
+  return { dtype, shape: [rows, end], values: kept };
+}
+
+/** Of two float constants of one rank, whose axes of size 1 stretch. */
+function elementwise(a: ConstantValue, b: ConstantValue, operation: (x: number, y: number) => number): ConstantValue | undefined {
+  if (!(a.values instanceof Float32Array && b.values instanceof Float32Array)) return undefined;
   const shape = a.shape.map((size, axis) => Math.max(size, b.shape[axis]));
   const values = new Float32Array(elementCount(shape));
   for (let i = 0; i < values.length; i++)
-    values[i] = Number(a.values[place(i, shape, a.shape)]) * Number(b.values[place(i, shape, b.shape)]);
+    values[i] = operation(a.values[place(i, shape, a.shape)], b.values[place(i, shape, b.shape)]);
   return { dtype: a.dtype, shape, values };
 }
 

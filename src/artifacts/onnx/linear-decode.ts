@@ -2,12 +2,13 @@
 import type { Attribute, Graph, Initializer, Node } from '../../../formats/onnx/model.ts';
 import { FormatError } from '../../errors.ts';
 import { untransformColumns } from '../../methods/quantize/input-transform.ts';
-import { addBranch, type LowRankShape } from '../../methods/quantize/low-rank.ts';
+import { addBranch, factorBits, type LowRankShape } from '../../methods/quantize/low-rank.ts';
 import { type OperandBits, unpackByteRows } from '../packing/byte-rows.ts';
+import { factorRowBytes } from '../packing/factor-codes.ts';
 import { transpose } from '../transpose.ts';
 import { ConstantValues } from './constant-values.ts';
 import { hadamardBits, rotationSteps } from './hadamard-constant.ts';
-import { branchNames } from './linear-initializers.ts';
+import { branchConstantNames, branchConstants } from './linear-initializers.ts';
 import { integers, type StoredInputTransform, storedInput, transformOf } from './linear-input.ts';
 
 /** One MatMulNBits of a linear, as the file has it. */
@@ -141,7 +142,7 @@ function byteLengths(
     return rows * ((groups.length * blockSize * bits) / 8 + Math.ceil((groups.length * bits) / 8) + 4 * groups.length);
   });
   const factors = branch ? branch.rank * (branch.inFeatures + rows) : 0;
-  const branchNamed = Object.values(branchNames(site));
+  const branchNamed = branchConstantNames(site);
   return {
     byteLength: indices + sum((name) => name.startsWith(`${site}.MatMulNBits.`) || branchNamed.includes(name)),
     runtimeByteLength: indices + operands.reduce((total, one) => total + one, 0) + 4 * (rows * means + factors),
@@ -170,7 +171,7 @@ async function storedLinear(
     return storedPart(path, constants, site, node, node.inputs.slice(1, 4), outFeatures, integer(path, node, 'K'), groups);
   });
   const means = await storedMeans(path, graph, constants, site, outFeatures, total);
-  const lowRank = storedBranch(path, graph, constants, site, outFeatures);
+  const lowRank = await storedBranch(path, graph, constants, site, outFeatures);
   const sizes = byteLengths(graph, site, outFeatures, parts, means?.groups.length ?? 0, lowRank);
   return { outFeatures, parts, ...sizes, ...(transform && { transform }), ...(means && { means }), ...(lowRank && { lowRank }) };
 }
@@ -195,16 +196,16 @@ async function storedMeans(
 }
 
 /** The branch beside a linear: throws FormatError `onnx-linear-branch` when its constants are there and nothing multiplies with them one after the other. */
-function storedBranch(
+async function storedBranch(
   path: string,
   graph: Graph,
   constants: ConstantValues,
   site: string,
   outFeatures: number,
-): StoredBranch | undefined {
-  const names = branchNames(site);
+): Promise<StoredBranch | undefined> {
+  const names = branchConstants(site).find(({ down, up }) => graph.initializers.has(down) || graph.initializers.has(up));
+  if (!names) return undefined;
   const [a, b] = [names.down, names.up].map((name) => graph.initializers.get(name));
-  if (!a && !b) return undefined;
   const productWith = (constant: Initializer | undefined, input?: string): Node | undefined =>
     graph.nodes.find(
       (node) =>
@@ -215,23 +216,36 @@ function storedBranch(
     );
   const inner = productWith(a);
   const outer = inner && productWith(b, inner.outputs[0]);
-  const [inFeatures = 0, rank = 0] = a?.shape ?? [];
-  if (!a || !b || !outer || rank < 1 || b.shape.join() !== `${rank},${outFeatures}`) {
-    throw new FormatError(
+  const fail = (): FormatError =>
+    new FormatError(
       path,
       'onnx-linear-branch',
       `${site}: "${names.down}" [${a?.shape.join(', ') ?? ''}] and "${names.up}" [${b?.shape.join(', ') ?? ''}] make no branch with ${outFeatures} outputs`,
     );
-  }
+  if (!a || !b || !outer) throw fail();
+  const dtype = names.storage ?? (a.dtype === 'F16' ? 'F16' : 'F32');
+  const bits = factorBits(dtype);
+  const coded = bits === 8 || bits === 4;
+  const rank = a.shape[coded ? 0 : 1] ?? 0;
+  const upShape = [rank, coded ? factorRowBytes(outFeatures, bits) : outFeatures];
+  if (rank < 1 || b.shape.join() !== upShape.join()) throw fail();
+  const inFeatures = coded ? await rowLength(constants, inner.inputs[1], a.shape[1] * (8 / bits)) : a.shape[0];
   return {
     rank,
     inFeatures,
-    dtype: a.dtype === 'F16' ? 'F16' : 'F32',
+    dtype,
     read: async () => ({
-      down: await floatsOf(path, constants, names.down, inFeatures * rank),
-      up: await floatsOf(path, constants, names.up, rank * outFeatures),
+      down: await floatsOf(path, constants, inner.inputs[1], inFeatures * rank),
+      up: await floatsOf(path, constants, outer.inputs[1], rank * outFeatures),
     }),
   };
+}
+
+/** Codes in a row of a factor: all that its bytes have, unless they are cut. */
+async function rowLength(constants: ConstantValues, factor: string, most: number): Promise<number> {
+  for (let node = constants.producer(factor); node; node = constants.producer(node.inputs[0]))
+    if (node.op === 'Slice') return (await integers(constants, node.inputs[2]))[0];
+  return most;
 }
 
 /** Decodes to float32 W (outFeatures, inFeatures): `scale * (code - zero)`, plus the mean of groups that have one; a transform of the input is folded in, a branch added. */
@@ -271,14 +285,14 @@ async function applyBranch(
   weight: Float32Array,
   rows: number,
   inFeatures: number,
-  { rank, dtype, inFeatures: own, read }: StoredBranch,
+  { rank, inFeatures: own, read }: StoredBranch,
 ): Promise<void> {
   if (own !== inFeatures) {
     throw new FormatError(path, 'onnx-linear-branch', `a branch reads ${own} columns beside codes of ${inFeatures}`);
   }
   const { down, up } = await read();
   const loraA = transpose(down, inFeatures, rank);
-  addBranch(weight, rows, inFeatures, { rank, dtype, loraA, loraB: transpose(up, rank, rows) });
+  addBranch(weight, rows, inFeatures, { rank, loraA, loraB: transpose(up, rank, rows) });
 }
 
 function addMeans(

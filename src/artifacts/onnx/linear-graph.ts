@@ -4,9 +4,9 @@ import { int } from '../../graph/attributes.ts';
 import { type GraphBuilder, MICROSOFT, type Value } from '../../graph/builder.ts';
 import { hadamardConstant, rotationSteps } from './hadamard-constant.ts';
 import { signsOf } from './input-signs.ts';
-import type { LinearInitializers } from './linear-initializers.ts';
+import type { FactorConstant, LinearInitializers } from './linear-initializers.ts';
 import type { OnnxLinearLayout } from './linear-layout.ts';
-import { operandOf } from './operand-graph.ts';
+import { factorOf, operandOf } from './operand-graph.ts';
 
 /** 1: activations stay float; 4: activations are quantized to int8 per block, which is what runs fast. */
 export type AccuracyLevel = 1 | 4;
@@ -52,8 +52,9 @@ export class LinearRenderer {
       products.push(builder.matmul(sums, this.#float(constants.means)));
     }
     if (constants.lowRank) {
-      const inner = builder.matmul(input, this.#float(constants.lowRank.down));
-      products.push(builder.matmul(inner, this.#float(constants.lowRank.up)));
+      const { down, up } = constants.lowRank;
+      const inner = builder.matmul(input, this.#factor(down, true));
+      products.push(builder.matmul(inner, this.#factor(up, false)));
     }
     return products.reduce((sum, product) => builder.add(sum, product));
   }
@@ -66,6 +67,17 @@ export class LinearRenderer {
       return operandOf(this.#builder, layout.parts[i], stored);
     });
     return [operand, this.#float(scales), this.#builder.initializer(qzeros)];
+  }
+
+  /** @param turned whether codes have the rows that the product has columns */
+  #factor(constant: FactorConstant, turned: boolean): Value {
+    if ('weight' in constant) return this.#float(constant.weight);
+    return this.#once(`factor ${constant.codes.name}`, () => {
+      const { codes, scales, bits, length } = constant;
+      const stored = this.#builder.initializer(codes);
+      const factor = factorOf(this.#builder, { bits, length }, stored, this.#float(scales));
+      return turned ? this.#builder.transpose(factor, [1, 0]) : factor;
+    });
   }
 
   #float(constant: Initializer): Value {

@@ -2,6 +2,8 @@
 import { byteLengthOf, fromFloat32 } from '../../../formats/dtype.ts';
 import type { Initializer } from '../../../formats/onnx/model.ts';
 import type { DType } from '../../../formats/tensor.ts';
+import { branchCodes, type LowRankShape } from '../../methods/quantize/low-rank.ts';
+import { factorRowBytes, packFactor } from '../packing/factor-codes.ts';
 import type { QuantizedSource } from '../quantized-source.ts';
 import { asBytes } from '../tensor-bytes.ts';
 import { transpose } from '../transpose.ts';
@@ -44,12 +46,41 @@ export interface LinearInitializers {
   /** U8: signs of the input's columns, see `packSignBytes`. */
   readonly inputSigns?: Initializer;
   /** A^T (inFeatures, rank) and B^T (rank, outFeatures) of the branch. */
-  readonly lowRank?: { readonly down: Initializer; readonly up: Initializer };
+  readonly lowRank?: { readonly down: FactorConstant; readonly up: FactorConstant };
 }
+
+/** A factor as it is, or codes U8 (rank, bytes of a row) of `length` each and their steps (rank, 1): of A and B^T, both (rank, length). */
+export type FactorConstant =
+  | { readonly weight: Initializer }
+  | { readonly codes: Initializer; readonly scales: Initializer; readonly bits: 8 | 4; readonly length: number };
 
 /** Names of a branch's constants. */
 export function branchNames(site: string): { readonly down: string; readonly up: string } {
   return { down: `${site}.lora_A.weight`, up: `${site}.lora_B.weight` };
+}
+
+/** The same of factors in codes. */
+function codeNames(site: string, bits: 8 | 4) {
+  const of = (side: string) => ({ codes: `${site}.lora_${side}.codes_${bits}`, scales: `${site}.lora_${side}.scales` });
+  return { down: of('A'), up: of('B') };
+}
+
+/** The constants that a branch may be made of: the first is what it is known by, of A and of B. */
+export function branchConstants(
+  site: string,
+): readonly { readonly down: string; readonly up: string; readonly storage?: 'Q8' | 'Q4' }[] {
+  const [eight, four] = [codeNames(site, 8), codeNames(site, 4)];
+  return [
+    branchNames(site),
+    { down: eight.down.codes, up: eight.up.codes, storage: 'Q8' },
+    { down: four.down.codes, up: four.up.codes, storage: 'Q4' },
+  ];
+}
+
+/** Every name that a constant of a branch may have. */
+export function branchConstantNames(site: string): string[] {
+  const { down, up } = codeNames(site, 8);
+  return [...branchConstants(site).flatMap((names) => [names.down, names.up]), down.scales, up.scales];
 }
 
 /** Lays out every linear of a source and hands out its constants. Holds the packed bytes of one linear at a time. */
@@ -116,15 +147,27 @@ export class QuantizedInitializers {
       }),
       ...(lowRank && {
         lowRank: {
-          down: this.#factor(site, branchNames(site).down, lowRank.dtype, [columns, lowRank.rank]),
-          up: this.#factor(site, branchNames(site).up, lowRank.dtype, [lowRank.rank, rows]),
+          down: this.#factor(site, 'down', lowRank, columns),
+          up: this.#factor(site, 'up', lowRank, rows),
         },
       }),
     };
   }
 
-  #factor(site: string, name: string, dtype: 'F16' | 'F32', shape: readonly [number, number]): Initializer {
-    return this.#initializer(site, name, dtype, shape, byteLengthOf(dtype, shape));
+  #factor(site: string, side: 'down' | 'up', { rank, dtype }: LowRankShape, length: number): FactorConstant {
+    if (dtype === 'F16' || dtype === 'F32') {
+      const shape = side === 'down' ? [length, rank] : [rank, length];
+      return { weight: this.#initializer(site, branchNames(site)[side], dtype, shape, byteLengthOf(dtype, shape)) };
+    }
+    const bits = dtype === 'Q8' ? 8 : 4;
+    const names = codeNames(site, bits)[side];
+    const bytes = factorRowBytes(length, bits);
+    return {
+      codes: this.#initializer(site, names.codes, 'U8', [rank, bytes], rank * bytes),
+      scales: this.#initializer(site, names.scales, 'F16', [rank, 1], 2 * rank),
+      bits,
+      length,
+    };
   }
 
   #initializer(site: string, name: string, dtype: DType, shape: readonly number[], byteLength: number): Initializer {
@@ -152,11 +195,19 @@ export class QuantizedInitializers {
       tensors.set(names.scales, fromFloat32(layout.scaleDtype, packed.scales)).set(names.qzeros, packed.qzeros);
     }
     if (q.lowRank && layout.lowRank) {
-      const { rank, loraA, loraB } = q.lowRank;
+      const { rank, loraA, loraB, scales } = q.lowRank;
       const { dtype } = layout.lowRank;
-      const { down, up } = branchNames(site);
-      tensors.set(down, fromFloat32(dtype, transpose(loraA, rank, q.inFeatures)));
-      tensors.set(up, fromFloat32(dtype, transpose(loraB, q.outFeatures, rank)));
+      if (dtype === 'F16' || dtype === 'F32') {
+        const { down, up } = branchNames(site);
+        tensors.set(down, fromFloat32(dtype, transpose(loraA, rank, q.inFeatures)));
+        tensors.set(up, fromFloat32(dtype, transpose(loraB, q.outFeatures, rank)));
+      } else {
+        const bits = dtype === 'Q8' ? 8 : 4;
+        const { down, up } = codeNames(site, bits);
+        const codes = branchCodes(q.lowRank);
+        tensors.set(down.codes, packFactor(codes.a, rank, bits)).set(down.scales, fromFloat32('F16', scales!.a));
+        tensors.set(up.codes, packFactor(codes.b, rank, bits)).set(up.scales, fromFloat32('F16', scales!.b));
+      }
     }
     if (q.transform?.order) tensors.set(`${site}.input_order`, asBytes(q.transform.order));
     if (q.transform?.signs) tensors.set(`${site}.input_signs`, packSignBytes(q.transform.signs));

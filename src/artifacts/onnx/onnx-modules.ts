@@ -8,7 +8,7 @@ import { parseQuantMetadata } from '../quant-metadata.ts';
 import { moduleStorage, type StoredModules } from '../stored-modules.ts';
 import { isHadamardFactor } from './hadamard-constant.ts';
 import { decodeLinear, type StoredLinear, storedLinears } from './linear-decode.ts';
-import { branchNames } from './linear-initializers.ts';
+import { branchConstantNames } from './linear-initializers.ts';
 
 /** Orders, signs and choices of columns and groups. */
 const INDICES = /\.(input_order|input_signs|group_order|mean_groups)$/;
@@ -33,7 +33,7 @@ export async function onnxModules({ path, model }: OnnxFile): Promise<StoredModu
       `module "${name}" has ${outFeatures} outputs and rank ${rank} in the graph, ${module.outFeatures} and ${module.rank ?? 0} in the metadata`,
     );
   }
-  const branches = new Set([...modules.keys()].flatMap((name) => Object.values(branchNames(name))));
+  const branches = new Set([...modules.keys()].flatMap((name) => branchConstantNames(name)));
   return {
     layout: 'onnx',
     modules,

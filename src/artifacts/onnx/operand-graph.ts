@@ -46,3 +46,16 @@ function right(builder: GraphBuilder, value: Value, places: number): Value {
 function xor(builder: GraphBuilder, a: Value, b: Value): Value {
   return builder.node1('BitwiseXor', [a, b], a);
 }
+
+/** Codes of a factor as `packFactor` leaves them, U8 (rank, bytes), and steps F32 (rank, 1) -> F32 (rank, length). */
+export function factorOf(
+  builder: GraphBuilder,
+  { bits, length }: { readonly bits: 8 | 4; readonly length: number },
+  stored: Value,
+  scales: Value,
+): Value {
+  const both = bits === 8 ? stored : builder.concat([masked(builder, stored, 15), right(builder, stored, 4)], -1);
+  const codes = both.shape[1] === length ? both : builder.slice(both, builder.vector([0]), builder.vector([length]), 1, length);
+  const middle = builder.constant('F32', [2 ** (bits - 1)], [1, 1]);
+  return builder.mul(builder.sub(builder.cast(codes, 'F32'), middle), scales);
+}

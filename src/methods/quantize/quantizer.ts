@@ -24,6 +24,8 @@ export interface SitePlan {
   readonly transform?: Exclude<TransformKind, 'none'>;
   /** Rank of the branch beside the codes; absent: none. The run adds it, whatever the method. */
   readonly rank?: number;
+  /** Bits of its factors; absent: 16. */
+  readonly rankBits?: 8 | 4;
 }
 
 /** What bits were spent on: module name -> widths. Saved in pcomp.json, reusable with --plan. */

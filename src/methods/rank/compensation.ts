@@ -2,7 +2,8 @@
  * Closed-form low-rank compensation (adapters.md, section 6): the C of rank k with the least `E |(E - C) x|^2` is `U_k U_k^T E`, U_k being the
  * top eigenvectors of `E R E^T`. No root, no inverse, no damping; R may be singular, and fewer ranks are a part of more.
  */
-import type { Blas, Matrix } from '../../compute/blas.ts';
+import { type Blas, type Matrix, NotPositiveDefiniteError } from '../../compute/blas.ts';
+import { choleskyLower } from '../../compute/linalg/cholesky.ts';
 import { eigh } from '../../compute/linalg/eigh.ts';
 import { gramOfRows, multiply, transposed } from '../../compute/linalg/products.ts';
 import { Random } from '../../compute/random.ts';
@@ -74,6 +75,53 @@ export async function compensate(
     for (let i = 0; i < m; i++) loraB[i * kept + k] = vectors[k * m + i] * balance;
   }
   return { rank: kept, loraA, loraB, values: values.slice(0, kept), total };
+}
+
+/** Part of the mean diagonal that keeps `A R A^T` invertible where rows of A are nothing or nearly the same. */
+const REFIT_DAMPING = 1e-6;
+
+/**
+ * The B (m, rank) that makes the best of an A (rank, n) which is no longer what it was: `E R A^T (A R A^T)^-1`. Undefined where the moments of A are
+ * too close to singular.
+ */
+export async function refit(
+  blas: Blas,
+  error: Matrix,
+  gram: Float64Array,
+  { rank, loraA }: { readonly rank: number; readonly loraA: Float32Array },
+  variant: CompensationVariant = 'exact',
+): Promise<Float32Array | undefined> {
+  const { rows: m, columns: n } = error;
+  const a = { rows: rank, columns: n, data: loraA };
+  const moments = await timesMoments(blas, a, momentsOf(variant, gram, n));
+  const square = Float64Array.from((await blas.gemm(moments, a, { transposeB: true })).data);
+  const right = (await blas.gemm(moments, error, { transposeB: true })).data;
+  let diagonal = 0;
+  for (let k = 0; k < rank; k++) diagonal += square[k * rank + k] / rank;
+  for (let k = 0; k < rank; k++) square[k * rank + k] += REFIT_DAMPING * diagonal;
+  const factor = symmetric(square, rank);
+  try {
+    choleskyLower(factor, rank);
+  } catch (failure) {
+    if (failure instanceof NotPositiveDefiniteError) return undefined;
+    throw failure;
+  }
+  const loraB = new Float32Array(m * rank);
+  const x = new Float64Array(rank);
+  for (let i = 0; i < m; i++) {
+    for (let k = 0; k < rank; k++) {
+      let sum = right[k * m + i];
+      for (let l = 0; l < k; l++) sum -= factor[k * rank + l] * x[l];
+      x[k] = sum / factor[k * rank + k];
+    }
+    for (let k = rank - 1; k >= 0; k--) {
+      let sum = x[k];
+      for (let l = k + 1; l < rank; l++) sum -= factor[l * rank + k] * x[l];
+      x[k] = sum / factor[k * rank + k];
+      loraB[i * rank + k] = x[k];
+    }
+  }
+  return loraB;
 }
 
 function momentsOf(variant: CompensationVariant, gram: Float64Array, n: number): Float64Array {

@@ -72,7 +72,14 @@ export function spendable(
     parameterBits = PARAMETER_BITS,
     flag = '--budget',
     least: smallest,
-  }: { parameterBits?: number; flag?: string; least?: number } = {},
+    parametersOf = (length: number) => length,
+  }: {
+    readonly parameterBits?: number;
+    readonly flag?: string;
+    readonly least?: number;
+    /** What one component's part of a factor costs, in parameters; for factors that are more than their values. */
+    readonly parametersOf?: (length: number) => number;
+  } = {},
 ): SpendableBudget {
   const weights = shapes.reduce((sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures, 0);
   const total = {
@@ -84,7 +91,8 @@ export function spendable(
     experts: amount,
     density: amount * weights,
   }[kind];
-  const cost = kind === 'r' ? () => 1 : ({ outFeatures, inFeatures }: AdaptedShape) => outFeatures + inFeatures;
+  const cost =
+    kind === 'r' ? () => 1 : ({ outFeatures, inFeatures }: AdaptedShape) => parametersOf(outFeatures) + parametersOf(inFeatures);
   const least = smallest ?? Math.min(...shapes.map(cost));
   const unit = kind === 'r' ? 'ranks' : kind === 'experts' ? 'experts' : 'parameters';
   if (total < least) {

@@ -115,6 +115,12 @@ const CASES: readonly (readonly [string, Parameters<typeof randomLinear>[0]])[] 
     'a low-rank branch beside groups out of order on a rotated input',
     { rows: 9, columns: 200, groupSize: 64, bits: [1, 4, 2, 3], transform: { hadamard: 64 }, lowRank: 5 },
   ],
+  ['a low-rank branch of 8 bits', { rows: 9, columns: 96, groupSize: 32, bits: [2], lowRank: 3, lowRankBits: 8 }],
+  ['a low-rank branch of 4 bits', { rows: 10, columns: 96, groupSize: 32, bits: [2], lowRank: 3, lowRankBits: 4 }],
+  [
+    'a low-rank branch of 4 bits and odd sizes on a rotated input',
+    { rows: 9, columns: 201, groupSize: 64, bits: [1, 4, 2, 3], transform: { hadamard: 64 }, lowRank: 5, lowRankBits: 4 },
+  ],
   ['a group of no bits', { rows: 9, columns: 128, groupSize: 32, bits: [2, 0, 4, 2] }],
 ];
 
@@ -154,6 +160,7 @@ describe('a quantized linear in ONNX', () => {
       scaleDtype: fc.constantFrom('F16' as const, 'F32' as const),
       transform: fc.record({ hadamard: fc.constantFrom(0, 16, 64), signed: fc.boolean(), seed: fc.nat() }),
       lowRank: fc.integer({ min: 1, max: 4 }),
+      lowRankBits: fc.constantFrom(16 as const, 8 as const, 4 as const),
     };
     const options = fc.record(shape, { requiredKeys: ['rows', 'columns', 'groupSize', 'bits', 'seed', 'scaleDtype'] });
     await fc.assert(

@@ -2,7 +2,7 @@
 import { describe, expect, it } from 'vitest';
 import type { Matrix } from '../../../src/compute/blas.ts';
 import { svd } from '../../../src/compute/linalg/svd.ts';
-import { type Compensation, compensate, errorSpectrum } from '../../../src/methods/rank/compensation.ts';
+import { type Compensation, compensate, errorSpectrum, refit } from '../../../src/methods/rank/compensation.ts';
 import { uniform } from '../../artifacts/random-linear.ts';
 import { naiveBlas } from '../../support/naive-blas.ts';
 
@@ -156,6 +156,29 @@ describe('low-rank compensation', () => {
     expect(sum(values) / sum(more.values)).toBeGreaterThan(0.999);
     expect(sum(values)).toBeLessThanOrEqual(total);
   }, 60_000);
+
+  it('is made the best of again when one factor has been rounded', async () => {
+    const gram = moments(X);
+    const loraA = Float32Array.of(0, 3, 2, 3);
+    const fitted = await refit(blas, E, gram, { rank: 1, loraA });
+    expect(lossOf(E, gram, { rank: 1, loraA, loraB: fitted! })).toBeCloseTo(97.541181, 3);
+    const random = randomCase(9, 14, 2);
+    const a = Float32Array.from({ length: 3 * 14 }, () => random.random() - 0.5);
+    const b = (await refit(blas, random.error, random.gram, { rank: 3, loraA: a }))!;
+    const least = lossOf(random.error, random.gram, { rank: 3, loraA: a, loraB: b });
+    for (let trial = 0; trial < 20; trial++) {
+      const loraB = b.map((value) => value + 0.05 * (random.random() - 0.5));
+      expect(lossOf(random.error, random.gram, { rank: 3, loraA: a, loraB })).toBeGreaterThan(least);
+    }
+  });
+
+  it('does not need rows that are nothing or the same', async () => {
+    const gram = moments(X);
+    const fitted = await refit(blas, E, gram, { rank: 3, loraA: Float32Array.of(0, 3, 2, 3, 0, 0, 0, 0, 0, 3, 2, 3) });
+    expect(fitted!.every(Number.isFinite)).toBe(true);
+    const loraA = Float32Array.of(0, 3, 2, 3, 0, 0, 0, 0, 0, 3, 2, 3);
+    expect(lossOf(E, gram, { rank: 3, loraA, loraB: fitted! })).toBeCloseTo(97.541181, 2);
+  });
 
   it('of no error at all is no branch', async () => {
     const nothing = await compensate(blas, matrix(3, 4, new Array(12).fill(0)), moments(X), 2);
