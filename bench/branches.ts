@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { planesStoredBits } from '../src/artifacts/accounting.ts';
+import { shapeOfGrid } from '../src/artifacts/planes.ts';
 import type { Matrix } from '../src/compute/blas.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import { createBlas } from '../src/compute/ort-blas.ts';
@@ -134,12 +135,11 @@ async function layers(sizes: readonly number[]): Promise<void> {
       return lost / all;
     };
     const add = async (what: string, q: QuantizedLinear) => {
-      const bits = { ...q, ...(q.transform ? { transform: { permuted: true, hadamard: q.transform.hadamard } } : {}) };
       rows.push({
         layer: `${n} x ${n}`,
         what,
         rank: q.lowRank?.rank ?? 0,
-        'stored bpw': planesStoredBits(bits) / (n * n),
+        'stored bpw': planesStoredBits(shapeOfGrid(q)) / (n * n),
         'relative error': await errorOf(q),
       });
       console.error(rows.at(-1));
