@@ -23,7 +23,7 @@ import { componentBits, FACTOR_BITS, factorStorage } from '../src/methods/quanti
 import { dequantize, type QuantizedLinear } from '../src/methods/quantize/quantized-linear.ts';
 import type { QuantizeContext } from '../src/methods/quantize/quantizer.ts';
 import { addBranchTo } from '../src/quantize-branches.ts';
-import { type Row, earlierRows, writeResults } from './results.ts';
+import { earlierRows, type Row, writeResults } from './results.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../fixtures/lab/${path}`, import.meta.url));
 const { values, positionals } = parseArgs({

@@ -23,7 +23,7 @@ import { spendable } from '../src/methods/rank/rank-budget.ts';
 import { TRAINING_SCHEDULES } from '../src/methods/rank/training/index.ts';
 import type { TrainedModule } from '../src/methods/rank/training/schedule.ts';
 import { measureGemm } from './gemm-rate.ts';
-import { readRows, writeResults } from './results.ts';
+import { earlierRows, writeResults } from './results.ts';
 
 const BASE = fileURLToPath(new URL('../fixtures/lab/base', import.meta.url));
 const [WINDOWS, LENGTH, RANK] = [16, 256, 8];
@@ -89,7 +89,7 @@ const row = {
   'peak RSS, GB': peak / 1e9,
 };
 console.error(row);
-const others = (await readRows('train')).filter((other) => other['threads'] !== threads);
+const others = (await earlierRows('train')).filter((other) => other['threads'] !== threads);
 await writeResults(
   'train',
   'npx tsx bench/train.ts',
