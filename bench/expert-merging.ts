@@ -240,8 +240,8 @@ async function measure(): Promise<void> {
       best[0].push(first);
       best[1].push(second);
     };
-    for (const method of ['regmean', 'tsv-m']) free.push([method, await atBestScale(method)]);
     await run(0);
+    for (const method of ['regmean', 'tsv-m']) free.push([method, await atBestScale(method)]);
     for (const method of ['expert-merging', 'expert-merging++'])
       rest.push([`${method}, paper`, (await learned(`${method} paper`, EXPERTS, { method, preset: 'paper' }, false))[0]]);
     paper.push(...rest.map(([, scored]) => scored));
