@@ -21,6 +21,7 @@ export function portableRecipe(recipe: MergeRecipe, { base, experts }: MergeInpu
     chosen: ___,
     base: ____,
     calibration,
+    generate,
     plan,
     mergekit,
     prompts,
@@ -36,6 +37,7 @@ export function portableRecipe(recipe: MergeRecipe, { base, experts }: MergeInpu
     tokenizer: basename(portable.tokenizer),
     ...(portable.method === MOE ? routed : {}),
     ...(calibration.length === 0 ? {} : { calibration: calibration.map(withoutFolders) }),
+    ...(generate ? {} : { generate }),
     ...(plan === undefined ? {} : { plan: basename(plan) }),
     ...(mergekit === undefined ? {} : { mergekit: portableMergekit(mergekit) }),
   };
