@@ -23,7 +23,7 @@ describe.each([0.2, 0.5, 1e-6])('a density of %d', (density) => {
     const blocks = bounds.slice(1).map((end, b): MergeBlock => {
       const start = bounds[b];
       const taskVectors = VECTORS.map((values) => values.slice(start, end));
-      return { start, length: end - start, base: undefined, experts: [], taskVectors };
+      return { start, length: end - start, base: undefined, experts: [], output: new Float32Array(end - start), taskVectors };
     });
     const { scans, trimmed } = trimming(3000, VECTORS.length, density);
     for (const scan of scans) for (const block of blocks) scan(block);
