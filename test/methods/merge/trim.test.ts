@@ -1,5 +1,6 @@
 /** Trimmed task vectors: exactly the largest entries, however the tensor is cut into blocks. */
 import { describe, expect, it } from 'vitest';
+import { vectors } from '../../../src/compute/kernels/vectors.ts';
 import type { MergeBlock } from '../../../src/methods/merge/merger.ts';
 import { trimming, trimWhole } from '../../../src/methods/merge/trim.ts';
 
@@ -25,6 +26,7 @@ describe.each([0.2, 0.5, 1e-6])('a density of %d', (density) => {
       const taskVectors = VECTORS.map((values) => values.slice(start, end));
       return { start, length: end - start, base: undefined, experts: [], output: new Float32Array(end - start), taskVectors };
     });
+    using _ = vectors().open();
     const { scans, trimmed } = trimming(3000, VECTORS.length, density);
     for (const scan of scans) for (const block of blocks) scan(block);
     const made = VECTORS.map(() => new Float32Array(3000));
