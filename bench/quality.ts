@@ -1,10 +1,11 @@
 /**
  * Quality of every quantizer on real models: perplexity on held-out text, everything stored counted, evaluated in memory and through the
- * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--bits 2,3,4] [--bpw 2.3,2.6] [--table methods,without,stored,learned]`; writes
- * bench/results/quality-<model>[-<tables>].{json,md}.
+ * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--table methods,without,stored,groups,learned] [--bits 2,3,4] [--bpw 2.1,2.3]`; writes
+ * bench/results/quality-<model>[-<tables>].{json,md}. `--table stored` compares at equal stored size: every method at each `--bpw`, then
+ * the default less each of its steps at the first of `--steps-at`. With `--keep FILE`, rows that are in FILE are not made again: a killed run goes on there.
  */
 import { existsSync } from 'node:fs';
-import { mkdtemp, rm } from 'node:fs/promises';
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -64,37 +65,87 @@ const BEST: readonly [string, QuantizeRequest][] = [
   ['slim-llm, best', { method: 'slim-llm' }],
 ];
 
+/** No layer of these models has a bias, so that leaving its correction out changes nothing. */
+const STEPS = BEST_STEPS.filter((step) => step !== 'bias');
+
 /** What branches take of the bits where there are any. */
 const BRANCH_BPW = 0.1;
 
+/** What a row asks for. With `within`, a method of whole widths takes the widths and groups that come nearest to so many stored bits without passing them. */
+interface Wanted {
+  readonly label: string;
+  readonly request: QuantizeRequest;
+  readonly within?: number;
+}
+
+interface Sizes {
+  readonly bits: readonly number[];
+  readonly bpw: readonly number[];
+  /** Where the default is compared with itself less a step. */
+  readonly stepsAt: number;
+}
+
+/** Bits of a group in every way a layer can be told to have one width and one size of groups. */
+const WHOLE = [2, 3, 4, 5, 6].flatMap((bits) => [128, 64, 32].map((groupSize) => ({ bits, groupSize })));
+
+const plain = (rows: readonly [string, QuantizeRequest][]): Wanted[] => rows.map(([label, request]) => ({ label, request }));
+
 /** What each row of a table asks for; `--table` chooses. */
-const TABLES: Readonly<Record<string, (bits: readonly number[], bpw: readonly number[]) => [string, QuantizeRequest][]>> = {
-  methods: (bits) =>
-    bits.flatMap((width) =>
-      [...PAPER, ...BEST].map(([label, request]): [string, QuantizeRequest] => [
-        `${label}, ${width} bits`,
-        { ...request, bits: width },
-      ]),
+const TABLES: Readonly<Record<string, (sizes: Sizes) => Wanted[]>> = {
+  methods: ({ bits }) =>
+    plain(
+      bits.flatMap((width) =>
+        [...PAPER, ...BEST].map(([label, request]): [string, QuantizeRequest] => [
+          `${label}, ${width} bits`,
+          { ...request, bits: width },
+        ]),
+      ),
     ),
   // At the first width asked for: every step left out once.
-  without: ([width]) =>
-    BEST_STEPS.filter((step) => step !== 'bias').map((step): [string, QuantizeRequest] => [
-      `slim-llm, best, ${width} bits, without ${step}`,
-      { without: [step], bits: width },
-    ]),
+  without: ({ bits: [width] }) =>
+    plain(
+      STEPS.map((step): [string, QuantizeRequest] => [
+        `slim-llm, best, ${width} bits, without ${step}`,
+        { without: [step], bits: width },
+      ]),
+    ),
   // The same bits: all in codes, a part of them in branches, and learned.
-  learned: (_, bpw) =>
-    bpw.flatMap((width) => [
-      ...['slim-llm', 'slim-llm-plus', 'autoround'].map((method): [string, QuantizeRequest] => [
-        `${method}, best, --bpw ${width}`,
-        { method, bpw: width },
+  learned: ({ bpw }) =>
+    plain(
+      bpw.flatMap((width) => [
+        ...['slim-llm', 'slim-llm-plus', 'autoround'].map((method): [string, QuantizeRequest] => [
+          `${method}, best, --bpw ${width}`,
+          { method, bpw: width },
+        ]),
+        ...['slim-llm', 'slim-llm-plus'].map((method): [string, QuantizeRequest] => [
+          `${method}, best, --bpw ${(width - BRANCH_BPW).toFixed(1)} --lowrank bpw=${BRANCH_BPW}`,
+          { method, bpw: width - BRANCH_BPW, lowrank: `bpw=${BRANCH_BPW}` },
+        ]),
       ]),
-      ...['slim-llm', 'slim-llm-plus'].map((method): [string, QuantizeRequest] => [
-        `${method}, best, --bpw ${(width - BRANCH_BPW).toFixed(1)} --lowrank bpw=${BRANCH_BPW}`,
-        { method, bpw: width - BRANCH_BPW, lowrank: `bpw=${BRANCH_BPW}` },
-      ]),
+    ),
+  // The same stored size: methods of whole widths as near as they come, and what every step of the default is worth.
+  stored: ({ bpw, stepsAt }) => [
+    ...bpw.flatMap((width): Wanted[] => [
+      ...PAPER.filter(([, { actOrder }]) => !actOrder).map(([label, request]) => ({
+        label: `${label}, within ${width}`,
+        request,
+        within: width,
+      })),
+      { label: `slim-llm, best, --bpw ${width}`, request: { bpw: width } },
     ]),
-  stored: () => [2.1, 2.3, 2.6, 3.2, 4.2].map((bpw) => [`slim-llm, best, --bpw ${bpw}`, { bpw }]),
+    ...STEPS.map((step): Wanted => {
+      const label = `slim-llm, best, --bpw ${stepsAt}, without ${step}`;
+      if (step !== 'allocation') return { label, request: { bpw: stepsAt, without: [step] } };
+      return { label: label.replace('--bpw', 'within'), request: { without: [step] }, within: stepsAt };
+    }),
+  ],
+  // One size of groups everywhere, and sizes chosen.
+  groups: ({ bpw }) =>
+    bpw.flatMap((width) =>
+      [128, 64, 32, 'auto'].map((groupSize): Wanted => {
+        return { label: `slim-llm, best, --bpw ${width} --group-size ${groupSize}`, request: { bpw: width, groupSize } };
+      }),
+    ),
 };
 
 const threads = availableParallelism();
@@ -126,29 +177,48 @@ async function perplexityAtLevel1(artifact: string, scratch: string, text: strin
   return scorer.score.perplexity;
 }
 
-/** Undefined for a budget that the model cannot meet, whose message says the nearest that it can. */
-async function quantizeIfFeasible(model: string, output: string, request: QuantizeRequest, infeasible: string[]) {
-  const mode = { overwrite: true, resume: false, dryRun: false };
-  try {
-    return await quantize(model, output, quantizeRecipe(request, threads), mode);
-  } catch (error) {
-    if (!(error instanceof RecipeError && error.message.startsWith('--bpw'))) throw error;
-    console.error(`left out: ${error.message}`);
-    infeasible.push(error.message);
-    return undefined;
+const numbers = (list: string) => list.split(',').map(Number);
+
+type Row = Record<string, number | string>;
+
+/** Rows that were made before, by what they asked for: of this run, and of those that `--keep` remembers. */
+class KnownRows {
+  readonly #path: string | undefined;
+  readonly #rows: Map<string, Row>;
+
+  private constructor(path: string | undefined, rows: Map<string, Row>) {
+    this.#path = path;
+    this.#rows = rows;
+  }
+
+  static async open(path: string | undefined): Promise<KnownRows> {
+    const known = path !== undefined && existsSync(path) ? JSON.parse(await readFile(path, 'utf8')) : {};
+    return new KnownRows(path, new Map(Object.entries(known)));
+  }
+
+  async of(key: string, make: () => Promise<Row>): Promise<Row> {
+    const known = this.#rows.get(key);
+    if (known) return known;
+    const row = await make();
+    this.#rows.set(key, row);
+    if (this.#path) await writeFile(this.#path, JSON.stringify(Object.fromEntries(this.#rows)));
+    return row;
   }
 }
-
-const numbers = (list: string) => list.split(',').map(Number);
 
 const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     bits: { type: 'string', default: '2,3,4' },
-    bpw: { type: 'string', default: '2.3,2.6' },
+    bpw: { type: 'string', default: '2.1,2.3,2.6,3.2,4.2' },
+    'steps-at': { type: 'string', default: '2.3' },
     table: { type: 'string', default: 'methods' },
+    keep: { type: 'string' },
   },
 });
+const sizes: Sizes = { bits: numbers(values.bits), bpw: numbers(values.bpw), stepsAt: Number(values['steps-at']) };
+const tables = values.table.split(',');
+const known = await KnownRows.open(values.keep);
 for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
   const { model, calibration, text, groupSize, sequenceLength } = CASES[name];
   if (!existsSync(model)) {
@@ -157,34 +227,16 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
   }
   const scratch = await mkdtemp(join(tmpdir(), 'pcomp-quality-'));
   const machine = { sequenceLength, device: 'cpu', threads, maxMemory: 2 ** 30 } as const;
-  const float = await evaluate(model, { ...machine, text: [text], accuracy: 'exact' });
-  const rows: Record<string, number | string>[] = [
-    {
-      method: 'float',
-      'code bits': float.averageBits,
-      'stored bpw': float.bitsPerWeight,
-      MB: float.bytes / 1e6,
-      perplexity: float.perplexity,
-    },
-  ];
-  /** Said below the table. */
-  const infeasible: string[] = [];
-  for (const table of values.table.split(',')) {
-    for (const [label, options] of TABLES[table](numbers(values.bits), numbers(values.bpw))) {
-      const output = join(scratch, 'out');
-      const needsText = options.method !== 'rtn';
-      const request = {
-        ...options,
-        groupSize,
-        ...(needsText ? { calibration: [calibration], samples: 128, sequenceLength } : {}),
-      };
-      const outcome = await quantizeIfFeasible(model, output, request, infeasible);
-      if (outcome === undefined) continue;
+  const output = join(scratch, 'out');
+  const made = (request: QuantizeRequest) =>
+    known.of(`${name} ${JSON.stringify(request)}`, async (): Promise<Row> => {
+      const texts = request.method === 'rtn' ? {} : { calibration: [calibration], samples: 128, sequenceLength };
+      const mode = { overwrite: true, resume: false, dryRun: false };
+      const outcome = await quantize(model, output, quantizeRecipe({ ...request, ...texts }, threads), mode);
       const exact = await evaluate(output, { ...machine, text: [text], against: model, accuracy: 'exact' });
       const fast = await evaluate(output, { ...machine, text: [text], accuracy: 'fast' });
       const level1 = await perplexityAtLevel1(output, scratch, text, sequenceLength);
-      const row = {
-        method: label,
+      return {
         'code bits': exact.averageBits,
         'stored bpw': exact.bitsPerWeight,
         MB: exact.bytes / 1e6,
@@ -195,15 +247,65 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(CASES)) {
         'ONNX, level 4': fast.perplexity,
         seconds: outcome.run?.seconds ?? Number.NaN,
       };
-      console.error(row.method, exact.perplexity.toFixed(3), level1.toFixed(3), fast.perplexity.toFixed(3));
-      rows.push(row);
+    });
+  /** What one width everywhere takes; no text is needed to know it. */
+  const whole: { readonly bits: number; readonly groupSize: number; readonly bpw: number }[] = [];
+  for (const shape of WHOLE) {
+    const request = quantizeRecipe({ method: 'rtn', preset: 'paper', ...shape }, threads);
+    const { artifacts } = await quantize(model, output, request, { overwrite: true, resume: false, dryRun: true });
+    whole.push({ ...shape, bpw: artifacts[0].bitsPerWeight });
+  }
+  whole.sort((a, b) => b.bpw - a.bpw);
+  /** The nearest within a size; a method that mixes widths may come out above what one width takes, and is then asked for less. */
+  const nearest = async (request: QuantizeRequest, within: number): Promise<Row> => {
+    for (const { bits, groupSize: columns, bpw } of whole) {
+      if (bpw > within) continue;
+      const row = await made({ ...request, bits, groupSize: columns });
+      if (Number(row['stored bpw']) <= within) return { ...row, as: `--bits ${bits} --group-size ${columns}` };
+    }
+    throw new RecipeError(
+      `no whole width in groups of 128, 64 or 32 comes within it; the smallest takes ${whole.at(-1)!.bpw.toFixed(4)}`,
+    );
+  };
+  const float = await evaluate(model, { ...machine, text: [text], accuracy: 'exact' });
+  const rows: Row[] = [
+    {
+      method: 'float',
+      'code bits': float.averageBits,
+      'stored bpw': float.bitsPerWeight,
+      MB: float.bytes / 1e6,
+      perplexity: float.perplexity,
+    },
+  ];
+  /** Said below the table. */
+  const infeasible: string[] = [];
+  for (const table of tables) {
+    for (const { label, request, within } of TABLES[table](sizes)) {
+      // Tables of stored sizes take the groups they name, or the default.
+      const shaped = table === 'stored' || table === 'groups' ? request : { groupSize, ...request };
+      try {
+        const row = within === undefined ? await made(shaped) : await nearest(shaped, within);
+        console.error(label, row['perplexity'], row['stored bpw']);
+        rows.push({ method: label, ...row });
+      } catch (error) {
+        // A size that the model cannot have: the message says the nearest that it can.
+        if (!(error instanceof RecipeError && (within !== undefined || error.message.startsWith('--bpw')))) throw error;
+        console.error(`left out: ${label}: ${error.message}`);
+        infeasible.push(`${label}: ${error.message}`);
+        rows.push({ method: label, 'stored bpw': 'n/a' });
+      }
     }
   }
   await rm(scratch, { recursive: true, force: true });
+  const asked = [
+    ...(tables.some((table) => table === 'methods' || table === 'without') ? [`--bits ${values.bits}`] : []),
+    ...(tables.some((table) => ['stored', 'groups', 'learned'].includes(table)) ? [`--bpw ${values.bpw}`] : []),
+    ...(tables.includes('stored') ? [`--steps-at ${values['steps-at']}`] : []),
+  ];
   await writeResults(
-    `quality-${name}${values.table === 'methods' ? '' : `-${values.table.replace(',', '-')}`}`,
-    `npx tsx bench/quality.ts ${name} --table ${values.table} ${values.table === 'learned' ? `--bpw ${values.bpw}` : `--bits ${values.bits}`}`,
+    `quality-${name}${values.table === 'methods' ? '' : `-${tables.join('-')}`}`,
+    `npx tsx bench/quality.ts ${name} --table ${values.table} ${asked.join(' ')}`,
     rows,
-    infeasible.map((message) => `Left out: ${message}.`),
+    infeasible.map((message) => `Not available: ${message}.`),
   );
 }

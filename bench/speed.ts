@@ -24,7 +24,7 @@ import { fileURLToPath } from 'node:url';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import type { Model } from '../src/model/model.ts';
-import { quantizeRecipe } from '../src/recipe.ts';
+import { nominalGroupSize, quantizeRecipe } from '../src/recipe.ts';
 import { measureGemm } from './gemm-rate.ts';
 import { quantizeInProcess } from './quantize-process.ts';
 import { earlierRows, type Row, writeResults } from './results.ts';
@@ -131,7 +131,7 @@ async function gemm(): Promise<{ rate: number; perCpuSecond: number }> {
 
 /** Work of a whole run; see the top of this file. */
 function countFlops({ blocks, shape }: Model, tokens: number, sequence: number, preset: Preset): number {
-  const { groupSize } = quantizeRecipe({ method: 'slim-llm', bits: 2 }, 1);
+  const groupSize = nominalGroupSize(quantizeRecipe({ method: 'slim-llm', bits: 2 }, 1));
   const best = preset === 'best';
   let flops = 0;
   for (const block of blocks) {

@@ -60,9 +60,10 @@ export function quantizeCommand(signal: AbortSignal): Command {
     .addOption(new Option('--method <method>', `how codes are chosen (default: ${D.method})`).choices(Object.keys(QUANTIZERS)))
     .option('--preset <preset>', `variant of the method: ${PRESETS.join(', ')} (default: ${D.preset})`)
     .addOption(
-      new Option('--group-size <columns>', `input columns that share a scale (default: ${D.groupSize})`).choices(
-        GROUP_SIZES.map(String),
-      ),
+      new Option(
+        '--group-size <columns>',
+        `input columns that share a scale; auto: for each input what loses least within the budget (default: ${D.groupSize})`,
+      ).choices(['auto', ...GROUP_SIZES.map(String)]),
     )
     .option('--format <formats>', `comma-separated: ${FORMATS.join(', ')} (default: ${D.formats.join(',')})`)
     .option('--skip <globs...>', 'modules to leave as they are, e.g. "*.down_proj" "model.layers.0"')

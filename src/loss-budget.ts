@@ -1,6 +1,6 @@
 /** `--max-loss`: the smallest artifact whose perplexity on held-out text rises by no more, by quantizing and evaluating a few times. */
 import type { PartDetails, PartStore } from './artifacts/parts.ts';
-import { candidateWidths, fileUnit, type SharedBudget, shareBudget } from './bit-budget.ts';
+import { candidateWidths, fileUnit, layerSizesOf, type SharedBudget, shareBudget } from './bit-budget.ts';
 import { RecipeError } from './errors.ts';
 import { MAX_ROUNDS, searchStep } from './loss-search.ts';
 import { lossCurve } from './methods/quantize/allocation/allocate.ts';
@@ -69,7 +69,9 @@ export async function searchLossBudget(
   const { job, parts, survey, hooks } = run;
   const { source, recipe } = job;
   const maxLoss = recipe.maxLoss!;
-  const curve = lossCurve(choiceSets(survey, candidateWidths(recipe), recipe.groupSize, fileUnit(recipe)));
+  const [widths, unit] = [candidateWidths(recipe), fileUnit(recipe)];
+  const { container } = onnxStorageOf(recipe);
+  const curve = lossCurve(choiceSets(survey, widths, layerSizesOf({ unit, container }, widths), unit));
   const original = await remembered<Score>(run, 'original', () => run.evaluate(source.weights));
   const rounds: StoredRound[] = [];
   for (;;) {
@@ -104,7 +106,12 @@ async function makeRound(run: LossBudgetRun, index: number, size: number, origin
   let shared = parts.allocation as unknown as SharedBudget | undefined;
   if (shared === undefined) {
     const say = (bits: number) => `${bits} bits`;
-    shared = shareBudget(survey, candidateWidths(recipe), recipe.groupSize, { unit: fileUnit(recipe), bits: size, say });
+    shared = await shareBudget(survey, candidateWidths(recipe), {
+      unit: fileUnit(recipe),
+      container: onnxStorageOf(recipe).container,
+      bits: size,
+      say,
+    });
     await parts.addAllocation(shared as unknown as PartDetails);
   }
   const phase = `round ${index + 1} of at most ${MAX_ROUNDS}`;

@@ -96,13 +96,13 @@ export interface SurveyedSite {
 }
 
 /** Ranks and widths from one budget, `share` being what shares it out. @param rankBits of one parameter, as the budget counts */
-export function shareJointly(
+export async function shareJointly(
   sites: readonly SurveyedSite[],
   budget: SpendableBudget,
   rankBits: number,
   before: number,
-  share: (repairs: ReadonlyMap<string, JointRepair>) => SharedBudget,
-): SharedRanks {
+  share: (repairs: ReadonlyMap<string, JointRepair>) => Promise<SharedBudget>,
+): Promise<SharedRanks> {
   const repairs = new Map(
     sites.flatMap(({ site, spectrum: { values, total } }): [string, JointRepair][] => {
       if (!(total > 0)) return [];
@@ -111,7 +111,7 @@ export function shareJointly(
       return [[site.name, { left, rankSize: rankBits * budget.cost(site) }]];
     }),
   );
-  const joint = share(repairs);
+  const joint = await share(repairs);
   const spent = sites.reduce((sum, { site }) => sum + budget.cost(site) * (joint.sites[site.name].rank ?? 0), 0);
   return { joint, total: budget.total, spent, predicted: { before, after: joint.predictedLoss } };
 }

@@ -8,7 +8,7 @@ import type { QuantizedLinear } from './methods/quantize/quantized-linear.ts';
 import type { QuantizeOptions, SitePlan } from './methods/quantize/quantizer.ts';
 import { rtn } from './methods/quantize/rtn.ts';
 import type { LinearSite, Model, WeightReader } from './model/model.ts';
-import type { QuantizeRecipe } from './recipe.ts';
+import { nominalGroupSize, type QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 
 /** Rows of a table that are float32 at once; their codes stay. */
@@ -28,7 +28,7 @@ export function embeddingGroups(
   { embeddings, groupSize }: Pick<QuantizeRecipe, 'embeddings' | 'groupSize'>,
 ): number {
   const { hiddenSize } = model.shape;
-  const size = embeddingGroupSize(hiddenSize, groupSize);
+  const size = embeddingGroupSize(hiddenSize, nominalGroupSize({ groupSize }));
   if (size !== undefined) return size;
   throw new RecipeError(
     `--embeddings ${embeddings}: rows of ${hiddenSize} values do not divide into blocks of 16 or more, which onnxruntime asks for; keep them float`,

@@ -181,25 +181,16 @@ function storageOf(
   });
 }
 
-/** Graph, headers and alignment of weight files, about: so much for a file, and so much for every tensor in it. */
-const FILE_OVERHEAD = { onnx: 40_000, safetensors: 4_000, gptq: 4_000 } as const;
-const TENSOR_OVERHEAD = { onnx: 1_500, safetensors: 160, gptq: 160 } as const;
-
-/** What a budget for codes does not change, by the plan expected now. */
+/** What a budget for codes does not change. */
 export function fixedCosts(
-  source: Pick<ModelSource, 'tensors' | 'model'>,
-  linears: ReadonlyMap<LinearSite, SitePlan>,
+  linears: Iterable<LinearSite>,
   embeddings: ReadonlyMap<LinearSite, SitePlan>,
   format: ArtifactFormat,
   onnx: OnnxStorageOptions = {},
-): { weights: number; fileBytes: number; runtimeBytes: number } {
-  const sizes = predictSizes(source, linears, embeddings, format, onnx);
+): { weights: number; runtimeBytes: number } {
   const storage = storageOf(embeddings, format, onnx);
-  const embedded = sum(storage.map(({ storedBits }) => storedBits)) / 8;
-  const count = source.tensors.tensors.size + 4 * linears.size;
   return {
-    weights: sum([...linears.keys()].map(({ inFeatures, outFeatures }) => inFeatures * outFeatures)),
-    fileBytes: sizes.unquantizedBytes + embedded + FILE_OVERHEAD[format] + TENSOR_OVERHEAD[format] * count,
+    weights: sum([...linears].map(({ inFeatures, outFeatures }) => inFeatures * outFeatures)),
     runtimeBytes: sum(storage.map(({ storedBits, runtimeBits = storedBits }) => runtimeBits)) / 8,
   };
 }

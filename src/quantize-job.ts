@@ -3,13 +3,14 @@ import { fileURLToPath } from 'node:url';
 import { freeInputs } from './artifacts/folds.ts';
 import { whyNotGptq } from './artifacts/gptq.ts';
 import type { ModelSource } from './artifacts/model-source.ts';
-import { checkBudget, type FixedCosts } from './bit-budget.ts';
+import { branchBits, branchStorage, checkBudget, type FixedCosts } from './bit-budget.ts';
 import { parseTextFile, readText } from './calibration/text.ts';
 import { loadTokenizer } from './calibration/tokenizer.ts';
 import { calibrationWindows, holdOut } from './calibration/windows.ts';
 import { RecipeError } from './errors.ts';
+import { fileCounts } from './file-budget.ts';
 import { quantizerOf } from './methods/quantize/index.ts';
-import { componentBits, type FactorStorage, factorBits, factorStorage } from './methods/quantize/low-rank.ts';
+import { componentBits, factorBits } from './methods/quantize/low-rank.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
 import type { BitPlan, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
 import { parseRankBudget, type SpendableBudget, spendable, uniformRank } from './methods/rank/rank-budget.ts';
@@ -17,7 +18,7 @@ import type { LinearSite } from './model/model.ts';
 import { packageRoot } from './package-root.ts';
 import { embeddingGroups, embeddingSites } from './quantize-embeddings.ts';
 import { fixedCosts } from './quantize-estimate.ts';
-import { onnxStorageOf, QUANTIZE_DEFAULTS, type QuantizeRecipe } from './recipe.ts';
+import { nominalGroupSize, onnxStorageOf, QUANTIZE_DEFAULTS, type QuantizeRecipe } from './recipe.ts';
 import type { RunHooks } from './run.ts';
 import { checkPlanFits, readPlan, selectSites } from './site-selection.ts';
 import { parseSize } from './size.ts';
@@ -67,7 +68,7 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
   const expected = new Map(
     sites.map((site): [LinearSite, SitePlan] => [
       site,
-      given?.modules[site.name] ?? uniform(site, Math.max(1, Math.round(nominalBits)), recipe.groupSize),
+      given?.modules[site.name] ?? uniform(site, Math.max(1, Math.round(nominalBits)), nominalGroupSize(recipe)),
     ]),
   );
   const { embeddings } = recipe;
@@ -98,10 +99,13 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
     if (rank > 0) for (const [site, plan] of expected) expected.set(site, { ...plan, rank, ...rankBits });
   }
   checkFormats(recipe, expected);
-  const unbranched = fixedCosts(source, withoutRanks(expected), expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
-  const fixed = rankBudget && (recipe.size ?? recipe.runtimeMemory) ? withReserve(unbranched, recipe, rankBudget) : unbranched;
+  const unbranched = fixedCosts(expected.keys(), expectedEmbeddings, recipe.formats[0], onnxStorageOf(recipe));
+  const fixed = rankBudget ? withReserve(unbranched, rankBudget) : unbranched;
   const surveys = given === undefined && quantizer.survey !== undefined && !recipe.without.includes('allocation');
-  if (surveys) checkBudget(recipe, fixed, sites);
+  if (surveys) {
+    const counted = { source, recipe, expected, expectedEmbeddings, rankBudget };
+    await checkBudget(recipe, fixed, sites, await fileCounts(counted, 'reserved'));
+  }
   const readsText = quantizer.needsCalibration || branches;
   const text = readsText ? await readWindows(source, recipe, hooks) : { windows: [], heldOut: [] };
   const ranks = { rankBudget, branches, readsText };
@@ -119,16 +123,6 @@ export async function prepareJob(source: ModelSource, recipe: QuantizeRecipe, ho
     expected,
     expectedEmbeddings,
   };
-}
-
-/** Bits of a branch's parameter in the file that sizes are told of. */
-export function branchBits(recipe: QuantizeRecipe): number {
-  return factorBits(branchStorage(recipe));
-}
-
-/** Operands that are whole in the file have float32 beside them. */
-function branchStorage({ formats, compact, lowrankBits }: QuantizeRecipe): FactorStorage {
-  return formats[0] === 'onnx' && !compact ? 'F32' : factorStorage(lowrankBits);
 }
 
 function rankBudgetOf(
@@ -167,18 +161,10 @@ function checkBranches({ method, formats, calibration, plan, lowrank, lowrankOut
     throw new RecipeError(`--lowrank-outer ${lowrankOuter}: --plan ${plan} has no low-rank branches`);
 }
 
-function withoutRanks(plans: ReadonlyMap<LinearSite, SitePlan>): Map<LinearSite, SitePlan> {
-  return new Map([...plans].map(([site, { rank: _, rankBits: __, ...plan }]) => [site, plan]));
-}
-
-/** A budget of bytes pays for the branches too: what they may take is kept for them. */
-function withReserve(fixed: FixedCosts, recipe: QuantizeRecipe, { total }: SpendableBudget): FixedCosts {
-  return {
-    ...fixed,
-    fileBytes: fixed.fileBytes + (total * branchBits(recipe)) / 8,
-    // The runtime multiplies in float32.
-    runtimeBytes: fixed.runtimeBytes + 4 * total,
-  };
+/** A budget of memory pays for the branches too: what they may take is kept for them. */
+function withReserve(fixed: FixedCosts, { total }: SpendableBudget): FixedCosts {
+  // The runtime multiplies in float32.
+  return { ...fixed, runtimeBytes: fixed.runtimeBytes + 4 * total };
 }
 
 /** Scales and zero points of a group, about, in bits a weight. */
@@ -187,9 +173,9 @@ const GRID_BITS = 18;
 const SEARCH_BITS = 3;
 
 function nominalBitsOf(recipe: QuantizeRecipe, source: ModelSource, sites: readonly LinearSite[]): number {
-  const { bits, bpw, size, runtimeMemory, groupSize } = recipe;
+  const { bits, bpw, size, runtimeMemory } = recipe;
   if (bits !== undefined) return bits;
-  const overhead = GRID_BITS / groupSize;
+  const overhead = GRID_BITS / nominalGroupSize(recipe);
   const weights = sites.reduce((sum, { inFeatures, outFeatures }) => sum + inFeatures * outFeatures, 0);
   const replaced = new Set(sites.map(({ name }) => `${name}.weight`));
   const kept = [...source.tensors.tensors.values()].filter(({ name }) => !replaced.has(name));

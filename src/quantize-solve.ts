@@ -1,22 +1,22 @@
 /** The work of a quantize run: share the budget out where the method allocates, then block after block into `parts`. */
 import type { PartDetails, PartStore } from './artifacts/parts.ts';
-import { allocationOf, bitBudget, candidateWidths, type SharedBudget, shareBudget } from './bit-budget.ts';
+import { allocationOf, bitBudget, branchBits, candidateWidths, type SharedBudget, shareBudget } from './bit-budget.ts';
 import { Calibration } from './calibration/calibration.ts';
 import type { Device, Engine } from './compute/engine.ts';
 import { ENGINES } from './compute/engines.ts';
 import { openKernels } from './compute/kernels/kernel-pool.ts';
 import { createBlas } from './compute/ort-blas.ts';
+import { fileCounts } from './file-budget.ts';
 import { type LossSearch, searchLossBudget } from './loss-budget.ts';
-import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer, SitePlan } from './methods/quantize/quantizer.ts';
+import type { Measuring, QuantizeContext, QuantizeOptions, Quantizer } from './methods/quantize/quantizer.ts';
 import type { SpendableBudget } from './methods/rank/rank-budget.ts';
 import { type BlockDetails, contextOf, quantizeBlocks } from './quantize-blocks.ts';
 import { mostRank, type SharedRanks, shareJointly, shareRanks } from './quantize-branches.ts';
 import { quantizeEmbeddings } from './quantize-embeddings.ts';
-import { predictSizes } from './quantize-estimate.ts';
-import { branchBits, type QuantizeJob } from './quantize-job.ts';
+import type { QuantizeJob } from './quantize-job.ts';
 import { QuantizeProgress } from './quantize-progress.ts';
 import { type ModelSurvey, surveyModel } from './quantize-survey.ts';
-import { onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
+import { groupSizesOf, nominalGroupSize, type QuantizeRecipe } from './recipe.ts';
 import type { Progress, RunHooks } from './run.ts';
 import { SensitivityProbe } from './sensitivity-probe.ts';
 import { readSurvey, recordSurvey } from './survey-record.ts';
@@ -42,7 +42,7 @@ const RUNTIME_PARAMETER_BITS = 32;
 function optionsOf(recipe: QuantizeRecipe, bits: number): QuantizeOptions {
   // The gptq layout has no place for a transform that a runtime would have to do.
   const transform = recipe.transform === 'auto' && recipe.formats.includes('gptq') ? 'free' : recipe.transform;
-  return { ...recipe, transform, bits };
+  return { ...recipe, transform, bits, groupSize: nominalGroupSize(recipe), groupSizes: groupSizesOf(recipe) };
 }
 
 /** How the run measures for a method that reads text. @param bits mean code bits */
@@ -110,10 +110,11 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
     if (!recipe.joint || !shared) return shareRanks(sites, budget, shared?.sensitivities);
     const surveyed = readSurvey(store.finding('survey')!, model);
     const parameterBits = recipe.runtimeMemory === undefined ? branchBits(recipe) : RUNTIME_PARAMETER_BITS;
-    const codes = bitBudget(recipe, job.fixed);
-    const both = { ...codes, bits: codes.bits + parameterBits * budget.total };
-    const found = shareJointly(sites, budget, parameterBits, shared.predictedLoss, (repairs) =>
-      shareBudget(surveyed, candidateWidths(recipe), recipe.groupSize, both, (plan) => sizeOfPlan(job, plan), repairs),
+    const codes = bitBudget(recipe, job.fixed, await fileCounts(job, 'planned'));
+    // A budget of files has the ranks in it.
+    const both = codes.files ? codes : { ...codes, bits: codes.bits + parameterBits * budget.total };
+    const found = await shareJointly(sites, budget, parameterBits, shared.predictedLoss, (repairs) =>
+      shareBudget(surveyed, candidateWidths(recipe), both, repairs),
     );
     if (found.spent === 0) hooks.note?.('--joint: no layer got a branch, since bits are worth more in all of them');
     return found;
@@ -166,11 +167,11 @@ export async function solve(job: QuantizeJob, store: PartStore, onStored: () => 
   }
   let shared = store.allocation as unknown as SharedBudget | undefined;
   if (surveys && shared === undefined) {
-    const budget = bitBudget(recipe, job.fixed);
+    const budget = bitBudget(recipe, job.fixed, await fileCounts(job, 'reserved'));
     const surveyed = await survey();
     // Asked again when it is known what ranks are worth.
     if (recipe.joint && !store.finding('survey')) await store.addFinding('survey', recordSurvey(surveyed));
-    shared = shareBudget(surveyed, candidateWidths(recipe), recipe.groupSize, budget, (plan) => sizeOfPlan(job, plan));
+    shared = await shareBudget(surveyed, candidateWidths(recipe), budget);
     await store.addAllocation(shared as unknown as Record<string, unknown>);
     await onStored();
   }
@@ -216,18 +217,4 @@ async function surveyOf(
     signal: hooks.signal,
     onBlock: (done) => progress.surveyed(done),
   });
-}
-
-/** Bits of the quantized layers with these widths: stored ones, or as the runtime holds them where the budget counts those. */
-function sizeOfPlan({ source, recipe, expected, fixed }: QuantizeJob, plan: ReadonlyMap<string, SitePlan>): number {
-  const width = recipe.lowrankBits === 16 ? {} : { rankBits: recipe.lowrankBits };
-  const linears = new Map(
-    [...expected.keys()].map((site) => {
-      const own = plan.get(site.name)!;
-      return [site, own.rank === undefined ? own : { ...own, ...width }];
-    }),
-  );
-  const sizes = predictSizes(source, linears, new Map(), recipe.formats[0], onnxStorageOf(recipe));
-  if (recipe.runtimeMemory !== undefined) return 8 * (sizes.runtimeBytes ?? 0);
-  return sizes.bitsPerWeight * fixed.weights;
 }

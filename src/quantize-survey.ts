@@ -1,10 +1,11 @@
 /** First pass of an allocating method: the float model on the calibration text, every layer's costs, and what an error in each does to the logits. */
-import { type BudgetUnit, groupBits } from './artifacts/group-bits.ts';
+import type { BudgetUnit } from './artifacts/layer-sizes.ts';
 import type { Calibration } from './calibration/calibration.ts';
 import { frontier } from './methods/quantize/allocation/frontier.ts';
 import type { Choice, ChoiceSet } from './methods/quantize/allocation/hull.ts';
 import { type Repair, withRanks } from './methods/quantize/allocation/joint.ts';
 import {
+  type BitAllocation,
   type InputSurvey,
   type QuantizeContext,
   type Quantizer,
@@ -88,37 +89,48 @@ export async function surveyModel(run: SurveyRun): Promise<ModelSurvey> {
   };
 }
 
-/** The survey as the allocator takes it, sizes counted in `unit`. @param repairs what ranks would do for layers that may have some, by name */
+/** What a choice of the allocator is called. */
+export function choiceLabel({ transform, groupSize }: Pick<TransformCosts, 'transform' | 'groupSize'>): string {
+  return `${transform}, groups of ${groupSize}`;
+}
+
+/** What else there is to a choice. */
+export interface ChoiceExtras {
+  /** What ranks would do for layers that may have some, by name. */
+  readonly repairs?: ReadonlyMap<string, Repair> | undefined;
+  /** Where whole files are counted: what a transform takes in them, beside the order of the columns. */
+  readonly transformBytes?: Readonly<Record<TransformKind, number>> | undefined;
+}
+
+/** The survey as the allocator takes it, sizes counted in `unit`. */
 export function choiceSets(
   { inputs, sensitivities }: ModelSurvey,
   widths: readonly number[],
-  groupSize: number,
+  sizesOf: BitAllocation['sizesOf'],
   unit: BudgetUnit,
-  repairs?: ReadonlyMap<string, Repair>,
+  extras: ChoiceExtras = {},
 ): ChoiceSet[] {
   return inputs.map(({ input, survey }) => ({
     name: input,
-    choices: survey.transforms.map((costs) => choiceOf(costs, sensitivities, widths, groupSize, unit, repairs)),
+    choices: survey.transforms.map((costs) => choiceOf(costs, sensitivities, widths, sizesOf, unit, extras)),
   }));
 }
 
 function choiceOf(
-  { transform, free, sites }: TransformCosts,
+  treatment: TransformCosts,
   sensitivities: ReadonlyMap<string, number>,
   widths: readonly number[],
-  groupSize: number,
+  sizesOf: BitAllocation['sizesOf'],
   unit: BudgetUnit,
-  repairs: ReadonlyMap<string, Repair> | undefined,
+  { repairs, transformBytes }: ChoiceExtras,
 ): Choice {
+  const { transform, free, groupSize, sites } = treatment;
   const { inFeatures } = sites[0].site;
-  const fixedBits = unit === 'code' || (free && sorts(transform)) ? 0 : TRANSFORM_BITS[transform] * inFeatures;
+  const order = unit === 'code' || (free && sorts(transform)) ? 0 : TRANSFORM_BITS[transform] * inFeatures;
+  const fixedBits = order + 8 * (transformBytes?.[transform] ?? 0);
   const handicap = transform === 'none' ? TRANSFORM_HANDICAP : 1;
   const members = sites.map(({ site, costs }) => {
-    const sizes = costs.map((_, g) => {
-      const columns = Math.min(groupSize, inFeatures - g * groupSize);
-      return widths.map((width) => groupBits(unit, site.outFeatures, columns, width));
-    });
-    const codes = frontier({ widths, costs, sizes, monotone: sorts(transform) });
+    const codes = frontier({ widths, costs, ...sizesOf(site, groupSize), monotone: sorts(transform) });
     const repair = repairs?.get(site.name);
     return {
       name: site.name,
@@ -126,5 +138,5 @@ function choiceOf(
       omega: handicap * (sensitivities.get(site.name) ?? 1),
     };
   });
-  return { label: transform, fixedBits, members };
+  return { label: choiceLabel(treatment), fixedBits, members };
 }

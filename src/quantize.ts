@@ -18,7 +18,7 @@ import { type ArtifactSizes, estimatePeakBytes, predictSizes, sizesOf } from './
 import { describeInputs, type RunInputs } from './quantize-inputs.ts';
 import { prepareJob, type QuantizeJob } from './quantize-job.ts';
 import { measuringOf, solve } from './quantize-solve.ts';
-import { type ArtifactFormat, onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
+import { type ArtifactFormat, nominalGroupSize, onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
 import { mixesWidths } from './recipe-rules.ts';
 import type { RunHooks } from './run.ts';
 
@@ -145,6 +145,14 @@ async function produce({ job, inputs, output, outputPath, started, notes, hooks 
     onnxStorage: onnxStorageOf(recipe),
   });
   for (const note of written.notes) hooks.note?.(note);
+  const [{ weightBytes }] = written.formats;
+  if (recipe.size !== undefined && weightBytes > recipe.size) {
+    output.abandon();
+    const less = 2 * recipe.size - weightBytes;
+    throw new RecipeError(
+      `--size ${recipe.size}: the files came out as ${weightBytes} bytes, since some layers took more than was foreseen; ask for ${less}`,
+    );
+  }
   const details = detailsOf(job, parts);
   const plan: BitPlan = { modules: Object.fromEntries(details.map(([name, { plan: site }]) => [name, site])) };
   const outcome: QuantizeOutcome = {
@@ -253,7 +261,8 @@ function outlineOf(
 function dryRun(job: QuantizeJob, hooks: RunHooks, notes: readonly string[]): QuantizeOutcome {
   const { source, recipe, given, expected, expectedEmbeddings } = job;
   if (given === undefined && (mixesWidths(recipe) || (recipe.preset === 'best' && recipe.method === 'rtn'))) {
-    hooks.note?.('sizes are those of one width everywhere; the run mixes widths within the budget');
+    const also = recipe.groupSize === 'auto' ? ` in groups of ${nominalGroupSize(recipe)}` : '';
+    hooks.note?.(`sizes are those of one width everywhere${also}; the run mixes ${also ? 'both' : 'widths'} within the budget`);
   }
   const plan: BitPlan = { modules: Object.fromEntries([...expected].map(([site, widths]) => [site.name, widths])) };
   const artifacts = recipe.formats.map((format) => ({

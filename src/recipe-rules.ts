@@ -59,6 +59,7 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   }
   checkBudget(recipe);
   checkLowRank(recipe, request);
+  checkGroupSize(recipe);
   if (recipe.plan !== undefined && request.groupSize !== undefined && recipe.embeddings === 'float') {
     throw new RecipeError(`--group-size ${recipe.groupSize}: the plan says the size of every group; give --group-size or --plan`);
   }
@@ -86,6 +87,17 @@ export function checkRecipe(recipe: QuantizeRecipe, request: QuantizeRequest, de
   if (recipe.runtimeMemory !== undefined && !recipe.formats.includes('onnx')) {
     throw new RecipeError('--runtime-memory: counts operands of onnxruntime, and no ONNX is written; use --size or --bpw');
   }
+}
+
+function checkGroupSize({ groupSize, method, preset, plan, without, formats }: QuantizeRecipe): void {
+  if (groupSize !== 'auto') return;
+  const fail = (why: string) => new RecipeError(`--group-size auto: ${why}; give one of 32, 64, 128, 256`);
+  if (plan !== undefined)
+    throw new RecipeError('--group-size auto: the plan says the size of every group; give --group-size or --plan');
+  if (preset !== 'best') throw fail(`preset ${preset} has one size everywhere`);
+  if (!ALLOCATING.includes(method)) throw fail(`--method ${method} has one size everywhere`);
+  if (without.includes('allocation')) throw fail('sizes are chosen by the allocation, which --without leaves out');
+  if (formats.includes('gptq')) throw fail('the gptq layout has one size');
 }
 
 function checkLowRank({ lowrank, plan, maxLoss, joint, without }: QuantizeRecipe, request: QuantizeRequest): void {

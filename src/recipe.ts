@@ -21,6 +21,10 @@ export const FORMATS = ['onnx', 'safetensors', 'gptq'] as const satisfies readon
 export type QuantizerName = keyof typeof QUANTIZERS;
 
 export const GROUP_SIZES = [32, 64, 128, 256] as const;
+/** The size of groups where one is needed before any is chosen. */
+const NOMINAL_GROUP_SIZE = 128;
+/** Blocks of 256 are slow in onnxruntime. */
+const LARGEST_BLOCK = 128;
 export const PRESETS = ['best', 'paper'] as const;
 export const SENSITIVITIES = ['probe', 'relative', 'none'] as const;
 
@@ -46,7 +50,8 @@ export interface QuantizeRecipe extends MachineOptions {
   readonly runtimeMemory?: number;
   /** Rise of the perplexity on held-out calibration text that is tolerated, as a part of it. */
   readonly maxLoss?: number;
-  readonly groupSize: number;
+  /** Columns that share a scale; `auto`: chosen for each input, within the budget. */
+  readonly groupSize: number | 'auto';
   readonly formats: readonly ArtifactFormat[];
   /** Globs on module names. */
   readonly skip: readonly string[];
@@ -146,7 +151,7 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
     ...(given.size === undefined ? {} : { size: bytes('size', given.size) }),
     ...(given.runtimeMemory === undefined ? {} : { runtimeMemory: bytes('runtimeMemory', given.runtimeMemory) }),
     ...(given.maxLoss === undefined ? {} : { maxLoss: part('maxLoss', given.maxLoss) }),
-    groupSize: oneOf('groupSize', number('groupSize', given.groupSize), GROUP_SIZES),
+    groupSize: given.groupSize === 'auto' ? 'auto' : oneOf('groupSize', number('groupSize', given.groupSize), GROUP_SIZES),
     formats: formats(list('formats', given.formats)),
     skip: list('skip', given.skip),
     only: list('only', given.only),
@@ -189,6 +194,17 @@ export function quantizeRecipe(request: QuantizeRequest, cores: number): Quantiz
 export function onnxStorageOf({ compact, onnxContainer, runtimeMemory }: QuantizeRecipe): Required<OnnxStorageOptions> {
   const counted = !compact || runtimeMemory !== undefined;
   return { compact, container: onnxContainer === 'auto' && counted ? '2' : onnxContainer };
+}
+
+/** Sizes that groups may have, descending. */
+export function groupSizesOf({ groupSize, formats }: Pick<QuantizeRecipe, 'groupSize' | 'formats'>): readonly number[] {
+  if (groupSize !== 'auto') return [groupSize];
+  return GROUP_SIZES.filter((size) => size <= LARGEST_BLOCK || !formats.includes('onnx')).reverse();
+}
+
+/** The one size of groups, or the one that stands for all as long as none is chosen. */
+export function nominalGroupSize({ groupSize }: Pick<QuantizeRecipe, 'groupSize'>): number {
+  return groupSize === 'auto' ? NOMINAL_GROUP_SIZE : groupSize;
 }
 
 const KNOWN: ReadonlySet<string> = new Set([

@@ -1,6 +1,7 @@
 /** Which linear layers a quantize request means, and what widths a given plan asks of them. */
 import { readFile } from 'node:fs/promises';
 import { EnvironmentError, RecipeError } from './errors.ts';
+import { rotatedRun } from './methods/quantize/input-transform.ts';
 import { groupCount } from './methods/quantize/quantized-linear.ts';
 import { type BitPlan, type SitePlan, TRANSFORMS } from './methods/quantize/quantizer.ts';
 import type { LinearSite, Model } from './model/model.ts';
@@ -82,13 +83,14 @@ export function checkPlanFits(path: string, plan: BitPlan, model: Model, selecte
     }
   }
   const byInput = new Map<string, string>();
-  for (const [name, { transform = 'none' }] of Object.entries(plan.modules)) {
-    const { input } = sites.get(name)!;
-    const other = byInput.get(input) ?? transform;
+  for (const [name, { transform = 'none', groupSize }] of Object.entries(plan.modules)) {
+    const { input, inFeatures } = sites.get(name)!;
+    const own = transform === 'perm-had' ? `${transform} of ${rotatedRun(groupSize, inFeatures)} columns` : transform;
+    const other = byInput.get(input) ?? own;
     byInput.set(input, other);
-    if (other !== transform) {
+    if (other !== own) {
       throw new RecipeError(
-        `--plan ${path}: module "${name}" has transform ${transform}, but another that reads the same input has ${other}`,
+        `--plan ${path}: module "${name}" has transform ${own}, but another that reads the same input has ${other}`,
       );
     }
   }

@@ -15,7 +15,9 @@ interface RecordedSite {
 interface RecordedSurvey {
   readonly inputs: readonly {
     readonly input: string;
-    readonly transforms: readonly (Pick<TransformCosts, 'transform' | 'free'> & { readonly sites: readonly RecordedSite[] })[];
+    readonly transforms: readonly (Pick<TransformCosts, 'transform' | 'free' | 'groupSize'> & {
+      readonly sites: readonly RecordedSite[];
+    })[];
   }[];
   readonly sensitivities: Readonly<Record<string, number>>;
 }
@@ -24,9 +26,10 @@ export function recordSurvey({ inputs, sensitivities }: ModelSurvey): PartDetail
   const record: RecordedSurvey = {
     inputs: inputs.map(({ input, survey }) => ({
       input,
-      transforms: survey.transforms.map(({ transform, free, sites }) => ({
+      transforms: survey.transforms.map(({ transform, free, groupSize, sites }) => ({
         transform,
         free,
+        groupSize,
         sites: sites.map(({ site, energy, costs }) => ({
           name: site.name,
           energy,
@@ -48,9 +51,10 @@ export function readSurvey(details: PartDetails, model: Model): ModelSurvey {
     inputs: inputs.map(({ input, transforms }) => ({
       input,
       survey: {
-        transforms: transforms.map(({ transform, free, sites }) => ({
+        transforms: transforms.map(({ transform, free, groupSize, sites }) => ({
           transform,
           free,
+          groupSize,
           sites: sites.map(({ name, energy, widths, costs }) => ({
             site: known.get(name)!,
             energy,

@@ -1,11 +1,16 @@
-/** External data files being written: tensors one after another, page-aligned, in shards that stay below 2 GB. */
+/** External data files being written: tensors one after another, aligned, in shards that stay below 2 GB. */
 import { type FileHandle, open, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { EnvironmentError } from '../../src/errors.ts';
 import type { ExternalPlace } from './encoder.ts';
+import { LARGE_BYTES } from './tensor-reader.ts';
 
-/** Runtimes map files by pages; the ONNX specification recommends this alignment for that. */
-const ALIGNMENT = 4096;
+/** Runtimes map files by pages, and the ONNX specification recommends this alignment for that. */
+const PAGE = 4096;
+/** Tensors from here on begin a page, as onnxruntime's own writer has it: for smaller ones pages would cost files of a few megabytes a tenth of their size. */
+const PAGED_BYTES = 2 ** 20;
+/** Others begin where the widest vector instructions load from. */
+const ALIGNMENT = 64;
 
 /** Browsers hold a data file in one ArrayBuffer, and those end at 2 GB. */
 export const MAX_SHARD_BYTES = 2_000_000_000;
@@ -18,15 +23,57 @@ export interface WrittenFile {
   readonly byteLength: number;
 }
 
-interface OpenShard {
+/** A data file and how much of it is taken. */
+interface Shard {
   readonly name: string;
-  readonly handle: FileHandle;
   byteLength: number;
+}
+
+interface OpenShard extends Shard {
+  readonly handle: FileHandle;
 }
 
 /** What a file is called until it is whole. */
 export function temporaryName(name: string): string {
   return `.${name}.partial`;
+}
+
+/** Bytes between a tensor of so many and the next, where that begins no page. */
+export function gapBehind(byteLength: number): number {
+  return byteLength < LARGE_BYTES ? 0 : Math.ceil(byteLength / ALIGNMENT) * ALIGNMENT - byteLength;
+}
+
+/** Where tensors go: in the file that is being filled, or the next one when a tensor would take that to the bound. Writes nothing. */
+export class DataPlaces {
+  readonly #fileName: string;
+  readonly #maxShardBytes: number;
+  readonly #shards: Shard[] = [];
+
+  /** As ExternalDataWriter takes them. */
+  constructor(fileName: string, maxShardBytes = MAX_SHARD_BYTES) {
+    this.#fileName = fileName;
+    this.#maxShardBytes = maxShardBytes;
+  }
+
+  /** Files so far, with what is taken of each. */
+  get shards(): readonly Readonly<Shard>[] {
+    return this.#shards;
+  }
+
+  /** Takes a place for a tensor. */
+  add(byteLength: number): ExternalPlace {
+    const alignment = byteLength < PAGED_BYTES ? ALIGNMENT : PAGE;
+    const aligned = (offset: number) => Math.ceil(offset / alignment) * alignment;
+    let shard = this.#shards.at(-1);
+    if (shard === undefined || aligned(shard.byteLength) + byteLength >= this.#maxShardBytes) {
+      const index = this.#shards.length;
+      shard = { name: `${this.#fileName}_data${index === 0 ? '' : `_${index}`}`, byteLength: 0 };
+      this.#shards.push(shard);
+    }
+    const offset = aligned(shard.byteLength);
+    shard.byteLength = offset + byteLength;
+    return { location: shard.name, offset };
+  }
 }
 
 /**
@@ -35,8 +82,7 @@ export function temporaryName(name: string): string {
  */
 export class ExternalDataWriter implements AsyncDisposable {
   readonly #folder: string;
-  readonly #fileName: string;
-  readonly #maxShardBytes: number;
+  readonly #places: DataPlaces;
   readonly #shards: OpenShard[] = [];
   #open: OpenShard | undefined;
   #finalized = false;
@@ -47,15 +93,15 @@ export class ExternalDataWriter implements AsyncDisposable {
    */
   constructor(folder: string, fileName: string, maxShardBytes = MAX_SHARD_BYTES) {
     this.#folder = folder;
-    this.#fileName = fileName;
-    this.#maxShardBytes = maxShardBytes;
+    this.#places = new DataPlaces(fileName, maxShardBytes);
   }
 
   /** Appends a tensor of `byteLength` bytes, given in chunks. Throws EnvironmentError DISK_FULL when there is no room. */
   async add(byteLength: number, chunks: AsyncIterable<Uint8Array>): Promise<ExternalPlace> {
-    const shard = await this.#shardFor(byteLength);
-    const path = this.#temporaryPath(shard.name);
-    const offset = aligned(shard.byteLength);
+    const place = this.#places.add(byteLength);
+    const { location, offset } = place;
+    const shard = await this.#shardNamed(location);
+    const path = this.#temporaryPath(location);
     await write(shard.handle, path, new Uint8Array(offset - shard.byteLength));
     shard.byteLength = offset;
     for await (const chunk of chunks) {
@@ -65,7 +111,7 @@ export class ExternalDataWriter implements AsyncDisposable {
     if (shard.byteLength !== offset + byteLength) {
       throw new RangeError(`a tensor of ${byteLength} bytes was given in ${shard.byteLength - offset}`);
     }
-    return { location: shard.name, offset };
+    return place;
   }
 
   /** Makes the files durable and gives them their names. */
@@ -88,13 +134,10 @@ export class ExternalDataWriter implements AsyncDisposable {
     for (const { name } of this.#shards) await rm(this.#temporaryPath(name), { force: true });
   }
 
-  /** The shard being written, or the next one when a tensor of `byteLength` bytes would take it to the bound. */
-  async #shardFor(byteLength: number): Promise<OpenShard> {
-    const current = this.#open;
-    if (current !== undefined && aligned(current.byteLength) + byteLength < this.#maxShardBytes) return current;
+  /** The shard being written, or a new one once that is whole. */
+  async #shardNamed(name: string): Promise<OpenShard> {
+    if (this.#open?.name === name) return this.#open;
     await this.#closeOpenShard();
-    const index = this.#shards.length;
-    const name = `${this.#fileName}_data${index === 0 ? '' : `_${index}`}`;
     this.#open = { name, byteLength: 0, handle: await open(this.#temporaryPath(name), 'w') };
     this.#shards.push(this.#open);
     return this.#open;
@@ -109,10 +152,6 @@ export class ExternalDataWriter implements AsyncDisposable {
   #temporaryPath(name: string): string {
     return join(this.#folder, temporaryName(name));
   }
-}
-
-function aligned(offset: number): number {
-  return Math.ceil(offset / ALIGNMENT) * ALIGNMENT;
 }
 
 /** Writes a whole file. Throws EnvironmentError DISK_FULL when there is no room. */

@@ -3,7 +3,14 @@ import { rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { UnsupportedError } from '../../src/errors.ts';
 import { assemble, type ExternalPlace, initializersOf, layoutModel, readExactly } from './encoder.ts';
-import { ExternalDataWriter, MAX_SHARD_BYTES, temporaryName, type WrittenFile, writeDurably } from './external-data.ts';
+import {
+  DataPlaces,
+  ExternalDataWriter,
+  MAX_SHARD_BYTES,
+  temporaryName,
+  type WrittenFile,
+  writeDurably,
+} from './external-data.ts';
 import type { Initializer, OnnxModel } from './model.ts';
 import { LARGE_BYTES } from './tensor-reader.ts';
 
@@ -57,6 +64,17 @@ export async function writeOnnx(
     await rm(temporaryPath, { force: true });
     throw error;
   }
+}
+
+/** Bytes of all files that `writeOnnx` makes of a model. No initializer is read. */
+export async function onnxByteLength(model: OnnxModel, fileName: string, options: WriteOptions = {}): Promise<number> {
+  const places = new DataPlaces(fileName, options.maxShardBytes ?? MAX_SHARD_BYTES);
+  const placement = new Map<Initializer, ExternalPlace>();
+  for (const initializer of initializersOf(model.graph)) {
+    if (initializer.byteLength >= LARGE_BYTES) placement.set(initializer, places.add(initializer.byteLength));
+  }
+  const { byteLength } = await layoutModel(model, placement);
+  return places.shards.reduce((sum, shard) => sum + shard.byteLength, byteLength);
 }
 
 /**

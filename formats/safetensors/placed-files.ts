@@ -23,15 +23,14 @@ export interface CheckpointLayout {
 }
 
 /** Says where every byte of a checkpoint will be, in files named as `createShardedSink` names them. Reads and writes nothing. */
-export function layOutCheckpoint(
-  declarations: readonly TensorDeclaration[],
-  { maxShardBytes, metadata = new Map() }: { readonly maxShardBytes: number; readonly metadata?: ReadonlyMap<string, string> },
-): CheckpointLayout {
-  const shards = planShards(declarations, { maxShardBytes } satisfies ShardOptions);
+export function layOutCheckpoint(declarations: readonly TensorDeclaration[], options: ShardOptions): CheckpointLayout {
+  const { metadata = new Map() } = options;
+  const shards = planShards(declarations, options);
   const places = new Map<string, TensorPlace>();
   const files = shards.map((shard, i) => {
     const name = shardName(i, shards.length);
-    const { prefix, tensors, fileByteLength } = layOut(shard, metadata);
+    const own = typeof metadata === 'function' ? metadata(shard.map(({ name }) => name)) : metadata;
+    const { prefix, tensors, fileByteLength } = layOut(shard, own);
     for (const { name: tensor, start, byteLength } of tensors.values()) {
       places.set(tensor, { file: name, position: prefix.byteLength + start, byteLength });
     }
@@ -41,6 +40,12 @@ export function layOutCheckpoint(
   const placement = new Map([...places].map(([tensor, { file }]) => [tensor, file]));
   const total = [...places.values()].reduce((sum, { byteLength }) => sum + byteLength, 0);
   return { files, places, index: { name: INDEX_NAME, text: encodeShardIndex(placement, total) } };
+}
+
+/** Bytes of all files of a checkpoint, its index included. */
+export function checkpointByteLength(declarations: readonly TensorDeclaration[], options: ShardOptions): number {
+  const { files, index } = layOutCheckpoint(declarations, options);
+  return files.reduce((sum, { byteLength }) => sum + byteLength, Buffer.byteLength(index?.text ?? ''));
 }
 
 /** Makes the files in `folder`, each with its header and at its full size, replacing files of their names. */

@@ -8,7 +8,7 @@ import { componentBits } from '../methods/quantize/low-rank.ts';
 import { gptqDeclarations } from './gptq.ts';
 import { hadamardBits, rotationSteps } from './onnx/hadamard-constant.ts';
 import { signsPerByte } from './onnx/input-signs.ts';
-import { type OnnxLinearLayout, operandBits, partRowBytes } from './onnx/linear-layout.ts';
+import { type OnnxLinearLayout, partRowBytes } from './onnx/linear-layout.ts';
 import { planesDeclarations, type QuantizedShape } from './planes.ts';
 
 /** One quantized module in one layout. */
@@ -121,28 +121,6 @@ export function onnxStorage(
     result.set(name, { storedBits: storedBits + indexBits, runtimeBits: runtimeBits + indexBits });
   }
   return result;
-}
-
-/**
- * Bits of one group of `columns` columns and `rows` rows at a width, scales and zero points included; what rows, words and modules are padded with is
- * not. `onnx` is compact, `onnx-plain` has operands and float32 scales in the file; a runtime holds `planes` as it is stored.
- */
-export function groupStorage(
-  format: 'onnx' | 'onnx-plain' | 'planes',
-  rows: number,
-  columns: number,
-  bits: number,
-): { readonly fileBits: number; readonly runtimeBits: number } {
-  if (format === 'planes') {
-    const fileBits = bits === 0 ? 8 : 8 + rows * (bits * columns + 16 + (bits === 1 ? 16 : bits));
-    return { fileBits, runtimeBits: fileBits };
-  }
-  const width = operandBits(bits);
-  const shifts = bits === 1 ? 1 : 0;
-  const runtimeBits = rows * (width * (columns + 1) + 32 * (1 + shifts));
-  if (format === 'onnx-plain') return { fileBits: runtimeBits, runtimeBits };
-  const stored = bits > 4 ? 8 : Math.max(bits, 1);
-  return { fileBits: rows * (stored * columns + width + 16 * (1 + shifts)), runtimeBits };
 }
 
 /** Averages over modules. @param floatBits width of the float type, which counts when nothing is quantized */

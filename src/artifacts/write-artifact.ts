@@ -172,5 +172,7 @@ function transformersJsConfig(config: Readonly<Record<string, unknown>>, onnx: W
 
 /** Makes readers that do not know the layout refuse it, instead of misreading it. */
 function planesConfig({ modules, averageBits, bitsPerWeight }: Storage): Record<string, unknown> {
-  return { quant_method: 'pcomp-planes', version: 1, group_size: modules[0]?.groupSize, bits: averageBits, bpw: bitsPerWeight };
+  const sizes = [...new Set(modules.map(({ groupSize }) => groupSize))].sort((a, b) => a - b);
+  const groupSize = sizes.length > 1 ? sizes : sizes[0];
+  return { quant_method: 'pcomp-planes', version: 1, group_size: groupSize, bits: averageBits, bpw: bitsPerWeight };
 }

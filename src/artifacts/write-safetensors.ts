@@ -1,7 +1,8 @@
 /** Writes the checkpoint artifacts, layouts `planes` and `gptq`: quantized modules encoded, every other tensor copied byte for byte. */
 import { basename } from 'node:path';
-import { createShardedSink } from '../../formats/safetensors/sharded-writer.ts';
-import type { Tensor, TensorDeclaration, TensorSource } from '../../formats/tensor.ts';
+import { checkpointByteLength } from '../../formats/safetensors/placed-files.ts';
+import { createShardedSink, type ShardOptions } from '../../formats/safetensors/sharded-writer.ts';
+import type { Tensor, TensorDeclaration, TensorInfo, TensorSource } from '../../formats/tensor.ts';
 import { RecipeError } from '../errors.ts';
 import type { QuantizedLinear } from '../methods/quantize/quantized-linear.ts';
 import type { Model } from '../model/model.ts';
@@ -33,9 +34,8 @@ interface Encoding {
   encode(q: QuantizedLinear): readonly Tensor[];
 }
 
-/** Writes the layout `planes`, which holds every quantized module. Returns the names of the files. */
-export async function writePlanes(options: CheckpointOptions): Promise<readonly string[]> {
-  const { model, quantized } = options;
+/** Modules and their encodings in the layout `planes`, which holds every quantized module. */
+async function planesEncodings({ model, quantized }: Pick<CheckpointOptions, 'model' | 'quantized'>) {
   const modules = await describeModules(model, quantized);
   const encodings = new Map<string, Encoding>();
   for (const name of modules.keys()) {
@@ -47,7 +47,20 @@ export async function writePlanes(options: CheckpointOptions): Promise<readonly 
   }
   // The layout keeps widths in a tensor of their own.
   const described = new Map([...modules].map(([name, { bits: _, ...module }]) => [name, module]));
+  return { described, encodings };
+}
+
+/** Writes the layout `planes`. Returns the names of the files. */
+export async function writePlanes(options: CheckpointOptions): Promise<readonly string[]> {
+  const { described, encodings } = await planesEncodings(options);
   return writeCheckpoint('planes', options, described, encodings);
+}
+
+/** Bytes of the weight files that `writePlanes` makes. No codes are read. */
+export async function planesArtifactBytes(options: Omit<CheckpointOptions, 'folder'>): Promise<number> {
+  const { described, encodings } = await planesEncodings(options);
+  const { declarations, shards } = layOutFiles('planes', options, described, encodings);
+  return checkpointByteLength(declarations, shards);
 }
 
 function withoutTransform<T extends QuantizedGrid>({ transform: _, ...rest }: T): Omit<T, 'transform'> {
@@ -98,12 +111,13 @@ export async function writeGptq(options: CheckpointOptions): Promise<WrittenGptq
   return { files: await writeCheckpoint('gptq', options, described, encodings), config, left };
 }
 
-async function writeCheckpoint(
+/** What goes into the files of a checkpoint, and how it is divided among them. */
+function layOutFiles(
   layout: LayoutName,
-  { model, tensors, quantized, folder, maxShardBytes = MAX_SHARD_BYTES }: CheckpointOptions,
+  { model, tensors, maxShardBytes = MAX_SHARD_BYTES }: Omit<CheckpointOptions, 'folder'>,
   modules: ReadonlyMap<string, QuantizedModule>,
   encodings: ReadonlyMap<string, Encoding>,
-): Promise<readonly string[]> {
+): { copied: readonly TensorInfo[]; declarations: readonly TensorDeclaration[]; shards: ShardOptions } {
   const ownerOf = new Map<string, string>();
   for (const [name, { declarations }] of encodings) for (const tensor of declarations) ownerOf.set(tensor.name, name);
   const replaced = new Set([...modules.keys()].map((name) => `${name}.weight`));
@@ -115,7 +129,7 @@ async function writeCheckpoint(
     ...[...encodings.values()].flatMap((encoding) => encoding.declarations),
   ];
   const groupSize = [...modules.values()][0]?.groupSize ?? 1;
-  await using sink = await createShardedSink(folder, declarations, {
+  const shards: ShardOptions = {
     maxShardBytes,
     // A module's tensors, and those of the modules that share its input, lie in one file.
     sameShard: (tensor) => modules.get(ownerOf.get(tensor) ?? '')?.input ?? tensor,
@@ -124,7 +138,19 @@ async function writeCheckpoint(
       const own = new Map([...modules].filter(([name]) => present.has(name)));
       return new Map([['format', 'pt'], ...quantMetadata(layout, groupSize, own)]);
     },
-  });
+  };
+  return { copied, declarations, shards };
+}
+
+async function writeCheckpoint(
+  layout: LayoutName,
+  options: CheckpointOptions,
+  modules: ReadonlyMap<string, QuantizedModule>,
+  encodings: ReadonlyMap<string, Encoding>,
+): Promise<readonly string[]> {
+  const { tensors, quantized, folder } = options;
+  const { copied, declarations, shards } = layOutFiles(layout, options, modules, encodings);
+  await using sink = await createShardedSink(folder, declarations, shards);
   for (const [name, { encode }] of encodings) {
     for (const tensor of encode(await quantized.read(name))) await sink.write(tensor.name, tensor.data);
   }

@@ -5,7 +5,7 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { byteLengthOf, toFloat32 } from '../../formats/dtype.ts';
 import { openOnnx } from '../../formats/onnx/reader.ts';
 import { createShardedSink } from '../../formats/safetensors/sharded-writer.ts';
-import { gptqStoredBits, groupStorage, onnxStorage, planesStoredBits } from '../../src/artifacts/accounting.ts';
+import { gptqStoredBits, onnxStorage, planesStoredBits } from '../../src/artifacts/accounting.ts';
 import { openModelSource } from '../../src/artifacts/model-source.ts';
 import { layOutLinear, type OnnxStorageOptions } from '../../src/artifacts/onnx/linear-layout.ts';
 import { embeddingGroupSize } from '../../src/artifacts/onnx/lowering.ts';
@@ -451,24 +451,6 @@ describe('checkpoint artifacts', () => {
 
   it('in GPTQ are refused when no module suits the layout', async () => {
     await expect(write(llama(), ['gptq'], [1, 2])).rejects.toThrow(/none of the quantized modules.*mixes widths/);
-  });
-});
-
-describe('the cost of a group', () => {
-  const rows = 64;
-  it.each([1, 2, 3, 4, 8])('of %i bits is what a module is charged for one, but for padding', (bits) => {
-    const q = randomLinear({ rows, columns: 512, groupSize: 64, bits: [bits] });
-    for (const [format, compact] of [
-      ['onnx', true],
-      ['onnx-plain', false],
-    ] as const) {
-      const { fileBits, runtimeBits } = groupStorage(format, rows, 64, bits);
-      expect(onnxStorage([['m', 'x', layOutLinear(q, { compact })]]).get('m')).toEqual({
-        storedBits: 8 * fileBits,
-        runtimeBits: 8 * runtimeBits,
-      });
-    }
-    expect(planesStoredBits(shapeOfGrid(q))).toBe(8 * groupStorage('planes', rows, 64, bits).fileBits);
   });
 });
 

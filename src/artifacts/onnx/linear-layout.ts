@@ -76,12 +76,12 @@ export function operandBits(bits: number): OperandBits {
 }
 
 /** Width of the codes of a group of `bits` bits in a compact file: the true width, where that is 4 or less. */
-function trueWidth(bits: number): CodeBits {
+export function trueWidth(bits: number): CodeBits {
   return bits > 4 ? 8 : ((bits || 1) as CodeBits);
 }
 
 /** The narrowest operand to make for the groups of a layer that need no more than 4 bits. */
-function leastOperand(bits: ArrayLike<number>, compact: boolean, container: OnnxContainer): OperandBits {
+export function leastOperand(bits: ArrayLike<number>, compact: boolean, container: OnnxContainer): OperandBits {
   if (container === '4') return 4;
   if (container === '2' || !compact) return 2;
   return Array.from(bits).some((width) => width === 3 || width === 4) ? 4 : 2;

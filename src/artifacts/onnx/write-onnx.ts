@@ -2,7 +2,7 @@
 import { mkdir } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import type { OnnxModel } from '../../../formats/onnx/model.ts';
-import { writeOnnx } from '../../../formats/onnx/writer.ts';
+import { onnxByteLength, writeOnnx } from '../../../formats/onnx/writer.ts';
 import type { TensorSource } from '../../../formats/tensor.ts';
 import type { Model } from '../../model/model.ts';
 import { codeBitsOf } from '../accounting.ts';
@@ -14,18 +14,21 @@ import { QuantizedInitializers } from './linear-initializers.ts';
 import type { OnnxStorageOptions } from './linear-layout.ts';
 import { quantizedLowering } from './lowering.ts';
 
-export interface OnnxArtifactOptions {
+export interface OnnxModelOptions {
   readonly model: Model;
   /** The checkpoint: unquantized tensors are written as it stores them. */
   readonly tensors: TensorSource;
   readonly quantized: QuantizedSource;
-  /** The artifact's folder. */
-  readonly folder: string;
   /** Version of pcomp, for the file's header. */
   readonly version: string;
   /** Default 4: what runs fast. */
   readonly accuracyLevel?: AccuracyLevel;
   readonly storage?: OnnxStorageOptions;
+}
+
+export interface OnnxArtifactOptions extends OnnxModelOptions {
+  /** The artifact's folder. */
+  readonly folder: string;
   /** Every data file stays shorter; default 2 GB. */
   readonly maxShardBytes?: number;
 }
@@ -47,9 +50,9 @@ export function suffixOf(averageBits: number | undefined): string {
   return averageBits < 8 ? '_q4' : '_quantized';
 }
 
-/** Writes `onnx/model<suffix>.onnx` and its external data. Throws RecipeError when a group size cannot be an operand's, EnvironmentError DISK_FULL. */
-export async function writeOnnxArtifact(options: OnnxArtifactOptions): Promise<WrittenOnnxArtifact> {
-  const { model, tensors, quantized, folder } = options;
+/** The decoder with its quantized linears, and the name of its file. Codes are read when it is written. */
+async function onnxModel(options: OnnxModelOptions): Promise<{ readonly graph: OnnxModel; readonly fileName: string }> {
+  const { model, tensors, quantized } = options;
   const modules = await describeModules(model, quantized);
   const initializers = await QuantizedInitializers.create(quantized, modules.keys(), options.storage);
   const lowering = quantizedLowering({ model, tensors, quantized: initializers, accuracyLevel: options.accuracyLevel ?? 4 });
@@ -63,7 +66,19 @@ export async function writeOnnxArtifact(options: OnnxArtifactOptions): Promise<W
     (sum, site) => sum + codeBitsOf({ ...modules.get(site.name)!, bits: modules.get(site.name)!.bits! }),
     0,
   );
-  const fileName = `model${suffixOf(weights === 0 ? undefined : codeBits / weights)}.onnx`;
+  return { graph, fileName: `model${suffixOf(weights === 0 ? undefined : codeBits / weights)}.onnx` };
+}
+
+/** Bytes of the weight files that `writeOnnxArtifact` makes with the default bound on them. No codes are read. */
+export async function onnxArtifactBytes(options: OnnxModelOptions): Promise<number> {
+  const { graph, fileName } = await onnxModel(options);
+  return onnxByteLength(graph, fileName);
+}
+
+/** Writes `onnx/model<suffix>.onnx` and its external data. Throws RecipeError when a group size cannot be an operand's, EnvironmentError DISK_FULL. */
+export async function writeOnnxArtifact(options: OnnxArtifactOptions): Promise<WrittenOnnxArtifact> {
+  const { folder } = options;
+  const { graph, fileName } = await onnxModel(options);
   await mkdir(join(folder, 'onnx'), { recursive: true });
   const written = await writeOnnx(
     graph,

@@ -4,6 +4,7 @@ import type { CalibrationStats } from '../../calibration/statistics.ts';
 import type { Blas } from '../../compute/blas.ts';
 import type { AsyncKernels } from '../../compute/kernels/kernels.ts';
 import type { LinearSite } from '../../model/model.ts';
+import type { LayerSizes } from './allocation/frontier.ts';
 import type { BestStep } from './best/steps.ts';
 import type { QuantizedLinear } from './quantized-linear.ts';
 
@@ -39,6 +40,8 @@ export interface QuantizeOptions {
   /** Mean code bits, an integer under preset `paper`. */
   readonly bits: number;
   readonly groupSize: number;
+  /** Methods that allocate: sizes a layer's groups may have, descending; absent: `groupSize` alone. */
+  readonly groupSizes?: readonly number[];
   /** Damping added to the Hessian's diagonal, as a fraction of its mean. */
   readonly dampening: number;
   /** gptq: visit columns by descending Hessian diagonal. */
@@ -72,11 +75,12 @@ export interface SiteCosts {
   readonly energy: number;
 }
 
-/** All sites of one input under one transform. */
+/** All sites of one input under one transform, in groups of one size. */
 export interface TransformCosts {
   readonly transform: TransformKind;
   /** Its order of columns costs nothing, in files or at run time. */
   readonly free: boolean;
+  readonly groupSize: number;
   readonly sites: readonly SiteCosts[];
 }
 
@@ -98,7 +102,8 @@ export interface InputSurvey {
 /** What a site may spend, and how. */
 export interface Assignment {
   readonly transform: TransformKind;
-  /** In the unit of `Allocation.sizeOf`. */
+  readonly groupSize: number;
+  /** In the unit of `BitAllocation.sizesOf`. */
   readonly budget: number;
 }
 
@@ -106,8 +111,8 @@ export interface Assignment {
 export interface BitAllocation {
   /** Candidate widths, ascending. */
   readonly widths: readonly number[];
-  /** What one group of `columns` columns takes at a width, in whole bits of whatever the budget counts. */
-  sizeOf(rows: number, columns: number, bits: number): number;
+  /** What a layer takes in groups of `groupSize`, in bits of whatever the budget counts. */
+  sizesOf(site: LinearSite, groupSize: number): LayerSizes;
   readonly sites: ReadonlyMap<string, Assignment>;
 }
 
@@ -171,7 +176,7 @@ export interface Quantizer {
   /** Absent for methods that read no text. */
   measuring?(options: QuantizeOptions): Measuring;
   /**
-   * Before anything is decided, one look at every input of the float model: what its sites would lose under each transform at each width.
+   * Before anything is decided, one look at every input of the float model: what its sites would lose under each transform in groups of each size at each width.
    * `stats` are used up. Methods without it get no allocation.
    */
   survey?(

@@ -1,5 +1,6 @@
 /** Preset `best` against the vectors of slim-llm section 12. */
 import { describe, expect, it } from 'vitest';
+import { layerSizes } from '../../../src/artifacts/layer-sizes.ts';
 import type { CalibrationStats, Drift } from '../../../src/calibration/statistics.ts';
 import { applyBest } from '../../../src/methods/quantize/best/best.ts';
 import { correctForDrift } from '../../../src/methods/quantize/best/drift-target.ts';
@@ -12,6 +13,8 @@ import type { BitAllocation, TransformKind } from '../../../src/methods/quantize
 import { naiveBlas } from '../../support/naive-blas.ts';
 import { referenceLayer, statsOf } from '../../support/reference-layer.ts';
 import { contextOf, randomWeight, siteOf } from './support.ts';
+
+const WIDTHS = [1, 2, 3, 4, 8];
 
 const SMALL = [4, 1, 0, 1, 1, 0.25, 0, 0.25, 1];
 
@@ -171,9 +174,9 @@ describe('the reference layer', () => {
   async function testError(bits: number, transform: TransformKind, without: 'polish'[]): Promise<number> {
     const stats = statsOf(layer.calibration);
     const allocation: BitAllocation = {
-      widths: [1, 2, 3, 4, 8],
-      sizeOf: (rows, columns, width) => rows * columns * width,
-      sites: new Map([[site.name, { transform, budget: m * n * bits }]]),
+      widths: WIDTHS,
+      sizesOf: (site, groupSize) => layerSizes({ unit: 'code' }, site, groupSize, WIDTHS),
+      sites: new Map([[site.name, { transform, groupSize: 32, budget: m * n * bits }]]),
     };
     const context = { ...contextOf({ preset: 'best', bits, groupSize: 32, without }), allocation };
     const plan = await slimLlmBest.decide(context, site, layer.weight, stats);

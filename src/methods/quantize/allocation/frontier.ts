@@ -2,14 +2,20 @@
 import { RecipeError } from '../../../errors.ts';
 import { follow, lastWithin, type ParetoProblem, paretoFront, type Trail } from './pareto.ts';
 
+/** What the groups of a layer take at each width they may have. */
+export interface LayerSizes {
+  /** `sizes[g][k]`: what group g (stored order) takes at the k-th width, in whole bits of whatever the budget counts. Need not rise with the width. */
+  readonly sizes: readonly ArrayLike<number>[];
+  /** What the layer takes beyond its groups, by the widths of all of them: padding, lists. Whole bits, at least 0; absent: nothing. */
+  rest?(bits: readonly number[]): number;
+}
+
 /** What each group of one layer costs at each width it may have. */
-export interface LayerCosts {
+export interface LayerCosts extends LayerSizes {
   /** Candidate widths in bits, ascending. */
   readonly widths: readonly number[];
   /** `costs[g][k]`: predicted loss of group g (stored order) at `widths[k]`; Infinity where that width is not offered. */
   readonly costs: readonly ArrayLike<number>[];
-  /** `sizes[g][k]`: what group g then takes, in whole bits of whatever the budget counts. Need not rise with the width. */
-  readonly sizes: readonly ArrayLike<number>[];
   /** Widths must not rise from one group to the next, as layers with a transform are stored. */
   readonly monotone: boolean;
 }
@@ -21,7 +27,10 @@ export interface Frontier {
   readonly sizes: Float64Array;
   /** Descending, strictly: `costs[i]` is the least cost within `sizes[i]`. */
   readonly costs: Float64Array;
-  /** 0 when exact. Otherwise `costs[i]` is at most the true optimum of a budget smaller by `cell` per group. */
+  /**
+   * 0 when exact. Otherwise `costs[i]` is at most the true optimum of a budget smaller by `cell` per group. Where the layer has a `rest`, by the most
+   * that is, too: it is added to plans that were the best without it.
+   */
   readonly cell: number;
   /** Where ranks may be bought too: the part of each size that is codes, and the rank that the rest is. */
   readonly branches?: readonly { readonly codeSize: number; readonly rank: number }[];
@@ -55,20 +64,44 @@ const LABELS = 1 << 25;
 
 /** The frontier of a layer. Widths of its points: `solveWithin(layer, size)`. Throws RangeError for malformed input. */
 export function frontier(layer: LayerCosts): Frontier {
-  const { sizes, costs, cell } = paretoFront(problemOf(layer));
+  const { sizes, costs, cell } = layer.rest ? solve(layer) : paretoFront(problemOf(layer));
   if (sizes.length === 0) throw new RangeError('the widths offered to a layer allow no plan.');
   return { layer, sizes, costs, cell };
 }
 
 /** The cheapest plan of a layer within a budget; budgets are in the unit of the layer's sizes. Throws BudgetError when none fits. */
 export function solveWithin(layer: LayerCosts, budget: number): LayerPlan {
-  const problem = problemOf(layer);
-  const trail: Trail = [];
-  const { sizes, costs } = paretoFront(problem, trail);
+  const { sizes, costs, bitsOf } = solve(layer);
   const index = lastWithin(sizes, budget);
   if (index < 0) throw new BudgetError(budget, sizes[0], sizes[sizes.length - 1]);
-  const bits = follow(problem, trail, index).map((option) => layer.widths[option]);
-  return { size: sizes[index], cost: costs[index], bits };
+  return { size: sizes[index], cost: costs[index], bits: bitsOf(index) };
+}
+
+/** The front of a layer, what is beyond its groups included, and the widths of its points. */
+function solve(layer: LayerCosts): Pick<Frontier, 'sizes' | 'costs' | 'cell'> & { bitsOf(index: number): number[] } {
+  const problem = problemOf(layer);
+  const trail: Trail = [];
+  const front = paretoFront(problem, trail);
+  const bitsOf = (index: number) => follow(problem, trail, index).map((option) => layer.widths[option]);
+  if (!layer.rest) return { ...front, bitsOf };
+  const points = Array.from(front.sizes, (size, index) => ({
+    index,
+    size: size + layer.rest!(bitsOf(index)),
+    cost: front.costs[index],
+  }));
+  points.sort((a, b) => a.size - b.size || a.cost - b.cost);
+  let least = Infinity;
+  const kept = points.filter(({ cost }) => {
+    if (cost >= least) return false;
+    least = cost;
+    return true;
+  });
+  return {
+    sizes: Float64Array.from(kept, ({ size }) => size),
+    costs: Float64Array.from(kept, ({ cost }) => cost),
+    cell: front.cell,
+    bitsOf: (index) => bitsOf(kept[index].index),
+  };
 }
 
 function problemOf({ widths, costs, sizes, monotone }: LayerCosts): ParetoProblem {

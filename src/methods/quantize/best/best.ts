@@ -22,6 +22,7 @@ const SWEEPS = 3;
 
 interface Prepared {
   readonly kind: TransformKind;
+  readonly groupSize: number;
   readonly input: Promise<PreparedInput>;
 }
 
@@ -38,11 +39,15 @@ export function preparedInput(
 ): Promise<PreparedInput> {
   const known = shared.get(stats);
   if (known) {
-    if (known.kind !== kind) throw new Error(`${site.name}: its input is prepared with transform ${known.kind}, not ${kind}`);
+    const rotates = kind === 'perm-had' ? ` in groups of ${groupSize}` : '';
+    if (known.kind !== kind || (rotates && known.groupSize !== groupSize))
+      throw new Error(
+        `${site.name}: its input is prepared with transform ${known.kind}, groups of ${known.groupSize}, not ${kind}${rotates}`,
+      );
     return known.input;
   }
   const input = prepareInput(context, site, stats, kind, groupSize, { centred: centred(context, site, stats) });
-  shared.set(stats, { kind, input });
+  shared.set(stats, { kind, groupSize, input });
   return input;
 }
 

@@ -1,8 +1,15 @@
 /** What each group of a layer would lose at each width (slim-llm 5.5): the currency of the allocation. */
 import type { AsyncKernels } from '../../../compute/kernels/kernels.ts';
+import type { QuantizeContext } from '../quantizer.ts';
 
 /** Rows that are looked at; their losses are scaled to all. */
 const SAMPLED_ROWS = 256;
+
+/** Sizes that groups of an input of `features` columns may have, descending: of those that take it whole, the least. */
+export function groupSizesFor({ options }: QuantizeContext, features: number): readonly number[] {
+  const { groupSize, groupSizes = [groupSize] } = options;
+  return groupSizes.filter((_, i) => !(groupSizes[i + 1] >= features));
+}
 
 /**
  * `c_g(b) = sum_{j in g} d_j sum_i (w_ij - Q_b(w_ij))^2` with the weighted grid, (groups, widths) row after row.

@@ -57,20 +57,16 @@ export const slimLlmBest: Quantizer = {
     weight: Float32Array,
     measured: CalibrationStats | undefined,
   ): Promise<SitePlan> {
-    const { allocation, options } = context;
+    const { allocation } = context;
     const assigned = allocation?.sites.get(site.name);
     if (allocation === undefined || assigned === undefined) return decideUniform(context, site);
-    const { groupSize } = options;
-    const { transform, budget } = assigned;
+    const { transform, groupSize, budget } = assigned;
     const input = await preparedInput(context, site, requireStats(site, measured), transform, groupSize);
     const { widths } = allocation;
     const columns = storedColumns(site, weight, input);
     const costs = await groupCosts(context.kernels ?? inlineKernels(), columns, input.energies, groupSize, widths);
-    const sizes = costs.map((_, g) => {
-      const count = Math.min(groupSize, site.inFeatures - g * groupSize);
-      return widths.map((width) => allocation.sizeOf(site.outFeatures, count, width));
-    });
-    const { bits } = solveWithin({ widths, costs, sizes, monotone: sorts(transform) }, budget);
+    const sizes = allocation.sizesOf(site, groupSize);
+    const { bits } = solveWithin({ widths, costs, ...sizes, monotone: sorts(transform) }, budget);
     return { groupSize, bits, ...named(transform) };
   },
   apply: applyBest,

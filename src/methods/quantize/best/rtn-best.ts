@@ -7,14 +7,20 @@ import { columnRange, takeColumns } from '../columns.ts';
 import { fitMinMax } from '../grid.ts';
 import { checkPlan, uniformPlan } from '../plan.ts';
 import { QuantizedBuilder } from '../quantized-builder.ts';
-import type { InputSurvey, QuantizeContext, QuantizeResult, Quantizer, SitePlan } from '../quantizer.ts';
-import { groupCosts } from './group-costs.ts';
+import type { InputSurvey, QuantizeContext, QuantizeResult, Quantizer, SiteCosts, SitePlan } from '../quantizer.ts';
+import { groupCosts, groupSizesFor } from './group-costs.ts';
 
 /** Costs of a layer as if all inputs were equally loud and independent. */
-async function costsOf(context: QuantizeContext, site: LinearSite, weight: Float32Array, widths: readonly number[]) {
+async function costsOf(
+  context: QuantizeContext,
+  site: LinearSite,
+  weight: Float32Array,
+  groupSize: number,
+  widths: readonly number[],
+) {
   const columns = takeColumns(site, weight, columnRange(0, site.inFeatures), new Set());
   const energies = new Float32Array(site.inFeatures).fill(1);
-  return groupCosts(context.kernels ?? inlineKernels(), columns, energies, context.options.groupSize, widths);
+  return groupCosts(context.kernels ?? inlineKernels(), columns, energies, groupSize, widths);
 }
 
 /** Reads `bits`, `groupSize`, `without`, and its part of the budget. */
@@ -30,13 +36,20 @@ export const rtnBest: Quantizer = {
     _stats: CalibrationStats | undefined,
     widths: readonly number[],
   ): Promise<InputSurvey> {
-    const costs = [];
+    const sizes = groupSizesFor(context, sites[0].inFeatures);
+    const transforms = sizes.map((groupSize) => ({
+      transform: 'none' as const,
+      free: false,
+      groupSize,
+      sites: [] as SiteCosts[],
+    }));
     for (const site of sites) {
       const weight = await loadSite(site);
       const energy = weight.reduce((sum, w) => sum + w * w, 0);
-      costs.push({ site, energy, costs: await costsOf(context, site, weight, widths) });
+      for (const { groupSize, sites: found } of transforms)
+        found.push({ site, energy, costs: await costsOf(context, site, weight, groupSize, widths) });
     }
-    return { transforms: [{ transform: 'none', free: false, sites: costs }], trials: new Map() };
+    return { transforms, trials: new Map() };
   },
 
   async decide(context: QuantizeContext, site: LinearSite, weight: Float32Array): Promise<SitePlan> {
@@ -44,13 +57,10 @@ export const rtnBest: Quantizer = {
     const assigned = allocation?.sites.get(site.name);
     if (allocation === undefined || assigned === undefined) return uniformPlan(site, options);
     const { widths } = allocation;
-    const { groupSize } = options;
-    const costs = await costsOf(context, site, weight, widths);
-    const sizes = costs.map((_, g) => {
-      const count = Math.min(groupSize, site.inFeatures - g * groupSize);
-      return widths.map((width) => allocation.sizeOf(site.outFeatures, count, width));
-    });
-    return { groupSize, bits: solveWithin({ widths, costs, sizes, monotone: false }, assigned.budget).bits };
+    const { groupSize, budget } = assigned;
+    const costs = await costsOf(context, site, weight, groupSize, widths);
+    const sizes = allocation.sizesOf(site, groupSize);
+    return { groupSize, bits: solveWithin({ widths, costs, ...sizes, monotone: false }, budget).bits };
   },
 
   async apply(

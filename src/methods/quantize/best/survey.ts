@@ -1,4 +1,4 @@
-/** First look at an input's sites in the float model: what every transform, and then every width of every group, would cost them. */
+/** First look at an input's sites in the float model: what every transform, every size of its groups, and then every width of every group, would cost them. */
 import type { CalibrationStats } from '../../../calibration/statistics.ts';
 import type { AsyncKernels } from '../../../compute/kernels/kernels.ts';
 import { inlineKernels } from '../../../compute/kernels/wasm-kernels.ts';
@@ -9,7 +9,7 @@ import type { InputSurvey, QuantizeContext, SiteCosts, TransformCosts, Transform
 import { requireStats } from '../require-stats.ts';
 import { storedColumns } from './best.ts';
 import { sampledEnergy } from './energy.ts';
-import { groupCosts } from './group-costs.ts';
+import { groupCosts, groupSizesFor } from './group-costs.ts';
 import { type WeighedInput, weighInput } from './prepared-input.ts';
 
 /** Transforms of an input that are worth a look. Each costs a factorization. */
@@ -30,26 +30,44 @@ export async function surveyInput(
 ): Promise<InputSurvey> {
   const kernels = context.kernels ?? inlineKernels();
   const stats = requireStats(sites[0], measured);
-  const { groupSize } = context.options;
-  const kinds = transformKinds(context, sites[0].input);
   const free = context.sortsFreely?.(sites[0].input) ?? false;
   const transforms: TransformCosts[] = [];
   const trials = new Map<string, Trial>();
-  for (const [i, transform] of kinds.entries()) {
-    const last = i + 1 === kinds.length;
+  const views = viewsOf(transformKinds(context, sites[0].input), groupSizesFor(context, stats.features));
+  for (const [i, { transform, groupSizes }] of views.entries()) {
+    const last = i + 1 === views.length;
     const own = { ...stats, batches: () => stats.batches(), hessian: last ? stats.hessian : stats.hessian.slice() };
-    const input = await weighInput(context, sites[0], own, transform, groupSize);
-    const costs: SiteCosts[] = [];
+    const [largest] = groupSizes;
+    const input = await weighInput(context, sites[0], own, transform, largest);
+    const found = groupSizes.map((groupSize) => ({ transform, free, groupSize, sites: [] as SiteCosts[] }));
     for (const site of sites) {
       const columns = storedColumns(site, await loadSite(site), input);
       const [energy] = await sampledEnergy(context.blas, input.hessian, [columns], input.features);
-      costs.push({ site, energy, costs: await groupCosts(kernels, columns, input.energies, groupSize, widths) });
-      if (last)
-        trials.set(site.name, await tryOut(context, kernels, site, columns, input, trialWidth(context.options.bits, widths)));
+      for (const { groupSize, sites: costs } of found)
+        costs.push({ site, energy, costs: await groupCosts(kernels, columns, input.energies, groupSize, widths) });
+      if (!last) continue;
+      const width = trialWidth(context.options.bits, widths);
+      trials.set(site.name, await tryOut(context, kernels, site, columns, input, largest, width));
     }
-    transforms.push({ transform, free, sites: costs });
+    transforms.push(...found);
   }
   return { transforms, trials };
+}
+
+/** One look at an input: under a transform, in groups of any of the sizes. */
+interface View {
+  readonly transform: TransformKind;
+  /** Descending. */
+  readonly groupSizes: readonly number[];
+}
+
+/** Looks that share a factorization are one. What is rotated depends on the size of the groups: the largest comes last, for the trial. */
+function viewsOf(transforms: readonly TransformKind[], groupSizes: readonly number[]): View[] {
+  return transforms.flatMap((transform): View[] =>
+    transform === 'perm-had'
+      ? groupSizes.map((size) => ({ transform, groupSizes: [size] })).reverse()
+      : [{ transform, groupSizes }],
+  );
 }
 
 function trialWidth(bits: number, widths: readonly number[]): number {
@@ -57,17 +75,18 @@ function trialWidth(bits: number, widths: readonly number[]): number {
 }
 
 async function tryOut(
-  { blas, options }: QuantizeContext,
+  { blas }: QuantizeContext,
   kernels: AsyncKernels,
   site: LinearSite,
   columns: Float32Array,
   input: WeighedInput,
+  groupSize: number,
   width: number,
 ): Promise<Trial> {
   const { outFeatures: rows, inFeatures: n } = site;
   const decoded = new Float32Array(columns.length);
-  for (let start = 0; start < n; start += options.groupSize) {
-    const end = Math.min(start + options.groupSize, n);
+  for (let start = 0; start < n; start += groupSize) {
+    const end = Math.min(start + groupSize, n);
     const group = { columns: end - start, rows, values: columns.subarray(start * rows, end * rows) };
     const { grid } = await kernels.fitWeighted(group, width, input.energies.subarray(start, end));
     decoded.set(decodeGroup(await kernels.roundCodes(group, width, grid), width, grid), start * rows);

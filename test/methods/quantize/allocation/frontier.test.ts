@@ -88,6 +88,32 @@ describe.each([true, false])('against every plan, monotone %s', (monotone) => {
   });
 });
 
+describe.each([true, false])('what a layer takes beyond its groups, monotone %s', (monotone) => {
+  test.each(Array.from({ length: 12 }, (_, seed) => seed))('layer %i', (seed) => {
+    const random = randomSource(seed);
+    const groups = 1 + (seed % 5);
+    const widths = [1, 2, 3, 4];
+    // Each width there is takes something once, and some order takes more.
+    const rest = (bits: readonly number[]) =>
+      [...new Set(bits)].reduce((sum, width) => sum + 3 * width, bits.some((width, g) => width > bits[g - 1]) ? 5 : 0);
+    const layer = { ...randomLayer(random, groups, widths, monotone, planesBits(3, 8)), rest };
+    const plans = everyPlan(layer).map((plan) => ({ ...plan, size: plan.size + rest(plan.bits) }));
+    const most = Math.max(...plans.map(({ bits }) => rest(bits)));
+    const { sizes, costs } = frontier(layer);
+    expect([...sizes]).toEqual([...sizes].sort((a, b) => a - b));
+    for (const [i, size] of sizes.entries()) {
+      const { bits, ...plan } = solveWithin(layer, size + 0.5);
+      expect(plan).toEqual({ size, cost: costs[i] });
+      const attained = plans.find((one) => one.bits.join() === bits.join())!;
+      expect(attained.size).toBe(size);
+      expect(attained.cost).toBeCloseTo(costs[i], 12);
+      expect(costs[i]).toBeGreaterThanOrEqual(leastWithin(plans, size) * (1 - SUM_TOLERANCE));
+      expect(costs[i]).toBeLessThanOrEqual(leastWithin(plans, size - most) * (1 + SUM_TOLERANCE));
+    }
+    expect(costs.at(-1)).toBeCloseTo(leastWithin(plans, Infinity), 12);
+  });
+});
+
 /** All of the frontier, and the plan at, below and between its points. */
 function checkFrontier(layer: LayerCosts): void {
   const { sizes, costs, cell } = frontier(layer);
