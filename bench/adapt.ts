@@ -9,9 +9,9 @@ import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import type { AdaptOutcome } from '../src/adapt.ts';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { adapt, adaptRecipe, evaluate } from '../src/index.ts';
+import type { AdaptOutcome } from '../src/runs/adapt/adapt.ts';
 import { writeResults } from './results.ts';
 
 const METHODS = [

@@ -22,7 +22,7 @@ import { BEST_QUANTIZERS } from '../src/methods/quantize/index.ts';
 import { componentBits, FACTOR_BITS, factorStorage } from '../src/methods/quantize/low-rank.ts';
 import { dequantize, type QuantizedLinear } from '../src/methods/quantize/quantized-linear.ts';
 import type { QuantizeContext } from '../src/methods/quantize/quantizer.ts';
-import { addBranchTo } from '../src/quantize-branches.ts';
+import { addBranchTo } from '../src/runs/quantize/branches.ts';
 import { earlierRows, type Row, writeResults } from './results.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../fixtures/lab/${path}`, import.meta.url));

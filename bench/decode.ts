@@ -19,10 +19,10 @@ import { parseQuantMetadata } from '../src/artifacts/quant-metadata.ts';
 import { storageOfModules } from '../src/artifacts/storage-of-modules.ts';
 import type { Program } from '../src/compute/engine.ts';
 import { createEngine } from '../src/compute/ort.ts';
-import { nextFeeds } from '../src/generate.ts';
 import { type QuantizeRequest, quantize, quantizeRecipe } from '../src/index.ts';
-import { promptFeeds } from '../src/logits-source.ts';
 import type { Model } from '../src/model/model.ts';
+import { nextFeeds } from '../src/runs/evaluate/generate.ts';
+import { promptFeeds } from '../src/runs/evaluate/logits-source.ts';
 import { type Row, writeResults } from './results.ts';
 import { SHAPES, writeSynthetic } from './synthetic.ts';
 

@@ -14,10 +14,10 @@ import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { evaluate } from '../src/evaluate.ts';
-import { valley } from '../src/expert-start.ts';
-import { merge } from '../src/merge.ts';
-import { type MergeRequest, mergeRecipe } from '../src/merge-recipe.ts';
+import { evaluate } from '../src/runs/evaluate/evaluate.ts';
+import { valley } from '../src/runs/merge/experts/start.ts';
+import { merge } from '../src/runs/merge/merge.ts';
+import { type MergeRequest, mergeRecipe } from '../src/runs/merge/recipe.ts';
 import { type Row, writeResults } from './results.ts';
 
 const data = process.env['PCOMP_TEST_DATA'] ?? fileURLToPath(new URL('../../shared/data', import.meta.url));

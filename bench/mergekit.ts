@@ -12,9 +12,9 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs, promisify } from 'node:util';
 import { openCheckpoint } from '../formats/checkpoint.ts';
 import { toFloat32 } from '../formats/dtype.ts';
-import { merge } from '../src/merge.ts';
-import { mergeRecipe } from '../src/merge-recipe.ts';
-import { readMergekitConfig } from '../src/mergekit-config.ts';
+import { merge } from '../src/runs/merge/merge.ts';
+import { readMergekitConfig } from '../src/runs/merge/mergekit/config.ts';
+import { mergeRecipe } from '../src/runs/merge/recipe.ts';
 import { type Row, writeResults } from './results.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));

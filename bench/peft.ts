@@ -9,14 +9,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs, promisify } from 'node:util';
-import { withAdapter } from '../src/adapter-weights.ts';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { loadTokenizer } from '../src/calibration/tokenizer.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import { createBlas } from '../src/compute/ort-blas.ts';
 import { adapt, adaptRecipe } from '../src/index.ts';
-import { BlockLogits } from '../src/logits-source.ts';
 import type { WeightReader } from '../src/model/model.ts';
+import { withAdapter } from '../src/runs/adapt/adapter-weights.ts';
+import { BlockLogits } from '../src/runs/evaluate/logits-source.ts';
 import { earlierRows, type Row, writeResults } from './results.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));

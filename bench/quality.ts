@@ -18,9 +18,9 @@ import { loadTokenizer } from '../src/calibration/tokenizer.ts';
 import { evaluationWindows } from '../src/calibration/windows.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import { evaluate, type QuantizeRequest, quantize, quantizeRecipe, RecipeError } from '../src/index.ts';
-import { ArtifactLogits } from '../src/logits-source.ts';
 import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
-import { Scorer } from '../src/scoring.ts';
+import { ArtifactLogits } from '../src/runs/evaluate/logits-source.ts';
+import { Scorer } from '../src/runs/evaluate/scoring.ts';
 import { writeResults } from './results.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));

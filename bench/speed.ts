@@ -24,7 +24,7 @@ import { fileURLToPath } from 'node:url';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { createEngine } from '../src/compute/ort.ts';
 import type { Model } from '../src/model/model.ts';
-import { nominalGroupSize, quantizeRecipe } from '../src/recipe.ts';
+import { nominalGroupSize, quantizeRecipe } from '../src/runs/quantize/recipe.ts';
 import { measureGemm } from './gemm-rate.ts';
 import { quantizeInProcess } from './quantize-process.ts';
 import { earlierRows, type Row, writeResults } from './results.ts';

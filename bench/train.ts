@@ -13,7 +13,6 @@
 import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { Trainer } from '../src/adapt-train.ts';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { Spool } from '../src/calibration/state-store.ts';
 import { createEngine } from '../src/compute/ort.ts';
@@ -22,6 +21,7 @@ import { Random } from '../src/compute/random.ts';
 import { spendable } from '../src/methods/rank/rank-budget.ts';
 import { TRAINING_SCHEDULES } from '../src/methods/rank/training/index.ts';
 import type { TrainedModule } from '../src/methods/rank/training/schedule.ts';
+import { Trainer } from '../src/runs/adapt/train.ts';
 import { measureGemm } from './gemm-rate.ts';
 import { earlierRows, writeResults } from './results.ts';
 

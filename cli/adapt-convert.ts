@@ -1,7 +1,7 @@
 /** `pcomp adapt convert ADAPTER --to FORM`: the same update in another form. */
 import { Command, Option } from 'commander';
-import { CONVERSIONS, type ConvertOutcome, convertAdapter, FOLDS } from '../src/adapt-convert.ts';
-import { integer, number } from '../src/recipe-fields.ts';
+import { CONVERSIONS, type ConvertOutcome, convertAdapter, FOLDS } from '../src/runs/adapt/convert.ts';
+import { integer, number } from '../src/runs/recipe-fields.ts';
 import { expandFiles } from './files.ts';
 import { renderAdapter } from './inspect-adapter.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';

@@ -1,6 +1,8 @@
 /** `pcomp adapt MODEL --text FILE --budget B`: flags -> recipe -> run -> report. */
 import { Command, Option } from 'commander';
-import { type AdaptOutcome, adapt } from '../src/adapt.ts';
+import { formatDuration } from '../src/calibration/progress.ts';
+import { SOLVERS } from '../src/methods/rank/solve.ts';
+import { type AdaptOutcome, adapt } from '../src/runs/adapt/adapt.ts';
 import {
   ADAPT_DEFAULTS,
   ADAPT_INITS,
@@ -10,10 +12,8 @@ import {
   adaptRecipe,
   GROWTH_LAWS,
   ROUTERS,
-} from '../src/adapt-recipe.ts';
-import { formatDuration } from '../src/calibration/progress.ts';
-import { SOLVERS } from '../src/methods/rank/solve.ts';
-import { formatSize } from '../src/size.ts';
+} from '../src/runs/adapt/recipe.ts';
+import { formatSize } from '../src/runs/size.ts';
 import { adaptConvertCommand } from './adapt-convert.ts';
 import { expandFiles } from './files.ts';
 import { CORES, deviceOption, jsonOption, quietOption } from './options.ts';

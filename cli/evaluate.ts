@@ -2,9 +2,9 @@
 import { Command, Option } from 'commander';
 import type { DeviceRequest } from '../src/compute/engine.ts';
 import type { EngineName } from '../src/compute/engines.ts';
-import type { EvaluateOptions, Evaluation } from '../src/evaluate.ts';
-import { integer } from '../src/recipe-fields.ts';
-import { formatSize, parseSize } from '../src/size.ts';
+import type { EvaluateOptions, Evaluation } from '../src/runs/evaluate/evaluate.ts';
+import { integer } from '../src/runs/recipe-fields.ts';
+import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandFiles } from './files.ts';
 import { deviceOption, engineOption, jsonOption, quietOption, threadsOption } from './options.ts';
 import { inThread } from './runs.ts';

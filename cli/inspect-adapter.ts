@@ -1,5 +1,5 @@
 /** An adapter's layers for people. */
-import type { ConvertOutcome } from '../src/adapt-convert.ts';
+import type { ConvertOutcome } from '../src/runs/adapt/convert.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
 export function renderAdapter({ layout, modules, parameters }: NonNullable<ConvertOutcome['adapter']>): string {

@@ -1,10 +1,10 @@
 /** `pcomp inspect ARTIFACT`: tensors, widths per site and group, sizes, and where the bytes went. */
 import { Command } from 'commander';
-import { inspectAdapter } from '../src/adapt-convert.ts';
 import { FormatError, RecipeError } from '../src/errors.ts';
-import { type InspectedModule, type Inspection, inspect } from '../src/inspect.ts';
-import { formatSize } from '../src/size.ts';
-import { type Verification, verifyArtifact } from '../src/verify-artifact.ts';
+import { inspectAdapter } from '../src/runs/adapt/convert.ts';
+import { type InspectedModule, type Inspection, inspect } from '../src/runs/inspect/inspect.ts';
+import { type Verification, verifyArtifact } from '../src/runs/inspect/verify-artifact.ts';
+import { formatSize } from '../src/runs/size.ts';
 import { renderAdapter } from './inspect-adapter.ts';
 import { jsonOption } from './options.ts';
 import { createConsole } from './ui/console.ts';

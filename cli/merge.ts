@@ -2,10 +2,16 @@
 import { Command, Option } from 'commander';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { RecipeError } from '../src/errors.ts';
-import type { LearningReport } from '../src/expert-merging.ts';
-import type { LearningCost } from '../src/expert-prepare.ts';
-import { type ExtractOutcome, type ExtractRequest, extract } from '../src/extract-lora.ts';
-import { type MergeOutcome, merge } from '../src/merge.ts';
+import { MERGERS } from '../src/methods/merge/index.ts';
+import { LEARNED } from '../src/methods/merge/learned.ts';
+import type { Merger, Parameter } from '../src/methods/merge/merger.ts';
+import { MOE } from '../src/methods/merge/moe/layouts.ts';
+import { GATES } from '../src/methods/merge/moe/router.ts';
+import type { LearningReport } from '../src/runs/merge/experts/expert-merging.ts';
+import type { LearningCost } from '../src/runs/merge/experts/prepare.ts';
+import { type ExtractOutcome, type ExtractRequest, extract } from '../src/runs/merge/extract-lora.ts';
+import { type MergeOutcome, merge } from '../src/runs/merge/merge.ts';
+import { readMergekitConfig } from '../src/runs/merge/mergekit/config.ts';
 import {
   MERGE_DEFAULTS,
   MERGE_DTYPES,
@@ -14,14 +20,8 @@ import {
   mergeRecipe,
   ON_EXTRA,
   ON_MISSING,
-} from '../src/merge-recipe.ts';
-import { readMergekitConfig } from '../src/mergekit-config.ts';
-import { MERGERS } from '../src/methods/merge/index.ts';
-import { LEARNED } from '../src/methods/merge/learned.ts';
-import type { Merger, Parameter } from '../src/methods/merge/merger.ts';
-import { MOE } from '../src/methods/merge/moe/layouts.ts';
-import { GATES } from '../src/methods/merge/moe/router.ts';
-import { formatSize, parseSize } from '../src/size.ts';
+} from '../src/runs/merge/recipe.ts';
+import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandModels } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
 import { createConsole } from './ui/console.ts';

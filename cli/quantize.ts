@@ -11,7 +11,7 @@ import { BEST_STEPS } from '../src/methods/quantize/best/steps.ts';
 import { QUANTIZERS } from '../src/methods/quantize/index.ts';
 import { TRANSFORMS } from '../src/methods/quantize/quantizer.ts';
 import { COMPENSATION_VARIANTS } from '../src/methods/rank/compensation.ts';
-import type { QuantizeOutcome } from '../src/quantize.ts';
+import type { QuantizeOutcome } from '../src/runs/quantize/quantize.ts';
 import {
   FORMATS,
   GROUP_SIZES,
@@ -20,8 +20,8 @@ import {
   type QuantizeRequest,
   quantizeRecipe,
   SENSITIVITIES,
-} from '../src/recipe.ts';
-import { formatSize, parseSize } from '../src/size.ts';
+} from '../src/runs/quantize/recipe.ts';
+import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandFiles } from './files.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
 import { inThread } from './runs.ts';

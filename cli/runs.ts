@@ -1,13 +1,13 @@
 /** Runs that compute for long, each in a thread of its own: the program's stays free to draw progress and to hear Ctrl-C. */
 import { startJobThread } from '../src/compute/job-thread.ts';
-import type { evaluate } from '../src/evaluate.ts';
-import type { quantize } from '../src/quantize.ts';
-import type { Progress, RunHooks } from '../src/run.ts';
+import type { evaluate } from '../src/runs/evaluate/evaluate.ts';
+import type { quantize } from '../src/runs/quantize/quantize.ts';
+import type { Progress, RunHooks } from '../src/runs/run.ts';
 
 /** By name, loaded where they run. Their arguments but the last, and their results, are plain data. */
 export const RUNS = {
-  quantize: async (...args: Parameters<typeof quantize>) => (await import('../src/quantize.ts')).quantize(...args),
-  evaluate: async (...args: Parameters<typeof evaluate>) => (await import('../src/evaluate.ts')).evaluate(...args),
+  quantize: async (...args: Parameters<typeof quantize>) => (await import('../src/runs/quantize/quantize.ts')).quantize(...args),
+  evaluate: async (...args: Parameters<typeof evaluate>) => (await import('../src/runs/evaluate/evaluate.ts')).evaluate(...args),
 };
 
 /** How long a run may take to a safe point after Ctrl-C; a product of a large layer takes longer, and would be made again on --resume. */

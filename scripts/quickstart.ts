@@ -6,7 +6,7 @@ import { fileURLToPath } from 'node:url';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { loadTokenizer } from '../src/calibration/tokenizer.ts';
 import { createEngine } from '../src/compute/ort.ts';
-import { generate } from '../src/generate.ts';
+import { generate } from '../src/runs/evaluate/generate.ts';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const at = (path: string) => relative(process.cwd(), join(root, path)) || '.';

@@ -1,6 +1,6 @@
 /** The only place that prints: results on stdout; progress, notes and errors on stderr. */
 import { EtaEstimator, formatDuration } from '../../src/calibration/progress.ts';
-import type { RunHooks } from '../../src/run.ts';
+import type { RunHooks } from '../../src/runs/run.ts';
 
 export interface Console {
   readonly hooks: RunHooks;

@@ -2,8 +2,8 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { convertAdapter, inspectAdapter } from '../../src/adapt-convert.ts';
-import { evaluate } from '../../src/evaluate.ts';
+import { convertAdapter, inspectAdapter } from '../../src/runs/adapt/convert.ts';
+import { evaluate } from '../../src/runs/evaluate/evaluate.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import {
   type NamedTensor,

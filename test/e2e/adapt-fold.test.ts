@@ -3,13 +3,13 @@ import { copyFileSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'no
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, expect, it } from 'vitest';
-import { adapt } from '../../src/adapt.ts';
-import { type ConvertRequest, convertAdapter, inspectAdapter } from '../../src/adapt-convert.ts';
-import { type AdaptRequest, adaptRecipe } from '../../src/adapt-recipe.ts';
 import { readAdapterFolder } from '../../src/artifacts/adapter-reader.ts';
 import { writeRouted } from '../../src/artifacts/routed-adapter.ts';
-import { evaluate } from '../../src/evaluate.ts';
 import { normal } from '../../src/methods/rank/training/initial.ts';
+import { adapt } from '../../src/runs/adapt/adapt.ts';
+import { type ConvertRequest, convertAdapter, inspectAdapter } from '../../src/runs/adapt/convert.ts';
+import { type AdaptRequest, adaptRecipe } from '../../src/runs/adapt/recipe.ts';
+import { evaluate } from '../../src/runs/evaluate/evaluate.ts';
 import { saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { runQuantize } from '../support/runs.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';

@@ -3,10 +3,10 @@ import { copyFileSync, existsSync, readFileSync, rmSync, writeFileSync } from 'n
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { adapt } from '../../src/adapt.ts';
-import { adaptRecipe } from '../../src/adapt-recipe.ts';
 import { openModelSource } from '../../src/artifacts/model-source.ts';
-import { evaluate } from '../../src/evaluate.ts';
+import { adapt } from '../../src/runs/adapt/adapt.ts';
+import { adaptRecipe } from '../../src/runs/adapt/recipe.ts';
+import { evaluate } from '../../src/runs/evaluate/evaluate.ts';
 import { saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { readWeights } from '../support/merge-models.ts';
 import { runCli, runCliJson } from '../support/run-cli.ts';

@@ -2,8 +2,8 @@
 import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { inspect } from '../../src/inspect.ts';
-import type { QuantizeRequest } from '../../src/recipe.ts';
+import { inspect } from '../../src/runs/inspect/inspect.ts';
+import type { QuantizeRequest } from '../../src/runs/quantize/recipe.ts';
 import { saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { runEvaluate, runQuantize } from '../support/runs.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';

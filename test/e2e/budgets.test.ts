@@ -2,9 +2,9 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { inspect } from '../../src/inspect.ts';
 import type { BitPlan } from '../../src/methods/quantize/quantizer.ts';
-import type { QuantizeRequest } from '../../src/recipe.ts';
+import { inspect } from '../../src/runs/inspect/inspect.ts';
+import type { QuantizeRequest } from '../../src/runs/quantize/recipe.ts';
 import { saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { runCli } from '../support/run-cli.ts';
 import { runEvaluate, runQuantize } from '../support/runs.ts';

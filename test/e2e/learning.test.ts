@@ -2,8 +2,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { quantize } from '../../src/quantize.ts';
-import { type QuantizeRequest, quantizeRecipe } from '../../src/recipe.ts';
+import { quantize } from '../../src/runs/quantize/quantize.ts';
+import { type QuantizeRequest, quantizeRecipe } from '../../src/runs/quantize/recipe.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { artifactTree } from '../support/folder-tree.ts';
 import { runEvaluate, runQuantize } from '../support/runs.ts';

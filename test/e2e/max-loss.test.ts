@@ -2,8 +2,8 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { quantize } from '../../src/quantize.ts';
-import { quantizeRecipe } from '../../src/recipe.ts';
+import { quantize } from '../../src/runs/quantize/quantize.ts';
+import { quantizeRecipe } from '../../src/runs/quantize/recipe.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 

@@ -2,8 +2,8 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { merge } from '../../src/merge.ts';
-import { mergeRecipe } from '../../src/merge-recipe.ts';
+import { merge } from '../../src/runs/merge/merge.ts';
+import { mergeRecipe } from '../../src/runs/merge/recipe.ts';
 import { nudged, randomTensor, readWeights, saveFile } from '../support/merge-models.ts';
 import { runCliJson } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { loadTokenizer } from '../../src/calibration/tokenizer.ts';
-import { evaluate } from '../../src/evaluate.ts';
+import { evaluate } from '../../src/runs/evaluate/evaluate.ts';
 import { saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { nudged, readWeights, saveFolder, weightsOf } from '../support/merge-models.ts';
 import { runCli } from '../support/run-cli.ts';

@@ -2,8 +2,8 @@
 import { join } from 'node:path';
 import { expect, it } from 'vitest';
 import { openModelSource } from '../../src/artifacts/model-source.ts';
-import { quantize } from '../../src/quantize.ts';
-import { type QuantizeRequest, quantizeRecipe } from '../../src/recipe.ts';
+import { quantize } from '../../src/runs/quantize/quantize.ts';
+import { type QuantizeRequest, quantizeRecipe } from '../../src/runs/quantize/recipe.ts';
 import { groupedLlama, saveCheckpoint, tinyText } from '../support/checkpoint-folder.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 

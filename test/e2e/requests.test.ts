@@ -90,7 +90,10 @@ describe('wrong requests end with code 2', () => {
       /^--bpw 1.01: below what groups of 32 can reach; the smallest is --bpw \d\.\d+, and beyond --bpw \d/,
       quantize('model --bpw 1.01 --method rtn --group-size 32 -o out'),
     ],
-    [/^--size 1000: below what groups of 32 can reach; the smallest is --size \d+.* --embeddings 4 or 8 makes/, quantize('model --size 1000 --method rtn --group-size 32 -o out')],
+    [
+      /^--size 1000: below what groups of 32 can reach; the smallest is --size \d+.* --embeddings 4 or 8 makes/,
+      quantize('model --size 1000 --method rtn --group-size 32 -o out'),
+    ],
     [/^--act-order: --method rtn does not use it/, quantize(`model ${rtn} --act-order -o out`)],
     [/^--bits 2: the plan says every width/, quantize('model --bits 2 --plan short.json -o out')],
     [/^--max-memory 5XB: a size is a number with kB, MB, GB/, quantize(`model ${rtn} --max-memory 5XB -o out`)],

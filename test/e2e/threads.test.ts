@@ -3,8 +3,8 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { expect, it } from 'vitest';
-import { quantize } from '../../src/quantize.ts';
-import { quantizeRecipe } from '../../src/recipe.ts';
+import { quantize } from '../../src/runs/quantize/quantize.ts';
+import { quantizeRecipe } from '../../src/runs/quantize/recipe.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
 
 const scratch = scratchFolder();

@@ -2,7 +2,7 @@
 import { appendFileSync, cpSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { verifyArtifact } from '../../src/verify-artifact.ts';
+import { verifyArtifact } from '../../src/runs/inspect/verify-artifact.ts';
 import { groupedLlama, saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { runCli, runCliJson } from '../support/run-cli.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';

@@ -10,11 +10,11 @@ import { openModelSource } from '../../src/artifacts/model-source.ts';
 import { writeArtifact } from '../../src/artifacts/write-artifact.ts';
 import { loadTokenizer } from '../../src/calibration/tokenizer.ts';
 import { createEngine } from '../../src/compute/ort.ts';
-import { generate } from '../../src/generate.ts';
 import { quantize, quantizeRecipe } from '../../src/index.ts';
 import { transformColumns } from '../../src/methods/quantize/input-transform.ts';
 import type { QuantizedLinear } from '../../src/methods/quantize/quantized-linear.ts';
 import type { LinearSite } from '../../src/model/model.ts';
+import { generate } from '../../src/runs/evaluate/generate.ts';
 
 const base = fileURLToPath(new URL('../../fixtures/lab/base', import.meta.url));
 const text = fileURLToPath(new URL('../../fixtures/lab/text/python.train.txt', import.meta.url));

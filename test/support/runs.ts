@@ -1,7 +1,7 @@
 /** The runs behind the commands, in this process and on one thread: for tests of what they do rather than of how they are called. */
-import { type Evaluation, evaluate } from '../../src/evaluate.ts';
-import { type QuantizeOutcome, quantize } from '../../src/quantize.ts';
-import { type QuantizeRequest, quantizeRecipe } from '../../src/recipe.ts';
+import { type Evaluation, evaluate } from '../../src/runs/evaluate/evaluate.ts';
+import { type QuantizeOutcome, quantize } from '../../src/runs/quantize/quantize.ts';
+import { type QuantizeRequest, quantizeRecipe } from '../../src/runs/quantize/recipe.ts';
 
 /** Quantizes `model` into the new folder `output`; groups of 32 unless the request says otherwise. */
 export function runQuantize(model: string, output: string, request: QuantizeRequest): Promise<QuantizeOutcome> {

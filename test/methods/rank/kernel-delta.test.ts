@@ -13,7 +13,7 @@ import { parseRankBudget, spendable } from '../../../src/methods/rank/rank-budge
 import { normal } from '../../../src/methods/rank/training/initial.ts';
 import type { TrainedModule } from '../../../src/methods/rank/training/schedule.ts';
 import { snella } from '../../../src/methods/rank/training/snella.ts';
-import { parseSize } from '../../../src/size.ts';
+import { parseSize } from '../../../src/runs/size.ts';
 import { naiveBlas } from '../../support/naive-blas.ts';
 
 const blas = naiveBlas();

@@ -12,7 +12,7 @@ import { addOrthogonality, orthogonality } from '../../../src/methods/rank/train
 import type { TrainedModule, TrainingSchedule } from '../../../src/methods/rank/training/schedule.ts';
 import { Sensitivity } from '../../../src/methods/rank/training/sensitivity.ts';
 import { growingLayers } from '../../../src/methods/rank/training/triadaptlora.ts';
-import { parseSize } from '../../../src/size.ts';
+import { parseSize } from '../../../src/runs/size.ts';
 import { naiveBlas } from '../../support/naive-blas.ts';
 
 describe('sensitivity', () => {

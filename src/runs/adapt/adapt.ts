@@ -1,0 +1,376 @@
+/** `adapt`: a low-rank adapter for a frozen model, float or quantized, trained on text within a budget. */
+import { createHash } from 'node:crypto';
+import { basename, resolve } from 'node:path';
+import { hashFile, hashFolder, writeJson, writeReport } from '../../artifacts/manifest.ts';
+import { assertNaturalOrder, type ModelSource, openModelSource } from '../../artifacts/model-source.ts';
+import { OutputFolder } from '../../artifacts/output-folder.ts';
+import { Spool } from '../../calibration/state-store.ts';
+import { parseTextFile } from '../../calibration/text.ts';
+import { loadTokenizer } from '../../calibration/tokenizer.ts';
+import type { Device } from '../../compute/engine.ts';
+import { createEngine } from '../../compute/ort.ts';
+import { createBlas } from '../../compute/ort-blas.ts';
+import { RecipeError, UnsupportedError } from '../../errors.ts';
+import { type SpendableBudget, spendable } from '../../methods/rank/rank-budget.ts';
+import { SURROGATES } from '../../methods/rank/surrogate/index.ts';
+import { TRAINING_SCHEDULES } from '../../methods/rank/training/index.ts';
+import type { TrainedModule, TrainingSchedule } from '../../methods/rank/training/schedule.ts';
+import type { Model } from '../../model/model.ts';
+import { packageVersion } from '../../package-root.ts';
+import { matchModules } from '../module-glob.ts';
+import type { OutputMode } from '../quantize/quantize.ts';
+import type { RunHooks } from '../run.ts';
+import { loadCheckpoint, saveCheckpoint } from './checkpoint.ts';
+import { writeUpdates } from './output.ts';
+import type { AdaptRecipe } from './recipe.ts';
+import { type FoundStart, findStart } from './start.ts';
+import { endOfText, readTrainingText } from './text.ts';
+import { Trainer } from './train.ts';
+
+/** What came of a run, or would come of it. */
+export interface AdaptOutcome {
+  readonly method: string;
+  /** What may be said of results: of the published method, of one with changes, of what is known of one, of pcomp's own, of what stands in for a training. */
+  readonly label: 'published' | 'published+changes' | 'reconstructed' | 'own' | 'surrogate';
+  readonly modules: readonly AdaptedLayer[];
+  readonly parameters: number;
+  readonly budget: { readonly requested: string; readonly unit: string; readonly total: number; readonly spent: number };
+  /** Where gains share ranks out: by which solver, what they are worth, and what no ranks can exceed. */
+  readonly solved?: FoundStart['solved'];
+  readonly windows: { readonly training: number; readonly heldOut: number; readonly tokens: number };
+  readonly learningRate: number;
+  readonly notes: readonly string[];
+  readonly run?: {
+    readonly output: string;
+    /** Held-out nats per token. */
+    readonly heldOut: { readonly before: number; readonly after: number; readonly best: number; readonly bestStep: number };
+    readonly losses: readonly number[];
+    readonly looks: readonly { readonly step: number; readonly nll: number }[];
+    readonly skippedSteps: number;
+    readonly seconds: number;
+    readonly peakBytes: number;
+    readonly device: Device;
+  };
+}
+
+/** What a layer got. */
+export interface AdaptedLayer {
+  readonly name: string;
+  /** Of all its experts together; 0 for a sparse update, which has none. */
+  readonly rank: number;
+  readonly scale: number;
+  readonly experts?: number;
+  /** Non-zeros over weights, of a sparse update. */
+  readonly density?: number;
+}
+
+/** Seconds between two checkpoints. */
+const CHECKPOINT_SECONDS = 60;
+
+/**
+ * Trains an adapter and writes it as a PEFT folder. Throws RecipeError for a request that cannot be met, FormatError for a broken input,
+ * TrainingError when numbers stay infinite; all checks come before the first step.
+ */
+export async function adapt(
+  path: string,
+  outputPath: string,
+  recipe: AdaptRecipe,
+  mode: OutputMode,
+  hooks: RunHooks = {},
+): Promise<AdaptOutcome> {
+  const started = performance.now();
+  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
+  const notes: string[] = [];
+  const note = (message: string): void => {
+    notes.push(message);
+    hooks.note?.(message);
+  };
+  const request = { path: outputPath, overwrite: mode.overwrite, resume: mode.resume };
+  if (!mode.dryRun)
+    await OutputFolder.check({ ...request, resume: false, overwrite: mode.overwrite || mode.resume, recipeHash: '' });
+  await using source = await openModelSource(path);
+  assertNaturalOrder(source, 'adapt');
+  const { model } = source;
+  const routed = model.blocks.flatMap(({ sites }) => sites).find((site) => source.weights.routed?.(site));
+  if (routed) throw new UnsupportedError(`${path}: "${routed.name}" has experts beside it, and takes no adapter in training`);
+  const modules = modulesOf(model, recipe.targets);
+  const budget = budgetOf(recipe, modules);
+  const { steps, preset, seed, method } = recipe;
+  const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
+  const length = Math.min(recipe.sequenceLength, model.shape.contextLength);
+  const text = await readTrainingText(tokenizer, recipe.text, length, endOfText(source.config));
+  await using engine = await createEngine({ device: recipe.device, threads: recipe.threads, onNote: note });
+  await using spool = new Spool({ ramBytes: recipe.maxMemory / 2 });
+  const forward = { model, engine, blas: createBlas(engine), spool, path, signal: hooks.signal };
+  if (recipe.against !== undefined && source.kind === 'float') {
+    throw new RecipeError(
+      `${recipe.init === 'loftq' ? '--init loftq' : `--method ${method}${method === 'qerror' ? '' : ' --against'}`}: repairs what quantization lost, and ${path} is float; gora and eva are for float models`,
+    );
+  }
+  const job = { recipe, forward, weights: source.weights, modules, budget, training: text.training, progress: hooks.progress };
+  const start = await findStart(job);
+  const schedule: TrainingSchedule = TRAINING_SCHEDULES[method]({
+    steps,
+    budget,
+    preset,
+    seed,
+    scale: scaleOf(recipe, modules, start),
+    startRank: recipe.startRank,
+    growth: recipe.growth,
+    start,
+  });
+  schedule.init(modules);
+  const sizeOf = (module: TrainedModule, rank: number) =>
+    schedule.size?.(module) ?? {
+      spent: rank * budget.cost(module),
+      parameters: rank * (module.outFeatures + module.inFeatures),
+    };
+  const spent = modules.reduce((sum, module) => sum + sizeOf(module, module.rank).spent, 0);
+  const overspent = (total: number): void => {
+    if (total > budget.total) note(`${method}, preset ${preset}: spends ${total} of ${Math.floor(budget.total)}, as published`);
+  };
+  if (method === 'gora' || start?.surrogate) overspent(spent);
+  if (start?.surrogate) {
+    const { components, windows, concentration } = start.surrogate;
+    note(
+      `calibration surrogate of ${method}: ranks from ${windows} windows' gradients of components of ${components === 'error' ? 'what quantization lost' : 'the gradient'}, nothing is trained; results published for ${method} say nothing about it (Gini coefficient of the layers' scores: ${concentration.toFixed(2)})`,
+    );
+  }
+  const learningRate = recipe.lr ?? schedule.learningRate;
+  const outcome = (): Omit<AdaptOutcome, 'run'> => {
+    const ranks = schedule.ranks(modules);
+    const sizes = modules.map((module) => sizeOf(module, ranks.get(module.name)!));
+    return {
+      method: `${start?.surrogate ? 'calibration surrogate of ' : ''}${method}, preset ${preset}`,
+      label: labelOf(recipe),
+      modules: modules.map(({ name, scale, routed, kernel, outFeatures, inFeatures }, i) => ({
+        name,
+        rank: ranks.get(name)!,
+        scale,
+        ...(routed ? { experts: routed.experts } : {}),
+        ...(kernel ? { density: sizes[i].parameters / (outFeatures * inFeatures) } : {}),
+      })),
+      parameters: sizes.reduce((sum, { parameters }) => sum + parameters, 0),
+      budget: {
+        requested: `${recipe.budget.kind}=${recipe.budget.amount}`,
+        total: budget.total,
+        unit: kindOfSpent(budget, schedule),
+        spent: Math.round(sizes.reduce((sum, one) => sum + one.spent, 0)),
+      },
+      ...(start?.solved ? { solved: start.solved } : {}),
+      windows: { training: text.training.length, heldOut: text.heldOut.length, tokens: length },
+      learningRate,
+      notes,
+    };
+  };
+  if (mode.dryRun) return outcome();
+
+  const inputs = await hashInputs(source, recipe);
+  const recipeHash = createHash('sha256')
+    .update(JSON.stringify([portable(recipe), inputs, packageVersion()]))
+    .digest('hex');
+  await using output = await OutputFolder.open({ ...request, recipeHash });
+  const rules = { steps, batch: recipe.batch, learningRate, patience: recipe.patience, seed, keptBytes: recipe.maxMemory / 2 };
+  const trainer = new Trainer(forward, source.weights, modules, schedule, text, rules);
+  const before = await trainer.heldOutOfBase();
+  const begun = await firstStep(trainer, start, before, note);
+  if (output.resumed && (await loadCheckpoint(output.partsPath, trainer)))
+    note(`resuming after step ${trainer.progress.step} of ${steps}`);
+  await train(trainer, output, steps, hooks);
+
+  const best = trainer.best ?? (await trainer.updates());
+  const { looks, losses, skipped } = trainer.progress;
+  const bestLook = trainer.progress.best ?? { step: 0, nll: begun };
+  if (steps === 0) note(`nothing was trained${start?.loraB ? '' : ': the adapter changes nothing until it is'}`);
+  if (bestLook.nll > before || (steps > 0 && bestLook.nll === before))
+    note(`held-out loss did not fall: ${before.toFixed(4)} before, ${bestLook.nll.toFixed(4)} at best`);
+  if (start?.subtracted)
+    note(`--init ${recipe.init}: stored with twice the ranks, what was learned less the start, to go on the base as it is`);
+  if (recipe.dora)
+    note('a DoRA adapter: PEFT reads it; many servers and ONNX exporters do not; adapt convert --to merged folds it');
+  await writeUpdates(output.artifactPath, modules, best, {
+    base: basename(resolve(path)),
+    padRanks: recipe.padRanks,
+    transposed: model.blocks.some(({ sites }) => sites.some(({ transposed }) => transposed)),
+  });
+  const made = outcome();
+  if (method === 'increlora' && steps > 0) overspent(made.budget.spent);
+  await writeJson(`${output.artifactPath}/pcomp.json`, {
+    format: 1,
+    command: 'adapt',
+    recipe: portable(recipe),
+    plan: {
+      method,
+      preset,
+      label: made.label,
+      budget: made.budget,
+      ...(made.solved ? { solved: made.solved } : {}),
+      modules: Object.fromEntries(
+        modules.map((module) => {
+          const { name, outFeatures, inFeatures, routed } = module;
+          const rank = schedule.ranks(modules).get(name)!;
+          const { spent: cost, parameters } = sizeOf(module, rank);
+          const kept = routed ? { routed } : module.kernel ? { nonZeros: parameters } : { rank };
+          const scores = start?.surrogate?.scores.get(name);
+          return [name, { outFeatures, inFeatures, ...kept, cost, ...(scores ? { scores } : {}) }];
+        }),
+      ),
+      ...(start?.surrogate
+        ? {
+            surrogate: {
+              of: start.surrogate.of,
+              components: start.surrogate.components,
+              windows: start.surrogate.windows,
+              concentration: start.surrogate.concentration,
+            },
+          }
+        : {}),
+      trace: start?.surrogate?.trace ?? schedule.trace,
+    },
+    seed,
+    device: engine.device,
+    versions: { pcomp: packageVersion() },
+    inputs,
+    outputs: await hashFolder(output.artifactPath),
+  });
+  const run = {
+    output: outputPath,
+    heldOut: { before, after: looks.at(-1)?.nll ?? begun, best: bestLook.nll, bestStep: bestLook.step },
+    losses,
+    looks,
+    skippedSteps: skipped,
+    seconds: (performance.now() - started) / 1000,
+    peakBytes: process.resourceUsage().maxRSS * 1024,
+    device: engine.device,
+  };
+  await writeReport(output.artifactPath, { ...made, run });
+  await output.finalize();
+  return { ...made, run };
+}
+
+/** Steps until the end, with a checkpoint now and then, and one when the run is stopped. */
+async function train(trainer: Trainer, output: OutputFolder, steps: number, { progress, signal }: RunHooks): Promise<void> {
+  let saved = performance.now();
+  const save = async () => {
+    await output.keepForResume();
+    await saveCheckpoint(output.partsPath, trainer);
+    saved = performance.now();
+  };
+  while (!trainer.done) {
+    const { step, losses } = trainer.progress;
+    progress?.({ phase: `step ${step + 1}, loss ${losses.at(-1)?.toFixed(3) ?? '-'}`, done: step, total: steps });
+    try {
+      signal?.throwIfAborted();
+      await trainer.step();
+    } catch (error) {
+      // Whatever stopped it, the step has changed nothing.
+      if (signal?.aborted && trainer.progress.step > 0) await save();
+      throw error;
+    }
+    if (performance.now() - saved > CHECKPOINT_SECONDS * 1000) await save();
+  }
+}
+
+function modulesOf(model: Model, targets: readonly string[]): TrainedModule[] {
+  const sites = model.blocks.flatMap(({ index, sites: own }) => own.map((site) => ({ site, block: index })));
+  const wanted =
+    targets.length === 0
+      ? undefined
+      : matchModules(
+          '--targets',
+          targets,
+          sites.map(({ site }) => site.name),
+        );
+  return sites
+    .filter(({ site }) => wanted?.has(site.name) ?? true)
+    .map(({ site: { name, outFeatures, inFeatures }, block }) => ({
+      name,
+      block,
+      outFeatures,
+      inFeatures,
+      scale: 1,
+      rank: 0,
+      parameters: new Map(),
+    }));
+}
+
+/** Bits of a non-zero as it is stored: its value, and where it stands. */
+const NON_ZERO_BITS = 64;
+
+function budgetOf({ budget, method }: AdaptRecipe, modules: readonly TrainedModule[]): SpendableBudget {
+  if (method === 'snella') return spendable(budget, modules, { parameterBits: NON_ZERO_BITS, least: 1 });
+  return spendable(budget, modules, method === 'mola' ? { least: 1 } : {});
+}
+
+function kindOfSpent({ unit }: SpendableBudget, { form }: TrainingSchedule): string {
+  return form === 'kernel' ? 'non-zeros' : unit;
+}
+
+/** alpha over the rank of an expert, or that the budget allows on average; or over its root. */
+function scaleOf(recipe: AdaptRecipe, modules: readonly TrainedModule[], start: FoundStart | undefined): number | undefined {
+  const { alpha, rslora } = recipe;
+  if (alpha === undefined) return undefined;
+  const { total, cost } = budgetOf(recipe, modules);
+  const mean = Math.max(1, Math.floor(total / modules.reduce((sum, module) => sum + cost(module), 0)));
+  const rank = start?.routed?.(modules[0].name).rank ?? mean;
+  return alpha / (rslora ? Math.sqrt(rank) : rank);
+}
+
+/** Methods that preset best does not follow to the letter; mola is without dropout in both presets. */
+const CHANGED_BY_BEST: readonly string[] = ['adalora', 'gora', 'increlora', 'triadaptlora', 'snella'];
+
+function labelOf({ method, preset, steps }: AdaptRecipe): AdaptOutcome['label'] {
+  if (steps === 0 && method in SURROGATES) return 'surrogate';
+  if (method === 'qerror') return 'own';
+  if (method === 'lamda++' || method === 'lamda') return 'reconstructed';
+  if (method === 'mola') return 'published+changes';
+  return preset === 'best' && CHANGED_BY_BEST.includes(method) ? 'published+changes' : 'published';
+}
+
+/** Held-out loss of the start; where a method takes a first step, of the length of it that loses least. @param before that of the base */
+async function firstStep(
+  trainer: Trainer,
+  start: FoundStart | undefined,
+  before: number,
+  note: (message: string) => void,
+): Promise<number> {
+  if (!start?.loraB) return before;
+  const factors = trainer.modules.map(({ parameters }) => parameters.get('loraB')!.values);
+  const whole = factors.map((values) => values.slice());
+  const scaled = (length: number) => {
+    for (const [i, values] of factors.entries()) values.set(whole[i].map((value) => length * value));
+  };
+  const { steps = [1] } = start;
+  let best = { length: 0, nll: Infinity };
+  for (const length of steps) {
+    scaled(length);
+    const nll = length === 0 ? before : await trainer.heldOut();
+    if (nll < best.nll) best = { length, nll };
+  }
+  scaled(best.length);
+  if (start.steps)
+    note(
+      `first step: ${best.length} of the gradient's length, held-out loss ${before.toFixed(4)} before and ${best.nll.toFixed(4)} after`,
+    );
+  return best.nll;
+}
+
+/** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
+function portable({ threads: _, maxMemory: __, device: ___, text, against, ...rest }: AdaptRecipe): Record<string, unknown> {
+  const original = against === undefined ? {} : { against: basename(resolve(against)) };
+  return { ...rest, ...original, text: text.map((file) => basename(file)) };
+}
+
+async function hashInputs({ files, configPath }: ModelSource, { text, against }: AdaptRecipe): Promise<Record<string, unknown>> {
+  const inputs: Record<string, unknown> = { 'model/config.json': await hashFile(configPath) };
+  for (const { path } of files) inputs[`model/${basename(path)}`] = await hashFile(path);
+  if (against !== undefined) {
+    await using original = await openModelSource(against);
+    for (const { path } of original.files) inputs[`against/${basename(path)}`] = await hashFile(path);
+  }
+  for (const [i, file] of text.entries()) {
+    const { path } = parseTextFile(file);
+    inputs[`text/${i}/${basename(path)}`] = await hashFile(path);
+  }
+  return inputs;
+}
