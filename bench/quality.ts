@@ -1,6 +1,6 @@
 /**
  * Quality of every quantizer on real models: perplexity on held-out text, everything stored counted, evaluated in memory and through the
- * written ONNX file. `npx tsx bench/quality.ts [lab|stories] [--table methods,without,stored,groups,learned] [--bits 2,3,4] [--bpw 2.1,2.3]`; writes
+ * written ONNX file. `npx tsx bench/quality.ts [lab|stories|smollm2] [--table methods,without,stored,groups,learned] [--bits 2,3,4] [--bpw 2.1,2.3]`; writes
  * bench/results/quality-<model>[-<tables>].{json,md}. `--table stored` compares at equal stored size: every method at each `--bpw`, then
  * the default less each of its steps at the first of `--steps-at`. With `--keep FILE`, rows that are in FILE are not made again: a killed run goes on there.
  */
@@ -47,6 +47,14 @@ const CASES: Readonly<Record<string, Case>> = {
     calibration: join(shared, 'text/tinystories.197k.txt'),
     text: join(shared, 'text/tinystories.valid.30k.txt'),
     groupSize: 32,
+    sequenceLength: 512,
+  },
+  // Made by bench/models/smollm2.py; skipped where it is not.
+  smollm2: {
+    model: root('out/models/smollm2'),
+    calibration: root('fixtures/lab/text/python.train.txt'),
+    text: root('fixtures/lab/text/python.eval.txt'),
+    groupSize: 64,
     sequenceLength: 512,
   },
 };
