@@ -123,7 +123,15 @@ describe('without onnxruntime-node', () => {
   }`;
   const asUrl = (code: string) => `data:text/javascript,${encodeURIComponent(code)}`;
   const register = asUrl(`import { register } from 'node:module'; register(${JSON.stringify(asUrl(hook))});`);
-  const without = { cwd, nodeArgs: ['--import', register] };
+  // Runs have a thread of their own, which the program's flags do not reach.
+  const inThreads = asUrl(
+    `import threads from 'node:worker_threads'; import { syncBuiltinESMExports } from 'node:module'; const { Worker } = threads;
+    threads.Worker = class extends Worker {
+      constructor(code, options) { super('import(' + ${JSON.stringify(JSON.stringify(register))} + ').then(() => {' + code + '})', options); }
+    };
+    syncBuiltinESMExports();`,
+  );
+  const without = { cwd, nodeArgs: ['--import', register, '--import', inThreads] };
 
   it.each([
     ['quantize', ['quantize', 'model', ...SETTINGS, '-o', 'no-runtime']],

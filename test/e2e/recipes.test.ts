@@ -103,7 +103,7 @@ it('a run that is killed after its survey goes on with what that found, and ends
 
 it.concurrent.each([
   ['--bpw', '3.1', 'bitsPerWeight', 3.1],
-  ['--size', '250kB', 'bytes', 250_000],
+  ['--size', '130kB', 'bytes', 130_000],
   ['--runtime-memory', '60kB', 'runtimeBytes', 60_000],
 ] as const)('a budget of %s %s is kept', async (flag, budget, figure, most) => {
   const outcome = await quantize(flag, budget, ...SHAPE, ...TEXT, '-o', `budget${flag}`);
