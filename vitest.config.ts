@@ -5,6 +5,7 @@ export default defineConfig({
     include: ['test/**/*.test.ts'],
     exclude: ['test/interop/**'],
     testTimeout: 60_000,
+    hookTimeout: 60_000,
     // Native sessions and their threads do not survive worker threads being torn down; processes are clean.
     pool: 'forks',
     maxWorkers: 2,
