@@ -127,7 +127,10 @@ describe('without onnxruntime-node', () => {
   const inThreads = asUrl(
     `import threads from 'node:worker_threads'; import { syncBuiltinESMExports } from 'node:module'; const { Worker } = threads;
     threads.Worker = class extends Worker {
-      constructor(code, options) { super('import(' + ${JSON.stringify(JSON.stringify(register))} + ').then(() => {' + code + '})', options); }
+      constructor(url, options) {
+        const code = 'import(' + ${JSON.stringify(JSON.stringify(register))} + ').then(() => import(' + JSON.stringify(url.href) + '))';
+        super(code, { ...options, eval: true });
+      }
     };
     syncBuiltinESMExports();`,
   );

@@ -1,12 +1,10 @@
-/** The command line as a user runs it: a process of its own, from source. */
+/** The command line as a user runs it: the built program (test/support/build.ts) in a process of its own. */
 import { type ChildProcessByStdio, spawn } from 'node:child_process';
 import type { Readable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
 
 const ROOT = new URL('../../', import.meta.url);
-const PROGRAM = fileURLToPath(new URL('cli/pcomp.ts', ROOT));
-/** Given as a URL, so that it is found from any working folder. */
-const TSX = import.meta.resolve('tsx');
+const PROGRAM = fileURLToPath(new URL('dist/cli/pcomp.js', ROOT));
 
 export interface CliResult {
   /** Exit code as a shell tells it: 130 for a program that Ctrl-C ended; null when another signal did. */
@@ -29,7 +27,7 @@ export interface RunningCli {
 
 /** Starts `pcomp` and returns at once. */
 export function startCli(args: readonly string[], options: CliOptions = {}): RunningCli {
-  const child = spawn(process.execPath, ['--import', TSX, ...(options.nodeArgs ?? []), PROGRAM, ...args], {
+  const child = spawn(process.execPath, [...(options.nodeArgs ?? []), PROGRAM, ...args], {
     cwd: options.cwd ?? fileURLToPath(ROOT),
     env: { ...process.env, ...options.env },
     stdio: ['ignore', 'pipe', 'pipe'],
