@@ -1,4 +1,4 @@
-/** Vitest's global set-up: builds the program that end-to-end tests run, where it is older than its source. */
+/** Vitest's global set-up: builds, unchecked, the program that end-to-end tests run, where it is older than its source. */
 import { execFileSync } from 'node:child_process';
 import { readdirSync, statSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -11,7 +11,7 @@ const PROJECT = join(ROOT, 'tsconfig.build.json');
 export default function build(): void {
   const built = statSync(join(ROOT, 'dist/cli/pcomp.js'), { throwIfNoEntry: false });
   if (built && newest() <= built.mtimeMs) return;
-  execFileSync(process.execPath, [createRequire(import.meta.url).resolve('typescript/bin/tsc'), '-p', PROJECT], {
+  execFileSync(process.execPath, [createRequire(import.meta.url).resolve('typescript/bin/tsc'), '-p', PROJECT, '--noCheck'], {
     stdio: 'inherit',
   });
 }
