@@ -13,7 +13,7 @@ export interface CachedDecoderOptions {
   /** The model, as the user named it; used in messages. */
   readonly path: string;
   readonly prompts: readonly Int32Array[];
-  /** Most tokens that will be added to each. */
+  /** Most tokens that will be added to any of them. */
   readonly room: number;
 }
 
@@ -70,14 +70,20 @@ export class CachedDecoder {
     );
   }
 
-  /** Adds a token to every row. */
-  async next(tokens: readonly number[]): Promise<Float32Array> {
+  /** Adds a token to every row. A row without one has ended: it stays as long as it is, and its states mean nothing from then on. */
+  async next(tokens: readonly (number | undefined)[]): Promise<Float32Array> {
     const { hiddenSize } = this.#options.model.shape;
     const hidden = new Float32Array(tokens.length * hiddenSize);
-    for (const [row, token] of tokens.entries()) hidden.set(await this.#embed(token, this.#lengths[row]), row * hiddenSize);
-    const positions = this.#lengths.map((length) => [length]);
-    const out = await this.#advance(hidden, positions, positions);
-    for (let row = 0; row < tokens.length; row++) this.#lengths[row]++;
+    const keys: number[] = [];
+    for (const [row, token] of tokens.entries()) {
+      keys.push(token === undefined ? -1 : this.#lengths[row]++);
+      if (token !== undefined) hidden.set(await this.#embed(token, keys[row]), row * hiddenSize);
+    }
+    const out = await this.#advance(
+      hidden,
+      this.#lengths.map((length) => [length - 1]),
+      keys.map((key) => [key]),
+    );
     return this.#pick(
       out,
       tokens.map(() => 0),

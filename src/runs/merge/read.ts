@@ -89,6 +89,11 @@ export class StoredRows {
 
   /** Rows `[start, end)`; valid until the next call. */
   rows(start: number, end: number): Float32Array {
+    const elements = elementCount(this.#tensor.shape);
+    if (start < 0 || start > end || end * this.#columns > elements)
+      throw new RangeError(
+        `rows ${start}..${end} of "${this.#tensor.name}", which has ${elements / this.#columns} rows of ${this.#columns}`,
+      );
     const count = (end - start) * this.#columns;
     const width = bitsPerElement(this.#tensor.dtype) / 8;
     if (this.#values.length < count) this.#values = this.#allocate(count);

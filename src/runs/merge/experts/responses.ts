@@ -131,14 +131,13 @@ async function writeBatch(
   for (let step = 0; ; step++) {
     const logits = await head.logits({ rows: rows.length, columns: hiddenSize, data: states });
     const tokens = rows.map((row, r) => {
-      // A row that has ended goes on unseen until all have.
-      if (row.ended) return row.tokens.at(-1) ?? 0;
+      if (row.ended) return undefined;
       const own = logits.data.subarray(r * vocabSize, (r + 1) * vocabSize);
       const token = temperature === 0 ? likeliestToken(own) : drawToken(own, row.random, temperature);
       if (endTokens[samples[row.sample].expert].has(token)) row.ended = true;
       else row.tokens.push(token);
       if (row.tokens.length >= row.room) row.ended = true;
-      return token;
+      return row.ended ? undefined : token;
     });
     if (rows.every(({ ended }) => ended)) break;
     signal?.throwIfAborted();
