@@ -18,11 +18,11 @@ beforeAll(async () => {
   template = await ChatTemplate.parse('template', TEMPLATE);
 });
 
-async function read(lines: readonly unknown[], options: Partial<SampleOptions> = {}) {
+async function read(lines: readonly unknown[], options: Partial<SampleOptions> = {}, own = tokenizer) {
   const path = join(scratch.path, 'lines.jsonl');
   writeFileSync(path, lines.map((line) => `${JSON.stringify(line)}\n`).join(''));
   const given = { calibration: [path], labels: ['a'], count: 8, sequenceLength: 64, seed: 0, holdOut: false };
-  return readSamples(tokenizer, { ...given, templateOf: async () => template, ...options });
+  return readSamples(own, { ...given, templateOf: async () => template, ...options });
 }
 
 /** The text of the tokens that are predicted by rows that count. */
@@ -70,6 +70,31 @@ describe('a line that cannot be a sample', () => {
     await expect(read([long], { answers: true })).rejects.toThrow(
       /no text for expert a in it, but for 1 prompts of 64 tokens or more/,
     );
+  });
+
+  it('a prompt of no tokens is left out and counted: there is nothing to go on from', async () => {
+    const empty = { prompt: '' };
+    // The fixture's own begins every text with a token.
+    const bare = { encode: (text: string) => tokenizer.encode(text, 'none') } as Tokenizer;
+    for (const answers of [true, false]) {
+      const { training, notes } = await read([empty, { prompt: 'short' }, empty], { answers }, bare);
+      expect(training).toHaveLength(1);
+      expect(notes.join()).toMatch(/a: 2 prompts without a token, of which nothing follows; left out/);
+    }
+    await expect(read([empty], {}, bare)).rejects.toThrow(/no text for expert a in it, but for 1 prompts without a token/);
+    const answered = await read([{ prompt: '', response: 'A friend.' }], {}, bare);
+    expect(answered.training.map((sample) => tokenizer.decode(sample.tokens))).toEqual(['A friend.']);
+  });
+
+  it('a template is read once for all conversations of a file', async () => {
+    let reads = 0;
+    const templateOf = async () => {
+      reads++;
+      return template;
+    };
+    const { training } = await read([{ messages: talk }, { messages: talk }], { templateOf });
+    expect(training).toHaveLength(2);
+    expect(reads).toBe(1);
   });
 
   it.each([

@@ -56,19 +56,24 @@ export async function readSamples(tokenizer: Tokenizer, options: SampleOptions):
   for (const [expert, paths] of files.entries()) {
     const label = options.labels[expert];
     const samples: Sample[] = [];
-    let long = 0;
+    const left = { long: 0, empty: 0 };
     for (const path of paths) {
       const found = await samplesOf(path, expert, tokenizer, options);
       samples.push(...found.samples);
-      long += found.long;
+      left.long += found.left.long;
+      left.empty += found.left.empty;
       plain &&= found.plain;
     }
+    const long = `${left.long} prompts of ${options.sequenceLength} tokens or more`;
+    const empty = `${left.empty} prompts without a token`;
     if (samples.length === 0) {
-      const cause = long > 0 ? `, but for ${long} prompts of ${options.sequenceLength} tokens or more` : '';
-      throw new RecipeError(`--calibration ${paths.join(' ')}: no text for expert ${label} in it${cause}`);
+      const causes = [...(left.long > 0 ? [long] : []), ...(left.empty > 0 ? [empty] : [])].join(' and ');
+      throw new RecipeError(
+        `--calibration ${paths.join(' ')}: no text for expert ${label} in it${causes === '' ? '' : `, but for ${causes}`}`,
+      );
     }
-    if (long > 0)
-      notes.push(`${label}: ${long} prompts of ${options.sequenceLength} tokens or more leave no room for a response; left out`);
+    if (left.long > 0) notes.push(`${label}: ${long} leave no room for a response; left out`);
+    if (left.empty > 0) notes.push(`${label}: ${empty}, of which nothing follows; left out`);
     const taken = samples.slice(0, options.count);
     if (taken.length < FEW) notes.push(`${label}: ${taken.length} samples; at least ${FEW} are needed to learn from`);
     const spare = options.holdOut && taken.length >= HELD_OUT_FROM ? Math.ceil(taken.length / HELD_OUT) : 0;
@@ -109,17 +114,24 @@ interface Exchange {
   readonly whole?: Int32Array;
 }
 
-/** The samples of a file, how many of its prompts are too long to be one, and whether it is plain: see SampleSets. */
+/** What of a file is no sample: prompts that leave no room for a response, and those of no tokens. */
+interface LeftOut {
+  long: number;
+  empty: number;
+}
+
+/** The samples of a file, how many of its lines are none, and whether it is plain: see SampleSets. */
 async function samplesOf(
   path: string,
   expert: number,
   tokenizer: Tokenizer,
   options: SampleOptions,
-): Promise<{ samples: Sample[]; long: number; plain: boolean }> {
+): Promise<{ samples: Sample[]; left: LeftOut; plain: boolean }> {
   const { sequenceLength, count, seed } = options;
   const samples: Sample[] = [];
   const documents: string[] = [];
-  let long = 0;
+  const left: LeftOut = { long: 0, empty: 0 };
+  let template: ChatTemplate | undefined;
   let plain = true;
   for await (const document of readPrompts(parseTextFile(path))) {
     if (typeof document === 'string') {
@@ -127,29 +139,32 @@ async function samplesOf(
       continue;
     }
     plain &&= 'response' in document && document.response !== undefined;
-    const exchange =
-      'messages' in document
-        ? conversation(tokenizer, await templateFor(path, expert, options), document.messages)
-        : {
-            head: tokenizer.encode(document.prompt, 'before'),
-            ...(document.response === undefined ? {} : { whole: tokenizer.encode(document.prompt + document.response) }),
-          };
+    let exchange: Exchange;
+    if ('messages' in document) {
+      template ??= await templateFor(path, expert, options);
+      exchange = conversation(tokenizer, template, document.messages);
+    } else {
+      const { prompt, response } = document;
+      const head = tokenizer.encode(prompt, 'before');
+      exchange = response === undefined ? { head } : { head, whole: tokenizer.encode(prompt + response) };
+    }
     const sample = sampleOf(expert, exchange, options);
-    if (sample) samples.push(sample);
-    else long++;
+    if (typeof sample === 'object') samples.push(sample);
+    else left[sample]++;
     if (samples.length >= count) break;
   }
-  if (documents.length === 0) return { samples, long, plain };
+  if (documents.length === 0) return { samples, left, plain };
   const tokens = tokenizer.encode(documents.join('\n\n'));
   if (tokens.length < 2) throw new RecipeError(`--calibration ${basename(path)}: less than two tokens of text`);
   const { windows } = calibrationWindows(tokens, { samples: count, sequenceLength, seed });
-  return { samples: [...samples, ...windows.map((window) => ({ expert, tokens: window, countedFrom: 0 }))], long, plain };
+  return { samples: [...samples, ...windows.map((window) => ({ expert, tokens: window, countedFrom: 0 }))], left, plain };
 }
 
-/** Undefined when nothing but the prompt is left of `sequenceLength` tokens. */
-function sampleOf(expert: number, { head, whole }: Exchange, { sequenceLength, answers }: SampleOptions): Sample | undefined {
+/** Or why there is none: nothing but the prompt is left of `sequenceLength` tokens, or there is no token to start from. */
+function sampleOf(expert: number, { head, whole }: Exchange, { sequenceLength, answers }: SampleOptions): Sample | keyof LeftOut {
+  if ((whole ?? head).length === 0) return 'empty';
   if (whole === undefined && answers !== true) return { expert, tokens: head.slice(0, sequenceLength), countedFrom: 0 };
-  if (head.length >= sequenceLength) return undefined;
+  if (head.length >= sequenceLength) return 'long';
   if (whole === undefined) return { expert, tokens: head, countedFrom: 0, open: true };
   // The row of the prompt's last token predicts the first of the response. Where the two are one word, tokens differ before its end.
   let shared = 0;
