@@ -17,12 +17,13 @@ export interface SpoolOptions {
   readonly folder?: string;
 }
 
-/** Makes stores that share one bound on RAM and one temporary folder, which goes away with the spool. */
+/** Makes stores that share one bound on RAM and one temporary folder, all of which go away with the spool. */
 export class Spool implements AsyncDisposable {
   #ramLeft: number;
   readonly #parent: string;
   #folder: Promise<string> | undefined;
   #files = 0;
+  readonly #stores = new Set<StateStore>();
 
   constructor(options: SpoolOptions = {}) {
     this.#ramLeft = options.ramBytes ?? DEFAULT_RAM_BYTES;
@@ -39,12 +40,15 @@ export class Spool implements AsyncDisposable {
     const rowBytes = columns * Float32Array.BYTES_PER_ELEMENT;
     const ramRows = Math.max(0, Math.min(rows, Math.floor(Math.min(this.#ramLeft, MAX_RAM_BYTES) / rowBytes)));
     this.#ramLeft -= ramRows * rowBytes;
-    return new StateStore(rows, columns, ramRows, {
+    const store = new StateStore(rows, columns, ramRows, {
       createFile: () => this.#createFile(),
       release: () => {
         this.#ramLeft += ramRows * rowBytes;
+        this.#stores.delete(store);
       },
     });
+    this.#stores.add(store);
+    return store;
   }
 
   async #createFile(): Promise<SpoolFile> {
@@ -60,8 +64,9 @@ export class Spool implements AsyncDisposable {
     }
   }
 
-  /** Removes the temporary folder. Stores that are still open become useless. */
+  /** Disposes the stores that are still open, whose files may have no name any more, and removes the temporary folder. */
   async [Symbol.asyncDispose](): Promise<void> {
+    for (const store of this.#stores) await store[Symbol.asyncDispose]();
     // A folder that could not be made was reported when it was needed.
     const folder = await this.#folder?.catch(() => undefined);
     this.#folder = undefined;

@@ -1,5 +1,5 @@
 /** Rows of floats that are partly in RAM and partly in a file. */
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readlinkSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
@@ -16,6 +16,15 @@ afterAll(() => rmSync(folder, { recursive: true }));
 const COLUMNS = 3;
 const ROW_BYTES = COLUMNS * 4;
 const rowsFrom = (first: number, count: number) => Float32Array.from({ length: count * COLUMNS }, (_, i) => first * COLUMNS + i);
+
+/** Where a link points; nowhere when it is gone. */
+function linkOf(path: string): string {
+  try {
+    return readlinkSync(path);
+  } catch {
+    return '';
+  }
+}
 
 describe('a store', () => {
   it('puts no more into RAM than one typed array holds, whatever the bound', async () => {
@@ -96,6 +105,19 @@ describe('a spool', () => {
       expect([...(await store.read(0, 3))]).toEqual([...rowsFrom(0, 3)]);
     }
     expect(readdirSync(own)).toEqual([]);
+  });
+
+  it('ends its stores with itself, so that none keeps a file open', async () => {
+    const own = mkdtempSync(join(folder, 'own-'));
+    // Links to what is open; a file without a name still has the path it had.
+    const open = () => readdirSync('/proc/self/fd').filter((fd) => linkOf(`/proc/self/fd/${fd}`).startsWith(own)).length;
+    const spool = new Spool({ ramBytes: 0, folder: own });
+    const store = spool.allocate(3, COLUMNS);
+    await store.append(rowsFrom(0, 3));
+    if (process.platform === 'linux') expect(open()).toBe(1);
+    await spool[Symbol.asyncDispose]();
+    if (process.platform === 'linux') expect(open()).toBe(0);
+    await expect(store.read(0, 1)).rejects.toThrow(/disposed/);
   });
 
   it.skipIf(process.platform === 'win32')(

@@ -126,8 +126,6 @@ export class SensitivityProbe implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    for (const { states } of this.#probes) await states[Symbol.asyncDispose]();
-    await this.#base[Symbol.asyncDispose]();
     await this.#spool[Symbol.asyncDispose]();
   }
 
