@@ -1,5 +1,7 @@
 /** Inner loops of dense float64 matrices as WASM SIMD (assembly/dense/), each user with memory of its own. */
+import { UnsupportedError } from '../../errors.ts';
 import { DENSE_WASM } from './dense.generated.ts';
+import { roundUp } from './round-up.ts';
 
 // The compiler's library knows WebAssembly only together with the browser's DOM.
 declare const WebAssembly: {
@@ -16,20 +18,28 @@ export interface DenseExports {
 }
 
 const PAGE_BYTES = 65_536;
+/** What a 32-bit address reaches. */
+const MOST_BYTES = 2 ** 32;
+/** The module's own data, and what arrays lose to where they begin. */
+const SPARE_BYTES = 65_536;
 
 let module: object | undefined;
 
-/** An instance whose memory has room for arrays of these lengths, and the arrays. The memory goes when the instance does. */
+/** An instance whose memory has room for arrays of these lengths, and the arrays. The memory goes when the instance does. Throws UnsupportedError for 4 GiB. */
 export function denseKernels(lengths: readonly number[]): { kernels: DenseExports; arrays: Float64Array[] } {
+  const bytes = 8 * lengths.reduce((sum, length) => sum + length, 0);
+  if (bytes > MOST_BYTES - SPARE_BYTES)
+    throw new UnsupportedError(`a matrix needs ${bytes} bytes in float64, but a kernel addresses ${MOST_BYTES} at most`);
   module ??= new WebAssembly.Module(Buffer.from(DENSE_WASM, 'base64'));
   const kernels = new WebAssembly.Instance(module, { env: { abort: () => undefined } }).exports as DenseExports;
-  let at = (kernels.memoryStart() + 63) & ~63;
+  let at = roundUp(kernels.memoryStart(), 64);
   const offsets = lengths.map((length) => {
     const offset = at;
-    at += (8 * length + 63) & ~63;
+    at += roundUp(8 * length, 64);
     return offset;
   });
-  kernels.memory.grow(Math.ceil(at / PAGE_BYTES));
+  const missing = at - kernels.memory.buffer.byteLength;
+  if (missing > 0) kernels.memory.grow(Math.ceil(missing / PAGE_BYTES));
   const { buffer } = kernels.memory;
   return { kernels, arrays: lengths.map((length, i) => new Float64Array(buffer, offsets[i], length)) };
 }

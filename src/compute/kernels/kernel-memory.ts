@@ -1,4 +1,5 @@
 /** Memory that WASM kernels and typed arrays share: lent to a piece of work, and a place for copies of arrays that lie elsewhere. */
+import { roundUp } from './round-up.ts';
 
 // The compiler's library knows WebAssembly only together with the browser's DOM.
 declare const WebAssembly: {
@@ -96,7 +97,7 @@ export class KernelMemory {
 
   /** Address of bytes that are never given back, or not before the piece of work ends. */
   reserve(byteLength: number): number {
-    const at = (this.#next + 63) & ~63;
+    const at = roundUp(this.#next, 64);
     this.#next = at + byteLength + PADDING;
     const missing = this.#next - this.memory.buffer.byteLength;
     if (missing > 0) this.memory.grow(Math.ceil(missing / PAGE_BYTES));

@@ -1,6 +1,7 @@
 /** The kernels as WASM SIMD. A group is copied in by slices of rows, so the module's memory stays small whatever the layer. */
 import { KERNELS_WASM } from './kernels.generated.ts';
 import type { AsyncKernels, Compensated, Fitted, Grid, Group, Kernels } from './kernels.ts';
+import { roundUp } from './round-up.ts';
 
 // The compiler's library knows WebAssembly only together with the browser's DOM.
 declare const WebAssembly: {
@@ -325,7 +326,7 @@ class WasmKernels implements Kernels {
 
   /** Byte offset of fresh, 16-byte aligned room. Views taken earlier are stale afterwards. */
   #reserve(byteLength: number): number {
-    const at = (this.#next + 15) & ~15;
+    const at = roundUp(this.#next, 16);
     this.#next = at + byteLength;
     const { memory } = this.#exports;
     const missing = this.#next - memory.buffer.byteLength;

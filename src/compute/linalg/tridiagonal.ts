@@ -20,10 +20,17 @@ export interface Tridiagonal {
   readonly scales: Float64Array;
 }
 
-/** Of `matrix / scale`, which is (n, n) and symmetric: only what is on and below the diagonal is read. (4/3) n^3 flops. */
+/** Floats from one row to the next: no power of two, so that rows do not fight for the same cache sets. */
+function strideOf(n: number): number {
+  return 8 * Math.ceil(n / 8) + 8;
+}
+
+/** Rows of the largest matrix that `tridiagonalize` takes: its float64 fill the 4 GiB that a kernel addresses. */
+export const LARGEST = 23_160;
+
+/** Of `matrix / scale`, which is (n, n) and symmetric: only what is on and below the diagonal is read. (4/3) n^3 flops. Throws UnsupportedError for one that does not fit. */
 export function tridiagonalize(matrix: Float64Array, n: number, scale: number): Tridiagonal {
-  // A stride that is no power of two: rows do not fight for the same cache sets.
-  const stride = ((n + 7) & ~7) + 8;
+  const stride = strideOf(n);
   const { kernels, arrays } = denseKernels([n * stride, n, n, n, n]);
   const [a, v, w, u, y] = arrays;
   for (let i = 0; i < n; i++) for (let j = 0; j <= i; j++) a[i * stride + j] = matrix[i * n + j] / scale;

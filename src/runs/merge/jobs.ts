@@ -1,6 +1,7 @@
 /** The work of a merge, cut into jobs of one tensor: plain data that a worker gets by message, with everything it needs to know. */
 import type { TensorPlace } from '../../../formats/safetensors/placed-files.ts';
 import type { DType } from '../../../formats/tensor.ts';
+import { LARGEST } from '../../compute/linalg/tridiagonal.ts';
 import { UnsupportedError } from '../../errors.ts';
 import type { TensorCoefficients } from '../../methods/merge/merge-plan.ts';
 import type { AccessClass, Merger, MergeTensor, Parameters, ParameterValues } from '../../methods/merge/merger.ts';
@@ -97,6 +98,8 @@ export interface Sizing {
   readonly access: AccessClass;
   /** Of the method. */
   readonly side?: Merger['side'];
+  /** Whether the method finds eigenvectors of its square matrices. */
+  readonly decomposes: boolean;
   /** Must be taken whole: stored rows are not the method's rows, or the method needs the matrix. */
   readonly whole: boolean;
   /** Reading a block again costs no more than a copy: it is on the disk, and most likely still in memory. An adapter's would be computed again. */
@@ -120,12 +123,16 @@ function bytesPerMatrixElement(experts: number): number {
  * its size. A method that works on the columns keeps those of all experts.
  */
 function matrixBytes({ rows, columns, experts, side }: Pick<Sizing, 'rows' | 'columns' | 'experts' | 'side'>): number {
-  const square = side === 'columns' ? columns : Math.min(rows, columns);
+  const square = squareOf(rows, columns, side);
   return 8 * (experts + 2) * rows * columns + 8 * (side === 'columns' ? experts + 7 : 7) * square * square;
 }
 
+function squareOf(rows: number, columns: number, side: Sizing['side']): number {
+  return side === 'columns' ? columns : Math.min(rows, columns);
+}
+
 /** Bytes of buffers of a block. */
-export function blockBytes(sizing: Omit<Sizing, 'name' | 'budget' | 'stored'>): number {
+export function blockBytes(sizing: Omit<Sizing, 'name' | 'budget' | 'stored' | 'decomposes'>): number {
   const { rows, columns, experts, access, whole } = sizing;
   if (whole && access === 'matrix') return rows * columns * bytesPerMatrixElement(experts) + matrixBytes(sizing);
   return rows * columns * bytesPerElement(experts);
@@ -133,10 +140,15 @@ export function blockBytes(sizing: Omit<Sizing, 'name' | 'budget' | 'stored'>): 
 
 /**
  * Rows of a block. Methods that scan first get a tensor whole where it fits and reading it again would cost more than memory.
- * @throws UnsupportedError naming the tensor and the bytes needed, when it does not fit
+ * @throws UnsupportedError naming the tensor and the bytes needed, when it does not fit, or is larger than eigenvectors can be found of
  */
 export function blockRowsFor(sizing: Sizing): number {
-  const { name, rows, columns, experts, access, whole, stored, budget } = sizing;
+  const { name, rows, columns, experts, access, side, decomposes, whole, stored, budget } = sizing;
+  const square = squareOf(rows, columns, side);
+  if (access === 'matrix' && decomposes && square > LARGEST)
+    throw new UnsupportedError(
+      `tensor "${name}": eigenvectors of a (${square}, ${square}) matrix are needed, and those of at most ${LARGEST} rows can be found; take a method without`,
+    );
   const needed = blockBytes(sizing);
   if (whole && needed > budget) throw tooLarge(name, needed, budget);
   const once = !stored && access !== 'elementwise' && access !== 'row';

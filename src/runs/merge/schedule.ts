@@ -205,7 +205,9 @@ function jobOf(
   const baseIndex = inputs.all.length - 1;
   const whole = turned || access === 'matrix';
   const stored = made.experts.every(({ kind }) => kind === 'stored' || kind === 'base');
-  const sizing = { name, rows, columns, experts: labels.length, access, side: merger.side, whole, stored, budget };
+  // With Gram matrices at hand a system is solved instead.
+  const decomposes = merger.statistics !== 'gram';
+  const sizing = { name, rows, columns, experts: labels.length, access, side: merger.side, decomposes, whole, stored, budget };
   const blockRows = blockRowsFor(sizing);
   return {
     kind: 'merge',

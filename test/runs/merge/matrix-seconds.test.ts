@@ -2,6 +2,7 @@
 import { expect, it } from 'vitest';
 import type { MergeInput } from '../../../src/artifacts/merge/merge-input.ts';
 import type { OutputTensor } from '../../../src/runs/merge/inputs.ts';
+import { blockRowsFor } from '../../../src/runs/merge/jobs.ts';
 import { matrixSeconds } from '../../../src/runs/merge/schedule.ts';
 
 const experts = [{}, {}] as MergeInput[];
@@ -36,4 +37,20 @@ it('is seconds for a model of 5 million parameters and far over an hour for one 
   ];
   expect(matrixSeconds({ outputs: new Array(6).fill(block(256, 768)).flat(), experts })).toBeLessThan(120);
   expect(matrixSeconds({ outputs: new Array(32).fill(block(4096, 11008)).flat(), experts })).toBeGreaterThan(10 * 3600);
+});
+
+it('a matrix too large to decompose is refused by name before any work', () => {
+  const sizing = {
+    name: 'w',
+    rows: 25_000,
+    columns: 30_000,
+    experts: 2,
+    access: 'matrix',
+    whole: true,
+    stored: true,
+    budget: 1e15,
+  } as const;
+  expect(() => blockRowsFor({ ...sizing, decomposes: true })).toThrow(/tensor "w": eigenvectors of a \(25000, 25000\) matrix/);
+  expect(blockRowsFor({ ...sizing, decomposes: false })).toBe(25_000);
+  expect(blockRowsFor({ ...sizing, rows: 20_000, decomposes: true })).toBe(20_000);
 });
