@@ -19,9 +19,10 @@ export const isoCts = defineMerger({
     mergeMatrix(tensor, lambda, (taskVectors, rows, columns) => {
       const rank = Math.min(rows, columns);
       const experts = taskVectors.length;
-      let shared = Math.floor(rank * common);
-      shared = rank - experts * roundHalfEven((rank - shared) / experts);
-      const own = (rank - shared) / experts;
+      // What is left of the directions is divided evenly; where rounding gives the experts more than there are, they have them all.
+      const wanted = Math.floor(rank * common);
+      const shared = Math.max(0, rank - experts * roundHalfEven((rank - wanted) / experts));
+      const own = Math.floor((rank - shared) / experts);
       const top = svd(sumOf(taskVectors), rows, columns, shared);
       const commonCount = Math.min(shared, top.values.length);
       const commonLeft = top.left.subarray(0, commonCount * rows);

@@ -89,3 +89,33 @@ test('a value for one expert wins over the shared one, and preset paper over the
   });
   expect(() => mergerOf('nonsense')).toThrow(RecipeError);
 });
+
+describe('regmean', () => {
+  test('singular Gram matrices, rounded to float32, get a larger ridge, and a note', async () => {
+    const n = 192;
+    // A few inputs far stronger than the others, and always together: what float32 loses of them is more than the least ridge.
+    const strong = randomValues(randomSource(3), n).map((value, i) => value * (i < 6 ? 1 : 1e-4));
+    const gram = Array.from({ length: n * n }, (_, i) => strong[Math.floor(i / n)] * strong[i % n]);
+    const zeros = new Array<number>(2 * n).fill(0);
+    const experts = [5, 6].map((seed) => Array.from(randomValues(randomSource(seed), 2 * n)));
+    const given = { base: zeros, experts, statistics: [gram, gram], shape: [2, n], parameters: { reduce: 1 } };
+    const { values, notes } = await merged('regmean', given);
+    expect(notes).toEqual([expect.stringMatching(/Gram matrices of its inputs are singular; 0\.0*1 of their mean diagonal/)]);
+    // Equal Gram matrices, whatever the ridge: the mean.
+    values.forEach((value, i) => {
+      expect(value).toBeCloseTo((experts[0][i] + experts[1][i]) / 2, 4);
+    });
+  });
+});
+
+describe('iso-cts', () => {
+  test('three experts share what no three can share evenly, and have nothing in common', async () => {
+    // 8 directions are 3 each, rounded: one more than there are.
+    const shape = [8, 8];
+    const experts = [1, 2, 3].map((seed) => Array.from(randomValues(randomSource(seed), 64)));
+    const given = { base: new Array<number>(64).fill(0), experts, shape, parameters: { common: 0 } };
+    const { values } = await merged('iso-cts', given);
+    expect(values.every(Number.isFinite)).toBe(true);
+    expect(values.some((value) => value !== 0)).toBe(true);
+  });
+});
