@@ -4,7 +4,7 @@
  * in short rounds, one thread; medians over all rounds, ratios within one. Times are of the processor, not of the clock: what else the machine does
  * must not count.
  */
-import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises';
+import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -23,7 +23,7 @@ import { type QuantizeRequest, quantize, quantizeRecipe } from '../src/index.ts'
 import type { Model } from '../src/model/model.ts';
 import { nextFeeds } from '../src/runs/evaluate/generate.ts';
 import { promptFeeds } from '../src/runs/evaluate/logits-source.ts';
-import { type Row, writeResults } from './results.ts';
+import { earlierRows, type Row, writeResults } from './results.ts';
 import { SHAPES, writeSynthetic } from './synthetic.ts';
 
 const root = (path: string) => fileURLToPath(new URL(`../${path}`, import.meta.url));
@@ -75,7 +75,7 @@ for (const name of names) {
   if (!Object.hasOwn(MODELS, name)) throw new Error(`no model "${name}"; there are ${Object.keys(MODELS).join(', ')}`);
 }
 for (const name of names) {
-  const rows = [...(await earlierRows()).filter(({ model }) => model !== name), ...(await measure(name))];
+  const rows = [...(await earlierRows('decode')).filter(({ model }) => model !== name), ...(await measure(name))];
   rows.sort((a, b) => Number(a['model'] === '1b') - Number(b['model'] === '1b'));
   await writeResults('decode', 'npx tsx bench/decode.ts', rows, [
     `lab: fixtures/lab/base. 1b: ${BLOCKS} blocks of hidden 2048, intermediate 8192, vocabulary 2048, random weights. Batch 1, prefill of ${PREFILL} ` +
@@ -198,9 +198,4 @@ async function write(
 
 function median(values: readonly number[]): number {
   return [...values].sort((a, b) => a - b)[values.length >> 1];
-}
-
-async function earlierRows(): Promise<Row[]> {
-  const text = await readFile(root('bench/results/decode.json'), 'utf8').catch(() => '{"rows":[]}');
-  return (JSON.parse(text) as { rows: Row[] }).rows;
 }

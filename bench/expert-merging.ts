@@ -11,7 +11,7 @@
 import { existsSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { mkdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { evaluate } from '../src/runs/evaluate/evaluate.ts';
@@ -79,13 +79,17 @@ const statePath = join(scratch, 'state.json');
 const known: Record<string, unknown> = existsSync(statePath)
   ? (JSON.parse(readFileSync(statePath, 'utf8')) as Record<string, unknown>)
   : {};
+function remember(key: string, value: unknown): void {
+  known[key] = value;
+  writeFileSync(`${statePath}.new`, JSON.stringify(known));
+  renameSync(`${statePath}.new`, statePath);
+}
+
 async function once<T>(key: string, make: () => Promise<T>): Promise<T> {
   if (key in known) return known[key] as T;
   until.throwIfAborted();
   const value = await make();
-  known[key] = value;
-  writeFileSync(`${statePath}.new`, JSON.stringify(known));
-  renameSync(`${statePath}.new`, statePath);
+  remember(key, value);
   console.error(key, JSON.stringify(value));
   return value;
 }
@@ -104,15 +108,25 @@ async function score(model: string, part: 'test' | 'choice', adapter?: string): 
 const calibration = (experts: readonly string[]) =>
   experts.map((path, k) => `${path.slice(path.lastIndexOf('/') + 1)}=${text(DOMAINS[k], 'calibration')}`);
 
-/** @returns seconds of all threads */
+/** @returns seconds of all threads, of every leg of a run that was cut short */
 async function merged(output: string, experts: readonly string[], request: MergeRequest): Promise<number> {
   const recipe = mergeRecipe({ base: lab('base'), dtype: 'f32', ...request }, threads);
   const partial = existsSync(`${output}.partial`);
   const mode = { overwrite: !partial, resume: partial, dryRun: false };
+  const legs = `${basename(output)}, seconds of its legs`;
+  const earlier = partial ? Number(known[legs] ?? 0) : 0;
   const before = process.cpuUsage();
-  await merge(experts, output, recipe, mode, { signal: until });
-  const { user, system } = process.cpuUsage(before);
-  return (user + system) / 1e6;
+  const spent = (): number => {
+    const { user, system } = process.cpuUsage(before);
+    return earlier + (user + system) / 1e6;
+  };
+  try {
+    await merge(experts, output, recipe, mode, { signal: until });
+  } catch (error) {
+    remember(legs, spent());
+    throw error;
+  }
+  return spent();
 }
 
 const mean = (list: readonly number[]) => list.reduce((sum, value) => sum + value, 0) / list.length;
@@ -135,9 +149,9 @@ async function atBestScale(method: string): Promise<Scored> {
   };
   const scale = (setting: string, lambda: number) =>
     merged(scaled, [wholeOf(setting)], { method: 'task-arithmetic', set: [`lambda=${lambda}`] });
-  let seconds = 0;
+  const seconds: Record<string, number> = {};
   for (const setting of FREE[method]) {
-    seconds = await once(`${method} ${setting}, seconds`, () => make(setting));
+    seconds[setting] = await once(`${method} ${setting}, seconds`, () => make(setting));
     const judged = async (index: number): Promise<number> => {
       const nll = await once(`${method} ${setting} ${SCALES[index]}, on the choice`, async () => {
         await scale(setting, SCALES[index]);
@@ -153,7 +167,11 @@ async function atBestScale(method: string): Promise<Scored> {
     await scale(best.setting, best.scale);
     return score(scaled, 'test');
   });
-  return { setting: [best.setting, `scale ${best.scale}`].filter((part) => part !== '').join(', '), nlls, seconds };
+  return {
+    setting: [best.setting, `scale ${best.scale}`].filter((part) => part !== '').join(', '),
+    nlls,
+    seconds: seconds[best.setting],
+  };
 }
 
 interface Learning {
@@ -225,7 +243,6 @@ async function measure(): Promise<void> {
   for (const [k, domain] of DOMAINS.entries()) add(`expert-${domain}`, '', experts[k]);
   add('linear average', '', average);
   const best: Scored[][] = [[], []];
-  const paper: Scored[] = [];
   const free: [string, Scored][] = [];
   const rest: [string, Scored][] = [];
   const seeds = Number(values.seeds);
@@ -244,22 +261,13 @@ async function measure(): Promise<void> {
     for (const method of ['regmean', 'tsv-m']) free.push([method, await atBestScale(method)]);
     for (const method of ['expert-merging', 'expert-merging++'])
       rest.push([`${method}, paper`, (await learned(`${method} paper`, EXPERTS, { method, preset: 'paper' }, false))[0]]);
-    paper.push(...rest.map(([, scored]) => scored));
     for (const method of values.methods?.split(',') ?? Object.keys(FREE)) {
       if (!free.some(([name]) => name === method)) free.push([method, await atBestScale(method)]);
     }
     for (let seed = 1; seed < seeds; seed++) await run(seed);
-    rest.push([
-      'adamerging',
-      (
-        await learned(
-          'adamerging best',
-          EXPERTS,
-          { method: 'adamerging', set: ['samples=16', 'length=128', 'updates=40'] },
-          false,
-        )
-      )[0],
-    ]);
+    const less = ['samples=16', 'length=128', 'updates=40'];
+    const [entropy] = await learned('adamerging best', EXPERTS, { method: 'adamerging', set: less }, false);
+    rest.push(['adamerging', { ...entropy, setting: `${less.join(' ')}; ${entropy.setting}` }]);
     for (const method of ['tsv-m']) {
       const nlls = await once(`${method} with the LoRA`, async () => {
         const output = join(scratch, 'lora');

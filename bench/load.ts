@@ -5,7 +5,7 @@
  */
 import { spawn } from 'node:child_process';
 import { readFileSync } from 'node:fs';
-import { mkdtemp, readFile, rm } from 'node:fs/promises';
+import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -18,7 +18,7 @@ import type { OnnxStorageOptions } from '../src/artifacts/onnx/linear-layout.ts'
 import { createEngine } from '../src/compute/ort.ts';
 import { GraphBuilder, type Value } from '../src/graph/builder.ts';
 import type { QuantizedLinear } from '../src/methods/quantize/quantized-linear.ts';
-import { type Row, writeResults } from './results.ts';
+import { earlierRows, type Row, writeResults } from './results.ts';
 
 const ROWS = 4096;
 const COLUMNS = 11008;
@@ -56,7 +56,7 @@ else {
   for (const one of cases) {
     const row = await measure(one);
     const key = (entry: Row) => [entry['widths'], entry['storage'], entry['layers']].join();
-    const rows = [...(await earlierRows()).filter((earlier) => key(earlier) !== key(row)), row];
+    const rows = [...(await earlierRows('load')).filter((earlier) => key(earlier) !== key(row)), row];
     await writeResults('load', 'npx tsx bench/load.ts; npx tsx bench/load.ts big', rows, [
       `Layers of ${ROWS} x ${COLUMNS}, groups of ${GROUP}, float16 scales. Operands: what the runtime holds afterwards. Peak: memory of its own that the process gained while loading ` +
         '(anonymous pages, sampled), without the pages of the mapped file; resident: everything, file and Node included, at most. One thread, a machine shared with other work.',
@@ -170,10 +170,4 @@ function randomCodes(widths: readonly number[]): QuantizedLinear {
     ...{ scales: new Float32Array(count).fill(0.0078125), zeroPoints: new Uint8Array(count).fill(1) },
     ...(widths.includes(1) && { offsets: new Float32Array(count).fill(-0.00390625) }),
   };
-}
-
-async function earlierRows(): Promise<Row[]> {
-  const results = fileURLToPath(new URL('results/load.json', import.meta.url));
-  const text = await readFile(results, 'utf8').catch(() => '{"rows":[]}');
-  return (JSON.parse(text) as { rows: Row[] }).rows;
 }

@@ -3,8 +3,6 @@
  * two experts that moved every weight by noise (full rank, the dear case), one thread. Rows replace those of the same matrix and method in
  * bench/results/matrix-merge.{json,md}.
  */
-import { readFile } from 'node:fs/promises';
-import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { createBlas } from '../src/compute/ort-blas.ts';
 import { PlainEngine } from '../src/compute/plain.ts';
@@ -12,7 +10,7 @@ import { mergeBlock, mergeTensor } from '../src/methods/merge/drive.ts';
 import { extractLora } from '../src/methods/merge/extract-lora.ts';
 import { mergerOf } from '../src/methods/merge/index.ts';
 import { resolveParameters } from '../src/methods/merge/parameters.ts';
-import { type Row, writeResults } from './results.ts';
+import { earlierRows, type Row, writeResults } from './results.ts';
 
 const LABELS = ['a', 'b'];
 const RANK = 64;
@@ -66,12 +64,8 @@ async function run(method: string, rows: number, columns: number): Promise<void>
   for await (const _ of mergeTensor(merger, tensor, () => [block], values, context));
 }
 
-const path = fileURLToPath(new URL('results/matrix-merge.json', import.meta.url));
-const kept = await readFile(path, 'utf8').then(
-  (text) => (JSON.parse(text) as { rows: Row[] }).rows,
-  () => [],
-);
-const table = new Map(kept.map((row) => [`${row['matrix']} ${row['method']}`, row]));
+const table = new Map<string, Row>();
+for (const row of await earlierRows('matrix-merge')) table.set(`${row['matrix']} ${row['method']}`, row);
 for (const matrix of positionals.length > 0 ? positionals : ['1024x1024', '1024x2752']) {
   const [rows, columns] = matrix.split('x').map(Number);
   for (const method of options.methods.split(',')) {
@@ -80,7 +74,7 @@ for (const matrix of positionals.length > 0 ? positionals : ['1024x1024', '1024x
     await run(method, rows, columns);
     const { user, system } = process.cpuUsage(before);
     const key = `${matrix} ${method}`;
-    table.set(key, { ...table.get(key), matrix, method, 'CPU s': (user + system) / 1e6 });
+    table.set(key, { matrix, method, 'CPU s': (user + system) / 1e6 });
     console.log(table.get(key));
   }
 }
@@ -91,7 +85,6 @@ await writeResults(
     (a, b) => String(a['matrix']).localeCompare(String(b['matrix'])) || String(a['method']).localeCompare(String(b['method'])),
   ),
   [
-    `Two experts, one thread; extract-lora takes rank ${RANK} of one expert. "before" is the version that multiplied in TypeScript and turned every eigenvector by rotations.`,
-    'Measured on a machine with much other work (a load of 20 to 30 on its 2 cores): processor seconds are up to twice what they are on an idle one.',
+    `Two experts, one thread; extract-lora takes rank ${RANK} of one expert. Processor seconds, which other work on the machine makes longer.`,
   ],
 );

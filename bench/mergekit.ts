@@ -81,8 +81,15 @@ const CASES: readonly Case[] = [
   { method: 'passthrough', parameters: 'scale: 0.5', experts: 1, baseless: true },
 ];
 
+const EXPERTS = ['expert-python', 'expert-shakespeare'];
+
+/** 1 where a case gives none. */
+function weightsOf({ own, experts = 2 }: Case): number[] {
+  return EXPERTS.slice(0, experts).map((_, k) => Number(/weight: ([\d.]+)/.exec(own?.[k] ?? '')?.[1] ?? 1));
+}
+
 function yamlOf({ method, parameters, own, experts = 2, baseless }: Case): string {
-  const models = ['expert-python', 'expert-shakespeare'].slice(0, experts);
+  const models = EXPERTS.slice(0, experts);
   return [
     `merge_method: ${method}`,
     ...(baseless ? [] : [`base_model: ${lab('base')}`]),
@@ -101,6 +108,8 @@ interface Difference {
   /** Root of the sum of squares of the differences, over that of the change from the base. */
   readonly ofChange: number;
   readonly tensor: string;
+  /** Of all that were compared. */
+  readonly elements: number;
   /** Elements further apart than GOAL. */
   readonly apart: number;
   /** Of them those where a rounding decides: a magnitude at a threshold of the selection, or a weighted sum whose parts cancel. */
@@ -116,10 +125,17 @@ async function tensorsOf(path: string): Promise<Map<string, Float32Array>> {
   return tensors;
 }
 
-async function difference(ours: string, theirs: string, bounds: readonly (readonly number[])[]): Promise<Difference> {
+/** @param weights of the experts that are merged */
+async function difference(
+  ours: string,
+  theirs: string,
+  weights: readonly number[],
+  bounds: readonly (readonly number[])[],
+): Promise<Difference> {
   const [a, b, base] = [await tensorsOf(ours), await tensorsOf(theirs), await tensorsOf(lab('base'))];
-  const experts = [await tensorsOf(lab('expert-python')), await tensorsOf(lab('expert-shakespeare'))];
-  let [relative, tensor, squares, change, apart, ties] = [0, '', 0, 0, 0, 0];
+  const experts: Map<string, Float32Array>[] = [];
+  for (const name of EXPERTS.slice(0, weights.length)) experts.push(await tensorsOf(lab(name)));
+  let [relative, tensor, squares, change, elements, apart, ties] = [0, '', 0, 0, 0, 0, 0];
   for (const [name, x] of a) {
     const y = b.get(name);
     // A head tied to the embedding may be stored by one of them alone.
@@ -129,6 +145,7 @@ async function difference(ours: string, theirs: string, bounds: readonly (readon
     const deltas = experts.map((expert) => expert.get(name)!.map((value, i) => value - start[i]));
     const edges = deltas.map((delta, k) => new Set(edgesOf(delta, bounds[k] ?? [])));
     let most = 0;
+    elements += x.length;
     for (let i = 0; i < x.length; i++) {
       const gap = Math.abs(x[i] - y[i]);
       most = Math.max(most, gap);
@@ -136,13 +153,14 @@ async function difference(ours: string, theirs: string, bounds: readonly (readon
       change += (y[i] - start[i]) ** 2;
       if (gap <= GOAL * largest) continue;
       apart++;
-      const parts = deltas.map((delta, k) => [0.7, 0.4][k] * delta[i]);
-      const cancels = Math.abs(parts[0] + parts[1]) <= GOAL * Math.abs(parts[0]);
+      const parts = deltas.map((delta, k) => weights[k] * delta[i]);
+      const sum = parts.reduce((total, part) => total + part, 0);
+      const cancels = parts.length > 1 && Math.abs(sum) <= GOAL * Math.abs(parts[0]);
       if (cancels || deltas.some((delta, k) => edges[k].has(Math.abs(delta[i])))) ties++;
     }
     if (most / largest > relative) [relative, tensor] = [most / largest, name];
   }
-  return { relative, ofChange: Math.sqrt(squares / change), tensor, apart, ties };
+  return { relative, ofChange: Math.sqrt(squares / change), tensor, elements, apart, ties };
 }
 
 /** Magnitudes on both sides of each bound: of the last that is kept and the first that is not. */
@@ -165,10 +183,11 @@ try {
   const { stdout } = await promisify(execFile)(options.python, [root('bench/rivals/rival_mergekit.py'), ...pairs], {
     maxBuffer: 1 << 26,
   });
-  const results = stdout
+  const [{ versions }, ...results] = stdout
     .split('\n')
     .filter((line) => line.startsWith('{'))
-    .map((line) => JSON.parse(line) as { error?: string });
+    .map((line) => JSON.parse(line) as { versions?: string; error?: string });
+  let compared = 0;
   const rows: Row[] = [];
   for (const [i, one] of cases.entries()) {
     const { method, parameters = '', own, experts = 2, baseless, note = '' } = one;
@@ -185,7 +204,9 @@ try {
         const ours = at(i, `ours-${mode ?? 'plain'}`);
         const recipe = mergeRecipe({ mergekit, card: false, ...(mode ? { compat: mode } : {}) }, 1);
         await merge([], ours, recipe, { overwrite: false, resume: false, dryRun: false });
-        const { relative, ofChange, tensor, apart, ties } = await difference(ours, at(i, 'theirs'), one.bounds ?? []);
+        const found = await difference(ours, at(i, 'theirs'), weightsOf(one), one.bounds ?? []);
+        const { relative, ofChange, tensor, apart, ties } = found;
+        compared = Math.max(compared, found.elements);
         const worst = relative > GOAL ? tensor : '';
         rows.push({
           ...row,
@@ -204,7 +225,7 @@ try {
   }
   if (!options.only)
     await writeResults('mergekit', 'npx tsx bench/mergekit.ts --python PATH', rows, [
-      'mergekit 0.1.4, torch 2.6.0. max relative: largest difference of an element over the largest element of its tensor, goal 1e-6 (float32 rounds at 6e-8); of the change: length of the difference over the length of the merged change from the base. Elements apart: further than the goal, of 5.2 million; ties: where equal magnitudes meet at a threshold (mergekit sorts without an order for them, pcomp takes the first) or weighted changes cancel and a rounding decides the sign. Changes of BF16 weights have few digits, so both are common.',
+      `${versions}. max relative: largest difference of an element over the largest element of its tensor, goal 1e-6 (float32 rounds at 6e-8); of the change: length of the difference over the length of the merged change from the base. Elements apart: further than the goal, of ${(compared / 1e6).toPrecision(2)} million; ties: where equal magnitudes meet at a threshold (mergekit sorts without an order for them, pcomp takes the first) or weighted changes cancel and a rounding decides the sign. Changes of BF16 weights have few digits, so both are common.`,
       'slerp, nuslerp, multislerp and karcher: mergekit takes norms and products in float32, pcomp in float64.',
     ]);
 } finally {

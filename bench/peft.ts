@@ -71,7 +71,6 @@ async function logitsOf(weights: WeightReader): Promise<Float32Array> {
 
 const clean = await logitsOf(source.weights);
 const rows: Row[] = [...(await earlierRows('peft'))];
-let versions = '';
 for (const [label, options] of Object.entries(CASES)) {
   // Rows that are there are kept.
   if (values.only ? !values.only.split(',').includes(label) : rows.some((row) => row['adapter'] === label)) continue;
@@ -102,9 +101,9 @@ for (const [label, options] of Object.entries(CASES)) {
     'largest change of a logit by the adapter': most(own, clean),
     'largest difference, PEFT and pcomp': most(own, other),
     'within 1e-4': most(own, other) <= 1e-4 ? 'yes' : 'no',
+    versions: stdout.trim(),
   });
-  versions = stdout.trim();
   console.error(rows.at(-1));
-  await writeResults('peft', 'npx tsx bench/peft.ts VENV/bin/python', rows, [`${versions}; ${TOKENS} tokens, float32.`]);
+  await writeResults('peft', 'npx tsx bench/peft.ts VENV/bin/python', rows, [`${TOKENS} tokens, float32.`]);
 }
 await rm(scratch, { recursive: true, force: true });

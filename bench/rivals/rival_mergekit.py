@@ -1,11 +1,12 @@
-"""Runs mergekit on YAML files: rival_mergekit.py CONFIG OUTPUT [CONFIG OUTPUT ...]. Prints a line of JSON for each: seconds on the clock and of the
-processor, the peak memory of the process so far, or the error."""
+"""Runs mergekit on YAML files: rival_mergekit.py CONFIG OUTPUT [CONFIG OUTPUT ...]. Prints a line of JSON with the versions, then one for each: seconds on
+the clock and of the processor, the peak memory of the process so far, or the error."""
 
 import json
 import os
 import resource
 import sys
 import time
+from importlib.metadata import version
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -17,6 +18,7 @@ from mergekit.merge import MergeOptions, run_merge
 
 def main() -> None:
     pairs = sys.argv[1:]
+    print(json.dumps({"versions": f"mergekit {version('mergekit')}, torch {version('torch')}"}), flush=True)
     for config, output in zip(pairs[::2], pairs[1::2]):
         started, cpu = time.monotonic(), time.process_time()
         try:
