@@ -132,6 +132,7 @@ export async function merge(
         recipe,
         place,
         { ...hooks, note },
+        recipe.threads,
         planned?.plan.start.measured,
       ));
     const schedule = planned

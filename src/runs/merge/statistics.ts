@@ -46,6 +46,7 @@ const NORMS = 'statistics.json';
 
 /**
  * @param jobs of any schedule over the same inputs: where every tensor's parts are
+ * @param threads of the engine: another number may round otherwise
  * @param text which samples; by the recipe's settings of the method when absent
  */
 export async function measureStatistics(
@@ -55,6 +56,7 @@ export async function measureStatistics(
   recipe: MergeRecipe,
   { folder: kept, keep }: Place,
   hooks: RunHooks,
+  threads: number,
   text?: MeasuredText,
 ): Promise<MergeStatistics> {
   const { config, folder, template } = inputs;
@@ -77,7 +79,7 @@ export async function measureStatistics(
       holdOut: heldOut,
     });
     if (text === undefined) for (const note of notes) hooks.note?.(note);
-    await using engine = await createEngine({ threads: recipe.threads, onNote: (note) => hooks.note?.(note) });
+    await using engine = await createEngine({ threads, onNote: (note) => hooks.note?.(note) });
     await using spool = new Spool({ ramBytes: recipe.maxMemory });
     using weights = new MergeWeights(inputs, jobs, 0);
     const forward: Forward = { model, engine, blas: createBlas(engine), spool, path: folder, signal: hooks.signal };

@@ -122,7 +122,8 @@ export async function learnMerge(
   };
   const measured = new Map<string, Promise<MergeStatistics>>();
   const statisticsOf = (method: string): Promise<MergeStatistics> => {
-    const made = measured.get(method) ?? measureStatistics(mergerOf(method), inputs, jobs, recipe, place, hooks, text);
+    const made =
+      measured.get(method) ?? measureStatistics(mergerOf(method), inputs, jobs, recipe, place, hooks, progress.threads, text);
     measured.set(method, made);
     return made;
   };
