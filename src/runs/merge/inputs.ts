@@ -47,7 +47,7 @@ export interface MergeInputs extends AsyncDisposable {
   readonly base: MergeInput | undefined;
   /** Sorted by label; with a mergekit configuration, in its order. */
   readonly experts: readonly MergeInput[];
-  /** The experts, then the base: how `input` numbers count. */
+  /** The experts, then the base, then what was made for the result: how `input` numbers count. */
   readonly all: readonly MergeInput[];
   /** Whose names, shapes and files the result takes: the base, else the first expert. */
   readonly template: MergeInput;

@@ -79,7 +79,9 @@ export async function markInputs(inputs: MergeInputs, recipe: MergeRecipe): Prom
     await requirePlannedInputs(recipe.plan, inputs, weights);
   }
   const adapters = inputs.all.map(({ adapter }) => adapter ?? null);
-  const all = [portableRecipe(recipe, inputs), weights, texts, adapters, inputs.config, inputs.outputs, packageVersion()];
+  // What was made for the result follows from the rest, but for roundings: another number of threads is no other request.
+  const given = weights.slice(0, inputs.experts.length + (inputs.base ? 1 : 0));
+  const all = [portableRecipe(recipe, inputs), given, texts, adapters, inputs.config, inputs.outputs, packageVersion()];
   return { weights, texts, hash: createHash('sha256').update(JSON.stringify(all)).digest('hex') };
 }
 
