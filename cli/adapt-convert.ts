@@ -1,7 +1,7 @@
 /** `pcomp adapt convert ADAPTER --to FORM`: the same update in another form. */
 import { Command, Option } from 'commander';
 import { CONVERSIONS, type ConvertOutcome, convertAdapter, FOLDS } from '../src/runs/adapt/convert.ts';
-import { integer, number } from '../src/runs/recipe-fields.ts';
+import { integer, part } from '../src/runs/recipe-fields.ts';
 import { expandFiles } from './files.ts';
 import { renderAdapter } from './inspect-adapter.ts';
 import { CORES, jsonOption, quietOption } from './options.ts';
@@ -63,7 +63,7 @@ export function adaptConvertCommand(signal: AbortSignal): Command {
           ...(base === undefined ? {} : { base }),
           ...(text === undefined ? {} : { text: await expandFiles('--text', text) }),
           ...(rank === undefined ? {} : { rank: integer('rank', rank, 1, 65_536) }),
-          ...(maxError === undefined ? {} : { maxError: number('maxError', maxError) }),
+          ...(maxError === undefined ? {} : { maxError: part('maxError', maxError) }),
           ...(fold === undefined ? {} : { fold }),
         };
         const outcome = await convertAdapter(path, flags.output, request, { ...console.hooks, signal });

@@ -43,6 +43,14 @@ export async function readAdapterFolder(path: string, base?: ReadonlyMap<string,
   });
 }
 
+/** Whether a folder has routed experts, a sparse update, or factors of any kind, by the names of its tensors. Throws RecipeError for what is no adapter. */
+export async function adapterForm(path: string): Promise<'routed' | 'delta' | 'factors'> {
+  return await opened(path, async ({ tensors }) => {
+    const names = [...tensors.keys()];
+    return routedLayout(names) ? 'routed' : isDelta(names) ? 'delta' : 'factors';
+  });
+}
+
 /** An open adapter in another form than plain factors; undefined for what is stored as those, or is no adapter. */
 export async function readUnplain({ place, tensors, adapter }: MergeInput): Promise<AdapterContents | undefined> {
   return adapter === undefined ? undefined : await readOwnForm(tensors, aboutOf(place.path, adapter));

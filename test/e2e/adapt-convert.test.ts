@@ -202,6 +202,36 @@ describe.each(KINDS)('a %s', (_, tensors, config, expected) => {
 });
 
 describe('adapt convert', () => {
+  it('folds in what plain factors cannot say: a trained bias, a norm that is stored whole, an embedding', async () => {
+    const gpt2 = tinyGpt2('convert');
+    const before = weightsOf(gpt2);
+    const [bias, norm, table] = ['h.0.attn.c_attn.bias', 'h.0.ln_1.weight', 'wte.weight'];
+    const [vocabulary, width] = before.get(table)!.shape;
+    const [a, b] = [randomTensor([2, vocabulary], 11), randomTensor([width, 2], 12)];
+    const kept = { [bias]: randomTensor(before.get(bias)!.shape, 13), [norm]: randomTensor(before.get(norm)!.shape, 14) };
+    const tensors = wrap({ ...kept, 'wte.lora_embedding_A': a, 'wte.lora_embedding_B': b });
+    const { folder, base, adapter } = await saved(tensors, { lora_alpha: 6, r: 2, bias: 'lora_only' }, gpt2);
+    await convertAdapter(adapter, join(folder, 'merged'), { to: 'merged', base, ...OPTIONS });
+    const update = product(a, b, 3);
+    for (const [name, { values }] of await readWeights(join(folder, 'merged'))) {
+      const own = kept[name]?.values ?? before.get(name)!.values;
+      const off = values.reduce((most, value, i) => {
+        const added = name === table ? update[(i % width) * vocabulary + Math.floor(i / width)] : 0;
+        return Math.max(most, Math.abs(value - own[i] - added));
+      }, 0);
+      expect(off, name).toBeLessThan(1e-5);
+    }
+    await expect(convertAdapter(adapter, join(folder, 'no'), { to: 'peft', base, ...OPTIONS })).rejects.toThrow(
+      /which plain factors cannot say; --to merged/,
+    );
+    // A run that is stopped leaves nothing to go on with: there is no way to.
+    const stop = new AbortController();
+    const hooks = { signal: stop.signal, progress: ({ phase }: { phase: string }) => phase.startsWith('merge') && stop.abort() };
+    const again = () => convertAdapter(adapter, join(folder, 'again'), { to: 'merged', base, ...OPTIONS }, hooks);
+    await expect(again()).rejects.toThrow();
+    expect(existsSync(join(folder, 'again')) || existsSync(join(folder, 'again.partial'))).toBe(false);
+  });
+
   const two = wrap({
     [`${Q}.lora_A.weight`]: plain.a,
     [`${Q}.lora_B.weight`]: plain.b,
@@ -322,6 +352,8 @@ describe('adapt convert', () => {
     ]);
     const model = await runCli(['adapt', 'convert', base, '--to', 'peft', '-o', join(folder, 'x')]);
     expect([model.code, model.stderr]).toEqual([2, expect.stringMatching(/holds no adapter_config.json, so it is no adapter/)]);
+    const more = await runCli(['adapt', 'convert', adapter, '--to', 'peft', '-o', join(folder, 'x'), '--max-error', '-1']);
+    expect([more.code, more.stderr]).toEqual([2, expect.stringMatching(/--max-error -1: a part above 0 % and at most 100 %/)]);
     const made = await runCli(['adapt', 'convert', adapter, '--to', 'peft', '-o', join(folder, 'made')]);
     expect([made.code, made.stdout]).toEqual([0, expect.stringMatching(/adapter +lora, 2 layers, rank 2 to 3/)]);
     expect((await runCli(['inspect', join(folder, 'made')])).stdout).toMatch(/mlp\.up_proj .* 3 /);

@@ -5,11 +5,13 @@ import { fileURLToPath } from 'node:url';
 import { beforeAll, expect, it } from 'vitest';
 import { readAdapterFolder } from '../../src/artifacts/adapter-reader.ts';
 import { writeRouted } from '../../src/artifacts/routed-adapter.ts';
+import { writeDelta } from '../../src/artifacts/sparse-delta.ts';
 import { normal } from '../../src/methods/rank/training/initial.ts';
 import { adapt } from '../../src/runs/adapt/adapt.ts';
 import { type ConvertRequest, convertAdapter, inspectAdapter } from '../../src/runs/adapt/convert.ts';
 import { type AdaptRequest, adaptRecipe } from '../../src/runs/adapt/recipe.ts';
 import { evaluate } from '../../src/runs/evaluate/evaluate.ts';
+import { verifyArtifact } from '../../src/runs/inspect/verify-artifact.ts';
 import { saveCheckpoint } from '../support/checkpoint-folder.ts';
 import { runQuantize } from '../support/runs.ts';
 import { scratchFolder } from '../support/scratch-folder.ts';
@@ -71,6 +73,7 @@ it.each(['topk', 'soft'])(
     await expect(convert(name, 'onnx', 'twice', { base: at('on') })).rejects.toThrow(
       /has experts of its own, and takes no others/,
     );
+    await expect(nll('on', name)).rejects.toThrow(/".*_proj" of .* has experts of its own, and takes no others/);
     await expect(convert(name, 'onnx-inputs', 'no', { base: at('q') })).rejects.toThrow(/constants of the file: --to onnx/);
     await expect(
       adapt(at('on'), at('no'), adaptRecipe({ text: [at('text.txt')], budget: 'r=1', ...MACHINE }, 1), MODES),
@@ -99,6 +102,35 @@ it('a soft router that hardly chooses is folded, into factors or into the base',
   }
   await convert('even', 'merged', 'merged', FOLDED());
   expect(Math.abs((await nll('merged')) - expected)).toBeLessThan(5e-3);
+  // What it was made from and how, in both.
+  for (const folder of ['plain', 'merged']) {
+    const made = JSON.parse(readFileSync(at(folder, 'pcomp.json'), 'utf8'));
+    expect(made).toMatchObject({ command: 'adapt convert', recipe: { adapter: 'even', base: 'base', text: ['text.txt'] } });
+    expect(made.folded).toHaveLength(14);
+    const text = { bytes: 9000, sha256: expect.stringMatching(/^[0-9a-f]{64}$/) };
+    expect(made.inputs).toMatchObject({ 'text/0/text.txt': text, 'base/model.safetensors': {}, 'adapter_config.json': {} });
+    expect((await verifyArtifact(at(folder))).mismatches).toEqual([]);
+  }
+  expect(JSON.parse(readFileSync(at('merged', 'report.json'), 'utf8')).run.output).toBe(at('merged'));
+  // An output that is in the way is found before anything is read.
+  const taken = convertAdapter(at('even'), at('plain'), {
+    to: 'peft',
+    overwrite: false,
+    threads: 1,
+    base: 'gone',
+    text: ['gone'],
+  });
+  await expect(taken).rejects.toThrow(/plain: exists. Replace it with --overwrite/);
+  // Experts beside the head are not passed over.
+  const contents = await readAdapterFolder(at('even'));
+  mkdirSync(at('stray'));
+  const routed = contents.routed.map((module) => {
+    if (module.name !== 'model.layers.0.self_attn.q_proj') return module;
+    const width = module.expertsB.length / module.outFeatures;
+    return { ...module, name: 'lm_head', outFeatures: 2048, expertsB: new Float32Array(2048 * width) };
+  });
+  await writeRouted(at('stray'), { ...contents, base: 'base', routed });
+  await expect(convert('stray', 'peft', 'no', FOLDED())).rejects.toThrow(/"lm_head" is no linear layer of a block of .*base/);
 }, 120_000);
 
 it('a router that chooses is refused, with what would be lost and the limit', async () => {
@@ -122,6 +154,14 @@ it('a sparse update is as low in rank as it is, or refused', async () => {
   const { folded } = await convert('sparse', 'peft', 'whole', { rank: 32 });
   expect(Math.max(...folded!.map(({ error }) => error))).toBeLessThan(1e-3);
   expect(Math.abs((await nll('base', 'whole')) - (await nll('base', 'sparse')))).toBeLessThan(1e-5);
+  // A layer that stays as it is has no factors, and no size that would not be a number.
+  const { deltas, transposed } = await readAdapterFolder(at('sparse'));
+  const still = deltas.map((delta, i) => (i === 0 ? { ...delta, values: delta.values.map(() => 0) } : delta));
+  mkdirSync(at('still'));
+  await writeDelta(at('still'), { base: 'base', deltas: still, transposed });
+  const { adapter, folded: losses } = await convert('still', 'peft', 'moving', { rank: 32 });
+  expect(adapter!.modules.map(({ name }) => name)).toEqual(deltas.slice(1).map(({ name }) => name));
+  expect(losses![0]).toMatchObject({ name: deltas[0].name, rank: 0, error: 0 });
   await expect(convert('sparse', 'onnx', 'no', { base: at('q') })).rejects.toThrow(
     /changes single weights, which a branch cannot/,
   );

@@ -1,11 +1,10 @@
 /** `adapt`: a low-rank adapter for a frozen model, float or quantized, trained on text within a budget. */
 import { createHash } from 'node:crypto';
 import { basename, resolve } from 'node:path';
-import { hashFile, hashFolder, writeJson, writeReport } from '../../artifacts/manifest.ts';
+import { type HashedFile, hashFile, hashFolder, writeJson, writeReport } from '../../artifacts/manifest.ts';
 import { assertNaturalOrder, type ModelSource, openModelSource } from '../../artifacts/model-source.ts';
 import { OutputFolder } from '../../artifacts/output-folder.ts';
 import { Spool } from '../../calibration/state-store.ts';
-import { parseTextFile } from '../../calibration/text.ts';
 import { loadTokenizer } from '../../calibration/tokenizer.ts';
 import type { Device } from '../../compute/engine.ts';
 import { createEngine } from '../../compute/ort.ts';
@@ -21,6 +20,7 @@ import { matchModules } from '../module-glob.ts';
 import type { OutputMode } from '../quantize/quantize.ts';
 import type { RunHooks } from '../run.ts';
 import { loadCheckpoint, saveCheckpoint } from './checkpoint.ts';
+import { hashModel, hashTexts } from './inputs.ts';
 import { writeUpdates } from './output.ts';
 import type { AdaptRecipe } from './recipe.ts';
 import { type FoundStart, findStart } from './start.ts';
@@ -361,16 +361,11 @@ function portable({ threads: _, maxMemory: __, device: ___, text, against, ...re
   return { ...rest, ...original, text: text.map((file) => basename(file)) };
 }
 
-async function hashInputs({ files, configPath }: ModelSource, { text, against }: AdaptRecipe): Promise<Record<string, unknown>> {
-  const inputs: Record<string, unknown> = { 'model/config.json': await hashFile(configPath) };
-  for (const { path } of files) inputs[`model/${basename(path)}`] = await hashFile(path);
+async function hashInputs(source: ModelSource, { text, against }: AdaptRecipe): Promise<Record<string, HashedFile>> {
+  const inputs = await hashModel('model', source);
   if (against !== undefined) {
     await using original = await openModelSource(against);
     for (const { path } of original.files) inputs[`against/${basename(path)}`] = await hashFile(path);
   }
-  for (const [i, file] of text.entries()) {
-    const { path } = parseTextFile(file);
-    inputs[`text/${i}/${basename(path)}`] = await hashFile(path);
-  }
-  return inputs;
+  return { ...inputs, ...(await hashTexts(text)) };
 }

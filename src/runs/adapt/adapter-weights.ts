@@ -2,22 +2,32 @@
 
 import { type AdapterContents, readAdapterFolder } from '../../artifacts/adapter-reader.ts';
 import { assertNaturalOrder, type ModelSource } from '../../artifacts/model-source.ts';
+import { transpose } from '../../artifacts/transpose.ts';
 import type { Blas } from '../../compute/blas.ts';
-import { RecipeError } from '../../errors.ts';
+import { RecipeError, UnsupportedError } from '../../errors.ts';
 import { ROUTED_TENSORS, type RoutedShape } from '../../graph/routed-branch.ts';
 import type { LinearSite, WeightReader } from '../../model/model.ts';
 import { rowNorms, turnTo } from '../../model/row-norms.ts';
 
-/** `source.weights` with the adapter in the folder `path` added. Throws as `readAdapterFolder`, and RecipeError for layers outside the blocks. */
+/** `source.weights` with the adapter in the folder `path` added. Throws as `readAdapterFolder` and `assertFits`. */
 export async function withAdapter(source: ModelSource, path: string, blas: Blas): Promise<WeightReader> {
-  const { path: basePath, model, tensors, weights } = source;
-  assertNaturalOrder(source, `--adapter ${path}:`);
-  const contents = await readAdapterFolder(path, tensors.tensors);
-  const sites = new Set(model.blocks.flatMap((block) => block.sites.map(({ name }) => name)));
-  const { modules, routed, deltas } = contents;
+  const contents = await readAdapterFolder(path, source.tensors.tensors);
+  assertFits(source, contents, `--adapter ${path}:`);
+  return new AdapterWeights(source.weights, contents, blas);
+}
+
+/**
+ * Throws RecipeError for layers outside the blocks and UnsupportedError for experts beside a layer that has some, or a source whose order is not that of the
+ * model. @param what begins the message
+ */
+export function assertFits(source: ModelSource, { modules, routed, deltas }: AdapterContents, what: string): void {
+  const { path, model, weights } = source;
+  assertNaturalOrder(source, what);
+  const sites = new Map(model.blocks.flatMap((block) => block.sites.map((site) => [site.name, site] as const)));
   const stray = [...modules, ...routed, ...deltas].find(({ name }) => !sites.has(name));
-  if (stray) throw new RecipeError(`--adapter ${path}: "${stray.name}" is no linear layer of a block of ${basePath}`);
-  return new AdapterWeights(weights, contents, blas);
+  if (stray) throw new RecipeError(`${what} "${stray.name}" is no linear layer of a block of ${path}`);
+  const taken = routed.find(({ name }) => weights.routed?.(sites.get(name)!));
+  if (taken) throw new UnsupportedError(`${what} "${taken.name}" of ${path} has experts of its own, and takes no others`);
 }
 
 /** `base` with an adapter on it. */
@@ -39,6 +49,9 @@ export class AdapterWeights implements WeightReader {
   }
 
   async loadSite(site: LinearSite): Promise<Float32Array> {
+    const { outFeatures: rows, inFeatures: columns } = site;
+    const saved = this.#saved.get(`${site.name}.weight`)?.weight;
+    if (saved) return site.transposed ? transpose(saved, columns, rows) : saved;
     const weight = await this.#base.loadSite(site);
     const delta = this.#deltas.get(site.name);
     if (delta) {
@@ -49,7 +62,6 @@ export class AdapterWeights implements WeightReader {
     const module = this.#modules.get(site.name);
     if (!module) return weight;
     const { rank, loraA, loraB, magnitude } = module;
-    const { outFeatures: rows, inFeatures: columns } = site;
     const out = { rows, columns, data: weight.slice() };
     const left = { rows, columns: rank, data: loraB };
     await this.#blas.gemm(left, { rows: rank, columns, data: loraA }, { beta: 1, out });

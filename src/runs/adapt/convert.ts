@@ -1,11 +1,9 @@
 /** `adapt convert`: an adapter in another form: plain factors at unit scale, padded to one rank, or folded into its base. */
 import { createHash } from 'node:crypto';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { basename, join, resolve } from 'node:path';
-import { type AdapterContents, readAdapterFolder } from '../../artifacts/adapter-reader.ts';
+import { type AdapterContents, adapterForm, readAdapterFolder } from '../../artifacts/adapter-reader.ts';
 import { type HashedFile, hashFolder, writeJson } from '../../artifacts/manifest.ts';
-import { ADAPTER_CONFIG, placesOf } from '../../artifacts/merge/merge-input.ts';
+import { placesOf } from '../../artifacts/merge/merge-input.ts';
 import { openModelSource } from '../../artifacts/model-source.ts';
 import { OutputFolder } from '../../artifacts/output-folder.ts';
 import { padded, writeAdapter } from '../../artifacts/peft.ts';
@@ -18,10 +16,11 @@ import { createBlas } from '../../compute/ort-blas.ts';
 import { RecipeError, UnsupportedError } from '../../errors.ts';
 import { type RoutedShape, routedParameters } from '../../graph/routed-branch.ts';
 import { packageVersion } from '../../package-root.ts';
-import { merge } from '../merge/merge.ts';
-import { mergeRecipe } from '../merge/recipe.ts';
 import type { RunHooks } from '../run.ts';
+import { assertFits } from './adapter-weights.ts';
 import { FOLD_LIMIT, type FoldedModule, foldDeltas, foldRouted, requireFaithful } from './fold.ts';
+import { hashModel, hashTexts } from './inputs.ts';
+import { writeMerged } from './merged.ts';
 import { writeWithAdapter } from './onnx.ts';
 import { endOfText, readTrainingText } from './text.ts';
 
@@ -71,22 +70,26 @@ export interface AdaptedShape {
   readonly routed?: RoutedShape;
 }
 
-/** Throws RecipeError for a request that makes no sense, then as `readAdapterFolder` and `merge`. */
+/** Throws RecipeError for a request that makes no sense, then as `readAdapterFolder` and `merge`. What is stopped leaves nothing. */
 export async function convertAdapter(
   path: string,
   output: string,
   request: ConvertRequest,
   hooks: RunHooks = {},
 ): Promise<ConvertOutcome> {
-  const { to, base, overwrite } = request;
+  const { to, base, overwrite, threads } = request;
   if (output === '') throw new RecipeError('-o: the name of a folder to write is needed');
   if (to === 'merged' && base === undefined) throw new RecipeError('--base: --to merged needs the model that the adapter is of');
   if (to.startsWith('onnx') && base === undefined)
     throw new RecipeError(`--base: --to ${to} needs the ONNX artifact that the adapter goes beside`);
-  if (to === 'merged') return await convertMerged(path, output, { ...request, base: base! }, hooks);
-  const read = await readContents(path, base);
-  const { contents, folded } = await folding(path, read, request, hooks);
-  refuseForm(path, contents, to);
+  const place = { path: output, overwrite, resume: false };
+  await OutputFolder.check({ ...place, recipeHash: '' });
+  if (to === 'merged') await refuseQuantized(base!);
+  // A merge reads adapters itself, and more of them than plain factors can say; only experts go in as factors.
+  const whole = to === 'merged' && (await adapterForm(path)) !== 'routed';
+  if (whole) refuseFolding(request);
+  const { contents, folded } = whole ? {} : await folding(path, await readContents(path, base), request, hooks);
+  if (contents) refuseForm(path, contents, to);
   const { text, rank, maxError, fold } = request;
   const recipe = {
     adapter: basename(resolve(path)),
@@ -94,64 +97,53 @@ export async function convertAdapter(
     ...(base === undefined ? {} : { base: basename(resolve(base)) }),
     ...(folded ? { text: text?.map((file) => basename(file)), rank, maxError, fold } : {}),
   };
-  const inputs: Record<string, HashedFile> = await hashFolder(path);
-  if (to.startsWith('onnx')) for (const [name, file] of Object.entries(await hashFolder(base!))) inputs[`base/${name}`] = file;
+  const inputs = await hashGiven(path, request, folded !== undefined);
   const recipeHash = createHash('sha256')
     .update(JSON.stringify([recipe, inputs, packageVersion()]))
     .digest('hex');
-  await using folder = await OutputFolder.open({ path: output, overwrite, resume: false, recipeHash });
-  const most = Math.max(...contents.modules.map(({ rank: own }) => own));
+  await using folder = await OutputFolder.open({ ...place, recipeHash });
+  const { artifactPath } = folder;
+  const most = Math.max(...(contents?.modules ?? []).map(({ rank: own }) => own));
   const modules =
-    to === 'peft-padded' ? contents.modules.map((module) => ({ ...module, ...padded(module, most) })) : contents.modules;
-  const named = { ...contents, base: contents.base ?? recipe.base ?? '', modules };
-  if (to === 'onnx' || to === 'onnx-inputs')
-    await writeWithAdapter(base!, contents, folder.artifactPath, to === 'onnx' ? 'constants' : 'inputs');
-  else if (to === 'routed') await writeRouted(folder.artifactPath, named);
-  else if (to === 'delta') await writeDelta(folder.artifactPath, named);
-  else await writeAdapter(folder.artifactPath, named);
-  await writeJson(join(folder.artifactPath, 'pcomp.json'), {
+    to === 'peft-padded'
+      ? contents!.modules.map((module) => ({ ...module, ...padded(module, most) }))
+      : (contents?.modules ?? []);
+  const named = contents && { ...contents, base: contents.base ?? recipe.base ?? '', modules };
+  let written: Readonly<Record<string, unknown>> | undefined;
+  if (to === 'merged') written = await writeMerged({ path, base: base!, plain: named, output, threads }, folder, hooks);
+  else if (to === 'onnx' || to === 'onnx-inputs')
+    await writeWithAdapter(base!, named!, artifactPath, to === 'onnx' ? 'constants' : 'inputs');
+  else if (to === 'routed') await writeRouted(artifactPath, named!);
+  else if (to === 'delta') await writeDelta(artifactPath, named!);
+  else await writeAdapter(artifactPath, named!);
+  await writeJson(join(artifactPath, 'pcomp.json'), {
     format: 1,
     command: 'adapt convert',
     recipe,
     ...(folded ? { folded } : {}),
     versions: { pcomp: packageVersion() },
     inputs,
-    outputs: await hashFolder(folder.artifactPath),
+    ...(written ?? { outputs: await hashFolder(artifactPath) }),
   });
   await folder.finalize();
-  return { to, output, adapter: outlineOf({ ...contents, modules }), ...(folded ? { folded } : {}) };
+  return {
+    to,
+    output,
+    ...(contents && to !== 'merged' ? { adapter: outlineOf({ ...contents, modules }) } : {}),
+    ...(folded ? { folded } : {}),
+  };
 }
 
-/** A merge of one expert; routed experts go in as the plain factors they are folded to. */
-async function convertMerged(
-  path: string,
-  output: string,
-  request: ConvertRequest & { readonly base: string },
-  hooks: RunHooks,
-): Promise<ConvertOutcome> {
-  const { to, base, overwrite, threads } = request;
-  await refuseQuantized(base);
-  const [place] = await placesOf([path]);
-  if (place.kind !== 'adapter') throw new RecipeError(`${path}: holds no ${ADAPTER_CONFIG}, so it is no adapter`);
-  const recipe = mergeRecipe({ base, method: 'linear', threads }, threads);
-  const mode = { overwrite, resume: false, dryRun: false };
-  if ((await formOf(path)) !== 'routed') {
-    refuseFolding(request);
-    await merge([path], output, recipe, mode, hooks);
-    return { to, output };
+/** What goes into the output: the adapter, the base where it does, and text where experts are fitted to it. */
+async function hashGiven(path: string, { to, base, text = [] }: ConvertRequest, folded: boolean) {
+  const inputs: Record<string, HashedFile> = await hashFolder(path);
+  // An artifact goes in with all its files, of which some are copied.
+  if (to.startsWith('onnx')) for (const [name, file] of Object.entries(await hashFolder(base!))) inputs[`base/${name}`] = file;
+  else if (base !== undefined && (to === 'merged' || folded)) {
+    await using source = await openModelSource(base);
+    Object.assign(inputs, await hashModel('base', source));
   }
-  const { contents, folded } = await folding(path, await readContents(path, base), request, hooks);
-  const scratch = await mkdtemp(join(tmpdir(), 'pcomp-folded-'));
-  try {
-    // The merge calls its experts by the names of their folders.
-    const plain = join(scratch, basename(resolve(path)));
-    await mkdir(plain);
-    await writeAdapter(plain, { ...contents, base: contents.base ?? '' });
-    await merge([plain], output, recipe, mode, hooks);
-  } finally {
-    await rm(scratch, { recursive: true, force: true });
-  }
-  return { to, output, ...(folded ? { folded } : {}) };
+  return folded ? { ...inputs, ...(await hashTexts(text)) } : inputs;
 }
 
 /** The adapter as plain factors, where it is none and the form that is wanted asks for them. */
@@ -186,6 +178,7 @@ async function folding(
     const { model, weights } = source;
     const tokenizer = await loadTokenizer(source.folder, model.shape.vocabSize);
     const length = Math.min(FOLD_TOKENS, model.shape.contextLength);
+    assertFits(source, contents, `${path}:`);
     const windows = await readTrainingText(tokenizer, text, length, endOfText(source.config));
     const forward = { model, engine, blas, spool, path: base, signal: hooks.signal };
     modules = await foldRouted(forward, weights, contents, windows, rules, hooks.progress);
@@ -197,7 +190,11 @@ async function folding(
     error,
     ...(entropy === undefined ? {} : { entropy }),
   }));
-  return { contents: { ...contents, layout: 'lora', modules, routed: [], deltas: [] }, folded };
+  // A layer that adds nothing has no factors.
+  const factors = modules.filter(({ rank: own }) => own > 0);
+  if (factors.length === 0)
+    throw new UnsupportedError(`${path}: adds nothing to any layer, and nothing is left of it as factors`);
+  return { contents: { ...contents, layout: 'lora', modules: factors, routed: [], deltas: [] }, folded };
 }
 
 /** Tokens of a window that experts are measured on. */
@@ -208,12 +205,6 @@ function refuseFolding({ text, rank, maxError, fold, to }: ConvertRequest): void
   const [flag] = Object.entries(given).find(([, value]) => value !== undefined) ?? [];
   if (flag !== undefined)
     throw new RecipeError(`${flag}: says how an adapter is folded to plain factors, and nothing is by --to ${to}`);
-}
-
-/** Whether a folder has routed experts, a sparse update, or factors. */
-async function formOf(path: string): Promise<'routed' | 'delta' | 'factors'> {
-  const { routed, deltas } = await readAdapterFolder(path);
-  return routed.length > 0 ? 'routed' : deltas.length > 0 ? 'delta' : 'factors';
 }
 
 /** Forms that an adapter does not have. */
