@@ -149,7 +149,7 @@ describe('snella', () => {
     }
     const again = layers();
     const other = scheduleOf(again);
-    other.restore(JSON.parse(JSON.stringify(schedule.state())));
+    other.restore(structuredClone(schedule.state()));
     expect(again.map(({ kernel }) => kernel)).toEqual(modules.map(({ kernel }) => kernel));
     expect(other.state()).toEqual(schedule.state());
   });

@@ -301,7 +301,7 @@ describe('adalora on layers whose ranks are known', () => {
     const [whole, first, second] = [0, 1, 2].map(() => new Planted('adalora', 2, 40));
     for (let t = 1; t <= 40; t++) await whole.step(t);
     for (let t = 1; t <= 17; t++) await first.step(t);
-    second.schedule.restore(JSON.parse(JSON.stringify(first.schedule.state())));
+    second.schedule.restore(structuredClone(first.schedule.state()));
     for (const [i, { parameters }] of first.modules.entries()) {
       for (const [key, { values, first: m, second: v }] of parameters) {
         const other = second.modules[i].parameters.get(key)!;
@@ -362,7 +362,7 @@ describe('methods that add ranks, on layers whose ranks are known', () => {
         second.modules[i].scale = scale;
         for (const [key, parameter] of parameters) second.modules[i].parameters.set(key, parameter.resized(parameter.shape));
       }
-      second.schedule.restore(JSON.parse(JSON.stringify(first.schedule.state())));
+      second.schedule.restore(structuredClone(first.schedule.state()));
       for (let t = 24; t <= 40; t++) await second.step(t);
       expect(second.ranks).toEqual(whole.ranks);
       expect(second.modules.map((module) => [...updateOf(module)])).toEqual(whole.modules.map((module) => [...updateOf(module)]));

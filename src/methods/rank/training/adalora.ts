@@ -35,7 +35,7 @@ export function cutTimes(steps: number): { readonly start: number; readonly end:
 }
 
 interface State {
-  readonly scores: Readonly<Record<string, Readonly<Record<string, readonly [readonly number[], readonly number[]]>>>>;
+  readonly scores: Readonly<Record<string, Readonly<Record<string, Pick<Sensitivity, 'mean' | 'deviation'>>>>>;
   readonly masked: Readonly<Record<string, readonly number[]>>;
   readonly trace: readonly TraceEntry[];
 }
@@ -143,9 +143,7 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
       scores: Object.fromEntries(
         [...scores].map(([name, own]) => [
           name,
-          Object.fromEntries(
-            [...own].map(([key, { mean, deviation }]) => [key, [Array.from(mean), Array.from(deviation)] as const]),
-          ),
+          Object.fromEntries([...own].map(([key, { mean, deviation }]) => [key, { mean, deviation }])),
         ]),
       ),
       masked: Object.fromEntries([...masked].map(([name, own]) => [name, [...own]])),
@@ -154,7 +152,7 @@ export function adalora(options: ScheduleOptions): TrainingSchedule {
     restore(raw) {
       const state = raw as State;
       for (const [name, own] of Object.entries(state.scores)) {
-        for (const [key, [mean, deviation]] of Object.entries(own)) {
+        for (const [key, { mean, deviation }] of Object.entries(own)) {
           scores.get(name)!.get(key)!.mean.set(mean);
           scores.get(name)!.get(key)!.deviation.set(deviation);
         }

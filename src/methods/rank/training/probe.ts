@@ -10,10 +10,10 @@ import type { TrainedModule } from './schedule.ts';
 const SIZE = 8;
 const DECAY = 0.95;
 
-/** A probe as JSON. */
+/** A probe as plain data. */
 export interface ProbeState {
   readonly drawn: number;
-  readonly means: Readonly<Record<string, readonly number[]>>;
+  readonly means: Readonly<Record<string, Float64Array>>;
 }
 
 export class GradientProbe {
@@ -65,13 +65,13 @@ export class GradientProbe {
   }
 
   state(): ProbeState {
-    return { drawn: this.#drawn, means: Object.fromEntries([...this.#means].map(([name, mean]) => [name, [...mean]])) };
+    return { drawn: this.#drawn, means: Object.fromEntries(this.#means) };
   }
 
   restore({ drawn, means }: ProbeState): void {
     this.#drawn = drawn;
     this.#sides.clear();
     this.#means.clear();
-    for (const [name, mean] of Object.entries(means)) this.#means.set(name, Float64Array.from(mean));
+    for (const [name, mean] of Object.entries(means)) this.#means.set(name, mean.slice());
   }
 }

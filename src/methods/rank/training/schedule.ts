@@ -5,8 +5,8 @@ import type { RoutedShape } from '../../../graph/routed-branch.ts';
 import type { KernelShape } from '../kernel-delta.ts';
 
 /**
- * How parameters make the branch beside a frozen linear layer, y = x W^T + branch; n = inFeatures, m = outFeatures, R = rank. The graph of each is in
- * src/model/adapters/.
+ * How parameters make the branch beside a frozen linear layer, y = x W^T + branch; n = inFeatures, m = outFeatures, R = rank. What each does to
+ * the weight is in src/runs/adapt/adapted-weights.ts.
  * - `lora`: s (x loraA^T) loraB^T; loraA (R, n), loraB (m, R)
  * - `svd`: s ((x loraA^T) * e) loraB^T; e (R) beside them (AdaLoRA, IncreLoRA)
  * - `core`: s ((x loraA^T) core^T) loraB^T; core (R, R) (TriAdaptLoRA, LaMDA): the update is s loraB core loraA
@@ -95,7 +95,7 @@ export interface TrainingSchedule {
   readonly finalFrom: number;
   /** The update as it is stored: loraA (r, n), loraB (m, r) with the scale in loraB, where r may be 0, or another form of it. */
   factors(module: TrainedModule, blas: Blas): TrainedUpdate | Promise<TrainedUpdate>;
-  /** All that a stopped run needs besides the parameters, as plain JSON. */
+  /** All that a stopped run needs besides the parameters: plain JSON, and typed arrays, which may be those that the schedule goes on with. */
   state(): unknown;
   restore(state: unknown): void;
 }

@@ -18,7 +18,7 @@ const SCORED = ['kernelIn', 'kernelOut'] as const;
 interface State {
   /** Non-zeros by layer; null: all. */
   readonly kept: Readonly<Record<string, number | null>>;
-  readonly scores: Readonly<Record<string, Readonly<Record<string, readonly [readonly number[], readonly number[]]>>>>;
+  readonly scores: Readonly<Record<string, Readonly<Record<string, Pick<Sensitivity, 'mean' | 'deviation'>>>>>;
   readonly trace: readonly TraceEntry[];
 }
 
@@ -104,9 +104,7 @@ export function snella({ steps, budget, preset, seed }: ScheduleOptions): Traini
       scores: Object.fromEntries(
         [...scores].map(([name, own]) => [
           name,
-          Object.fromEntries(
-            [...own].map(([key, { mean, deviation }]) => [key, [Array.from(mean), Array.from(deviation)] as const]),
-          ),
+          Object.fromEntries([...own].map(([key, { mean, deviation }]) => [key, { mean, deviation }])),
         ]),
       ),
       trace,
@@ -115,7 +113,7 @@ export function snella({ steps, budget, preset, seed }: ScheduleOptions): Traini
       const state = raw as State;
       for (const { name, kernel } of all) kernel!.kept = state.kept[name] ?? undefined;
       for (const [name, own] of Object.entries(state.scores)) {
-        for (const [key, [mean, deviation]] of Object.entries(own)) {
+        for (const [key, { mean, deviation }] of Object.entries(own)) {
           scores.get(name)!.get(key)!.mean.set(mean);
           scores.get(name)!.get(key)!.deviation.set(deviation);
         }
