@@ -294,6 +294,15 @@ describe('adapt convert', () => {
       convertAdapter(adapter, join(folder, 'no'), { to: 'merged', base: join(folder, 'q8'), ...OPTIONS }),
     ).rejects.toThrow(/is quantized \(layout planes\), and an adapter folded into it would be rounded away/);
     expect(existsSync(join(folder, 'no'))).toBe(false);
+    // A layer that is saved whole takes the place of the base's.
+    const whole = await saveAdapter(join(folder, 'whole'), wrap({ [`${Q}.weight`]: randomTensor([rows, columns], 15) }));
+    await convertAdapter(whole, join(folder, 'replaced'), { to: 'merged', base, ...OPTIONS });
+    const [replaced, read] = [
+      await runEvaluate(join(folder, 'replaced'), text),
+      await evaluate(base, { ...options, adapter: whole }),
+    ];
+    expect(Math.abs(replaced.nll - alone.nll)).toBeGreaterThan(1e-3);
+    expect(Math.abs(replaced.nll - read.nll)).toBeLessThan(1e-5);
   });
 
   it('keeps the layout of layers that are stored (in, out)', async () => {
