@@ -29,10 +29,10 @@ async function main(args: readonly string[]): Promise<number> {
     program.addCommand(made);
   }
 
-  // The first Ctrl-C stops at the next safe point, the second at once. Both leave a state that --resume continues.
+  // The first Ctrl-C stops at the next safe point, the second as soon as it is heard. Of a run that has --resume, both leave a state that it continues.
   process.on('SIGINT', () => {
     if (abort.signal.aborted) endNow();
-    process.stderr.write('\npcomp: stopping; what is finished is kept\n');
+    process.stderr.write('\npcomp: stopping; what --resume can use is kept\n');
     abort.abort();
   });
   try {

@@ -41,7 +41,8 @@ export async function inThread<Name extends keyof Runs>(
   const stop = (): void => {
     grace = setTimeout(endNow, GRACE_MS);
   };
-  signal?.addEventListener('abort', stop);
+  if (signal?.aborted) stop();
+  else signal?.addEventListener('abort', stop);
   try {
     return await thread.run({ name, args }, { onEvent, signal });
   } finally {

@@ -1,6 +1,14 @@
 /** Threads that do jobs one at a time, and their errors on the way back. */
 import { parentPort, SHARE_ENV, type TransferListItem, Worker, type WorkerOptions } from 'node:worker_threads';
-import { type EnvironmentCode, EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from '../errors.ts';
+import {
+  type EnvironmentCode,
+  EnvironmentError,
+  FormatError,
+  PcompError,
+  RecipeError,
+  TrainingError,
+  UnsupportedError,
+} from '../errors.ts';
 
 /** How a job is heard of, and stopped, while it goes on. */
 export interface JobOptions<Event> {
@@ -112,10 +120,13 @@ export function serveJobs<Job, Result, Event = never>(
   });
 }
 
+/** Of those the other side can make; a class of an error that extends one of them is known here only. */
+const KINDS = { RecipeError, UnsupportedError, TrainingError, EnvironmentError, FormatError } as const;
+
 function toPortable(error: unknown): PortableError {
   if (!(error instanceof Error)) return { kind: 'Error', message: String(error), stack: undefined };
   return {
-    kind: error instanceof PcompError ? error.name : 'Error',
+    kind: Object.keys(KINDS).find((name) => error instanceof KINDS[name as keyof typeof KINDS]) ?? error.name,
     message: error.message,
     stack: error.stack,
     ...(error instanceof FormatError ? { path: error.path, rule: error.rule } : {}),
@@ -127,15 +138,15 @@ function toPortable(error: unknown): PortableError {
 function fromPortable({ kind, message, stack, path = '', rule = '', code }: PortableError): Error {
   switch (kind) {
     case 'RecipeError':
-      return new RecipeError(message);
     case 'UnsupportedError':
-      return new UnsupportedError(message);
+    case 'TrainingError':
+      return new KINDS[kind](message);
     case 'EnvironmentError':
       return new EnvironmentError(code!, message);
     case 'FormatError':
       return new FormatError(path, rule, message.slice(`${path}: `.length, -` [${rule}]`.length));
     default:
       // A system error keeps its code: a full disk is told from a bug by it.
-      return Object.assign(new Error(message), { stack, ...(rule === '' ? {} : { code: rule }) });
+      return Object.assign(new Error(message), { name: kind, stack, ...(rule === '' ? {} : { code: rule }) });
   }
 }

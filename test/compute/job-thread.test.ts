@@ -18,7 +18,10 @@ it('a job fails as it failed in the thread, which goes on', async () => {
     code: 'DISK_FULL',
     message: 'a.bin: no space',
   });
+  await expect(thread.run('budget')).rejects.toMatchObject({ name: 'RecipeError' });
+  await expect(thread.run('training')).rejects.toMatchObject({ name: 'TrainingError', message: 'not finite' });
   await expect(thread.run('bug')).rejects.toMatchObject({
+    name: 'TypeError',
     message: 'unforeseen',
     code: 'EBUG',
     stack: expect.stringMatching(/failing-worker\.ts/),
@@ -52,7 +55,7 @@ it('a job tells what it does in order, and hears that it is to stop', async () =
 
   const abort = new AbortController();
   const waiting = talking.run('wait', { onEvent: () => abort.abort(), signal: abort.signal });
-  await expect(waiting).rejects.toThrow('This operation was aborted');
+  await expect(waiting).rejects.toMatchObject({ name: 'AbortError', message: 'This operation was aborted' });
   await expect(talking.run('wait', { signal: abort.signal })).rejects.toThrow('This operation was aborted');
   expect(await talking.run('anything')).toBe('did anything');
 });

@@ -108,7 +108,7 @@ describe('Ctrl-C', () => {
     running.process.kill('SIGINT');
     const { code, stdout, stderr } = await running.done;
     expect({ code, stdout }).toEqual({ code: 130, stdout: '' });
-    expect(stderr).toMatch(/pcomp: stopping; what is finished is kept\n$/);
+    expect(stderr).toMatch(/pcomp: stopping; what --resume can use is kept\n$/);
     expect(existsSync(at('stopped'))).toBe(false);
     expect(readdirSync(at('stopped.partial'))).toEqual(expect.arrayContaining(['parts', 'state.json']));
 
@@ -129,7 +129,7 @@ describe('Ctrl-C', () => {
     const answered = new Promise<number>((resolve) => {
       running.process.stderr.once('data', () => resolve(performance.now() - asked));
     });
-    expect(await running.done).toEqual({ code: 130, stdout: '', stderr: '\npcomp: stopping; what is finished is kept\n' });
+    expect(await running.done).toEqual({ code: 130, stdout: '', stderr: '\npcomp: stopping; what --resume can use is kept\n' });
     expect(await answered).toBeLessThan(ANSWER_MS);
     expect(performance.now() - asked).toBeLessThan(1000 + ANSWER_MS);
   });

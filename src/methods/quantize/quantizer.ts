@@ -17,6 +17,11 @@ export function sorts(transform: TransformKind): boolean {
   return transform === 'perm' || transform === 'perm-had';
 }
 
+/** Whether inputs are multiplied with a matrix. */
+export function rotates(transform: TransformKind): boolean {
+  return transform === 'perm-had' || transform === 'had';
+}
+
 /** Widths of one site's groups, in stored column order. */
 export interface SitePlan {
   readonly groupSize: number;

@@ -1,12 +1,20 @@
 /** A budget as the user gives it, in bits of whatever it counts, and shared out over a surveyed model. */
-import { type BudgetUnit, type Counted, layerSizes, type PartBytes, rotationBits } from '../../artifacts/layer-sizes.ts';
+import {
+  type BudgetUnit,
+  type Counted,
+  layerSizes,
+  type PartBytes,
+  paysForRotations,
+  rotationBits,
+} from '../../artifacts/layer-sizes.ts';
 import type { OnnxContainer } from '../../artifacts/onnx/linear-layout.ts';
 import { RecipeError } from '../../errors.ts';
-import { type Allocation, allocate, lossCurve } from '../../methods/quantize/allocation/allocate.ts';
+import { type Allocation, allocate, type CurvePoint, lossCurve } from '../../methods/quantize/allocation/allocate.ts';
+import type { ChoiceSet } from '../../methods/quantize/allocation/hull.ts';
 import type { Repair } from '../../methods/quantize/allocation/joint.ts';
 import { type FactorStorage, factorBits, factorStorage } from '../../methods/quantize/low-rank.ts';
 import { groupCount } from '../../methods/quantize/quantized-linear.ts';
-import type { Assignment, BitAllocation, SitePlan } from '../../methods/quantize/quantizer.ts';
+import { type Assignment, type BitAllocation, rotates, type SitePlan } from '../../methods/quantize/quantizer.ts';
 import type { LinearSite } from '../../model/model.ts';
 import { groupSizesOf, onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
 import { choiceLabel, choiceSets, type ModelSurvey } from './survey.ts';
@@ -123,45 +131,91 @@ export async function shareBudget(
   const counted: Counted = { unit, container, ...(files && { partBytes: files.partBytes }) };
   const sizesOf = layerSizesOf(counted, widths);
   const sets = choiceSets(survey, widths, sizesOf, unit, { repairs, transformBytes: files?.partBytes.transforms });
-  const curve = lossCurve(sets);
-  const [least, most] = [curve[0].size, curve[curve.length - 1].size];
   // What layers share, and what is beside them in a file, is known when their plans are.
-  const take = async (bits: number) => {
-    const allocation = allocate(sets, bits);
+  const take = async (allocation: Allocation): Promise<Taken> => {
     const sites = plannedSites(survey, allocation);
     const taken = files ? 8 * (await files.bytesOf(sites)) : allocation.size + rotationBits(unit, sites);
     return { allocation, sites, left: budget.bits - taken };
   };
-  let best = await take(least);
-  if (best.left < 0) {
+  // Matrices that rotate inputs may take more than they are worth, or than there is.
+  const choices = paysForRotations(unit) ? [sets, unrotated(survey, sets)] : [sets];
+  const found = await Promise.all(choices.map((some) => spend(some, budget.bits, take)));
+  const { allocation, sites, left } = found.reduce((best, next) => (better(next, best) ? next : best));
+  if (left < 0) {
     const groupSizes = survey.inputs.flatMap(({ survey: { transforms } }) => transforms.map(({ groupSize }) => groupSize));
-    const smallest = budget.bits - best.left;
-    throw outOfReach(budget, groupSizes, smallest, smallest + most - least);
+    const smallest = budget.bits - left;
+    throw outOfReach(budget, groupSizes, smallest, smallest + allocation.most - allocation.least);
   }
+  return {
+    ...counted,
+    widths,
+    sites: sharesOf(allocation, sites),
+    predictedLoss: allocation.loss,
+    bound: allocation.bound,
+    sensitivities: Object.fromEntries(survey.sensitivities),
+  };
+}
+
+/** An allocation, what it comes to, and what it leaves of the budget. */
+interface Taken {
+  readonly allocation: Allocation;
+  readonly sites: PlannedSites;
+  readonly left: number;
+}
+
+function better(one: Taken, other: Taken): boolean {
+  if (other.left < 0) return one.left > other.left;
+  return one.left >= 0 && one.allocation.loss < other.allocation.loss;
+}
+
+/** The least loss within a budget, or, with less than nothing left, the smallest allocation. */
+async function spend(
+  sets: readonly ChoiceSet[],
+  budget: number,
+  take: (allocation: Allocation) => Promise<Taken>,
+): Promise<Taken> {
+  const curve = lossCurve(sets);
+  const [least, most] = [curve[0].size, curve[curve.length - 1].size];
+  let best = await take(allocate(sets, least));
   // What is offered to the layers: `low` fits, `high` does not.
   let low = least;
-  let high = Infinity;
+  let high = best.left < 0 ? least : Infinity;
   let next = least + best.left;
   for (let round = 0; round < ROUNDS && high - low > 1; round++) {
     const offered = next > low && next < high ? next : Math.floor((low + Math.min(high, most)) / 2);
-    const found = await take(offered);
+    const found = await take(allocate(sets, offered));
     if (found.left < 0) high = offered;
     else {
       low = offered;
       if (found.allocation.loss < best.allocation.loss) best = found;
-      if (found.left <= CLOSE * budget.bits || offered >= most) break;
+      if (found.left <= CLOSE * budget || offered >= most) break;
     }
     next = found.allocation.size + found.left;
   }
-  const { loss: predictedLoss, bound } = best.allocation;
-  return {
-    ...counted,
-    widths,
-    sites: sharesOf(best),
-    predictedLoss,
-    bound,
-    sensitivities: Object.fromEntries(survey.sensitivities),
-  };
+  return best;
+}
+
+/** The sets of a survey less all choices that rotate an input, where it has others. */
+function unrotated({ inputs }: ModelSurvey, sets: readonly ChoiceSet[]): ChoiceSet[] {
+  return sets.map((set, i) => {
+    const choices = set.choices.filter((_, k) => !rotates(inputs[i].survey.transforms[k].transform));
+    return choices.length > 0 ? { ...set, choices } : set;
+  });
+}
+
+/**
+ * Budgets of files that `shareBudget` can meet, and what it may be predicted to lose with them: no more than this, for matrices of rotations, which
+ * all inputs share, are paid for here only where there is no choice without.
+ */
+export function budgetCurve(
+  survey: ModelSurvey,
+  widths: readonly number[],
+  { unit, container }: Omit<BitBudget, 'bits'>,
+): CurvePoint[] {
+  const sets = unrotated(survey, choiceSets(survey, widths, layerSizesOf({ unit, container }, widths), unit));
+  const curve = lossCurve(sets);
+  const shared = rotationBits(unit, plannedSites(survey, allocate(sets, curve[0].size)));
+  return curve.map(({ size, loss }) => ({ size: size + shared, loss }));
 }
 
 /** What an allocation comes to, in the order of its members. */
@@ -175,7 +229,7 @@ function plannedSites(survey: ModelSurvey, allocation: Allocation): PlannedSites
   });
 }
 
-function sharesOf({ allocation, sites }: { allocation: Allocation; sites: PlannedSites }): SharedBudget['sites'] {
+function sharesOf(allocation: Allocation, sites: PlannedSites): SharedBudget['sites'] {
   const members = allocation.sets.flatMap((set) => set.members);
   return Object.fromEntries(
     sites.map(([{ name }, { transform, groupSize, rank }], i): [string, SharedBudget['sites'][string]] => [

@@ -1,19 +1,18 @@
 /** `--max-loss`: the smallest artifact whose perplexity on held-out text rises by no more, by quantizing and evaluating a few times. */
 import type { PartDetails, PartStore } from '../../artifacts/parts.ts';
 import { RecipeError } from '../../errors.ts';
-import { lossCurve } from '../../methods/quantize/allocation/allocate.ts';
 import { dequantize } from '../../methods/quantize/quantized-linear.ts';
 import type { BitPlan } from '../../methods/quantize/quantizer.ts';
 import type { WeightReader } from '../../model/model.ts';
 import type { Score } from '../evaluate/scoring.ts';
 import type { RunHooks } from '../run.ts';
-import { candidateWidths, fileUnit, layerSizesOf, type SharedBudget, shareBudget } from './bit-budget.ts';
+import { type BitBudget, budgetCurve, candidateWidths, fileUnit, type SharedBudget, shareBudget } from './bit-budget.ts';
 import { decoded } from './blocks.ts';
 import { predictSizes } from './estimate.ts';
 import type { QuantizeJob } from './job.ts';
 import { MAX_ROUNDS, searchStep } from './loss-search.ts';
-import { onnxStorageOf } from './recipe.ts';
-import { choiceSets, type ModelSurvey } from './survey.ts';
+import { onnxStorageOf, type QuantizeRecipe } from './recipe.ts';
+import type { ModelSurvey } from './survey.ts';
 
 /** One artifact that was made and evaluated. */
 export interface LossRound {
@@ -69,9 +68,7 @@ export async function searchLossBudget(
   const { job, parts, survey, hooks } = run;
   const { source, recipe } = job;
   const maxLoss = recipe.maxLoss!;
-  const [widths, unit] = [candidateWidths(recipe), fileUnit(recipe)];
-  const { container } = onnxStorageOf(recipe);
-  const curve = lossCurve(choiceSets(survey, widths, layerSizesOf({ unit, container }, widths), unit));
+  const curve = budgetCurve(survey, candidateWidths(recipe), roundBudget(recipe, 0));
   const original = await remembered<Score>(run, 'original', () => run.evaluate(source.weights));
   const rounds: StoredRound[] = [];
   for (;;) {
@@ -99,19 +96,17 @@ export async function searchLossBudget(
   }
 }
 
+function roundBudget(recipe: QuantizeRecipe, bits: number): BitBudget {
+  return { unit: fileUnit(recipe), container: onnxStorageOf(recipe).container, bits, say: (value) => `${value} bits` };
+}
+
 async function makeRound(run: LossBudgetRun, index: number, size: number, original: Score): Promise<StoredRound> {
   const { job, survey, hooks } = run;
   const { source, recipe } = job;
   const parts = await run.parts.round(index);
   let shared = parts.allocation as unknown as SharedBudget | undefined;
   if (shared === undefined) {
-    const say = (bits: number) => `${bits} bits`;
-    shared = await shareBudget(survey, candidateWidths(recipe), {
-      unit: fileUnit(recipe),
-      container: onnxStorageOf(recipe).container,
-      bits: size,
-      say,
-    });
+    shared = await shareBudget(survey, candidateWidths(recipe), roundBudget(recipe, size));
     await parts.addAllocation(shared as unknown as PartDetails);
   }
   const phase = `round ${index + 1} of at most ${MAX_ROUNDS}`;
