@@ -45,9 +45,9 @@ describe('a tolerable loss', () => {
     expect(loose[1]).toBeLessThanOrEqual(strict[1]);
   });
 
-  it('that is met by anything ends at the smallest file, in which nothing can be rotated', async () => {
+  it('that anything meets ends at the smallest file there is', async () => {
     const said: string[] = [];
-    const wanted = recipe({ maxLoss: '5000%', formats: ['onnx'] });
+    const wanted = recipe({ maxLoss: '99%', formats: ['onnx'] });
     await quantize(llama, join(scratch.path, 'anything'), wanted, NEW, { note: (message) => said.push(message) });
     expect(said.some((message) => message.includes('met by the smallest artifact there is'))).toBe(true);
   });
