@@ -86,17 +86,18 @@ function matrixOf(transform: InputTransform, n: number): Float64Array[] {
   return Array.from({ length: n }, (_, i) => Float64Array.from(columns, (column) => column[i]));
 }
 
+/** Last: columns of a run that are rotated together, the largest order there is a matrix of that divides them, or the group. */
 const KINDS = [
-  ['perm', 40, 16],
-  ['perm-had', 40, 16],
-  ['perm-had', 96, 32],
-  ['had', 96, 32],
-  ['had', 40, 16],
-  ['had', 44, 16],
-  ['had', 9, 8],
+  ['perm', 40, 16, 0],
+  ['perm-had', 40, 16, 16],
+  ['perm-had', 96, 32, 32],
+  ['had', 96, 32, 96],
+  ['had', 40, 16, 40],
+  ['had', 44, 16, 4],
+  ['had', 9, 8, 0],
 ] as const;
 
-describe.each(KINDS)('the transform %s of %i columns in groups of %i', (kind, n, groupSize) => {
+describe.each(KINDS)('the transform %s of %i columns in groups of %i', (kind, n, groupSize, hadamard) => {
   const samples = normals(3, 7 * n);
   const hessian = new Float64Array(n * n);
   for (let i = 0; i < n; i++)
@@ -105,7 +106,9 @@ describe.each(KINDS)('the transform %s of %i columns in groups of %i', (kind, n,
   const transform = transformOf(kind, input, groupSize)!;
 
   it('consists of what its kind says', () => {
-    expect(shapeOfTransform(transform)).toEqual(shapeOfKind(kind, groupSize, n));
+    const shape = { permuted: kind !== 'had', signed: kind === 'had', hadamard };
+    expect(shapeOfTransform(transform)).toEqual(shape);
+    expect(shapeOfKind(kind, groupSize, n)).toEqual(shape);
   });
 
   it('leaves the layer what it was: the float model and the transformed one agree to 1e-5', () => {
