@@ -7,7 +7,7 @@ import { LEARNED } from '../src/methods/merge/learned.ts';
 import type { Merger, Parameter } from '../src/methods/merge/merger.ts';
 import { MOE } from '../src/methods/merge/moe/layouts.ts';
 import { GATES } from '../src/methods/merge/moe/router.ts';
-import type { LearningReport } from '../src/runs/merge/experts/expert-merging.ts';
+import type { LearningReport } from '../src/runs/merge/experts/learner.ts';
 import type { LearningCost } from '../src/runs/merge/experts/prepare.ts';
 import { type ExtractOutcome, type ExtractRequest, extract } from '../src/runs/merge/extract-lora.ts';
 import { type MergeOutcome, merge } from '../src/runs/merge/merge.ts';
@@ -151,7 +151,7 @@ async function readRequest(flags: Flags): Promise<MergeRequest> {
   return request;
 }
 
-/** A method's formula, and its parameters as `--set` takes them, with their defaults. */
+/** What `--extract-lora` and `--energy` ask for. Throws RecipeError beside flags of a merge. */
 function extraction(flags: Flags): ExtractRequest {
   const number = (
     name: 'extractLora' | 'energy',
@@ -192,6 +192,7 @@ function describeExtraction({ expert, base, modules, saved, parameters }: Extrac
   return `${renderPairs(pairs)}\n\nWritten to ${output}`;
 }
 
+/** A method's formula, and its parameters as `--set` takes them, with their defaults. */
 function describeMethods(): string {
   const applied = Object.values<Merger>(MERGERS)
     .map(({ name, formula, parameters }) => {

@@ -13,7 +13,7 @@ import { GraphBuilder } from '../../graph/builder.ts';
 import { ROUTED_TENSORS, routedBranch, routedSizes } from '../../graph/routed-branch.ts';
 import { compensate } from '../../methods/rank/compensation.ts';
 import type { LinearSite, WeightReader } from '../../model/model.ts';
-import type { Forward } from '../merge/experts/teachers.ts';
+import type { Forward } from '../forward.ts';
 import type { RunHooks } from '../run.ts';
 import { AdapterWeights } from './adapter-weights.ts';
 import { surveyWindows } from './text.ts';

@@ -13,7 +13,7 @@ import type { AdapterStart } from '../../methods/rank/training/options.ts';
 import type { TrainedModule } from '../../methods/rank/training/schedule.ts';
 import type { LinearSite, WeightReader } from '../../model/model.ts';
 import { rowNorms } from '../../model/row-norms.ts';
-import type { Forward } from '../merge/experts/teachers.ts';
+import type { Forward } from '../forward.ts';
 import type { RunHooks } from '../run.ts';
 import { openOriginal } from './original.ts';
 import type { AdaptRecipe } from './recipe.ts';

@@ -9,7 +9,7 @@ import { type Directions, EVA_RATIO, principalDirections } from '../../methods/r
 import type { SpendableBudget } from '../../methods/rank/rank-budget.ts';
 import type { TrainedModule } from '../../methods/rank/training/schedule.ts';
 import type { WeightReader } from '../../model/model.ts';
-import type { Forward } from '../merge/experts/teachers.ts';
+import type { Forward } from '../forward.ts';
 import type { RunHooks } from '../run.ts';
 import { NextTokenLoss } from './next-token-loss.ts';
 import { surveyWindows } from './text.ts';

@@ -6,7 +6,7 @@ import { TrainingError } from '../../errors.ts';
 import { addOrthogonality } from '../../methods/rank/training/orthogonality.ts';
 import type { TrainedModule, TrainedUpdate, TrainingSchedule } from '../../methods/rank/training/schedule.ts';
 import type { WeightReader } from '../../model/model.ts';
-import type { Forward } from '../merge/experts/teachers.ts';
+import type { Forward } from '../forward.ts';
 import { AdaptedWeights } from './adapted-weights.ts';
 import { NextTokenLoss } from './next-token-loss.ts';
 import { batchOf, type TrainingText } from './text.ts';

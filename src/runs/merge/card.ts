@@ -4,7 +4,7 @@ import { basename, join } from 'node:path';
 import { packageVersion } from '../../package-root.ts';
 import { flag } from '../recipe-fields.ts';
 import { portableRecipe } from './describe.ts';
-import type { LearningReport } from './experts/expert-merging.ts';
+import type { LearningReport } from './experts/learner.ts';
 import type { MergeInputs } from './inputs.ts';
 import { MERGE_DEFAULTS, type MergeRecipe } from './recipe.ts';
 

@@ -12,7 +12,7 @@ import { MOE } from '../../methods/merge/moe/layouts.ts';
 import type { OutputMode } from '../quantize/quantize.ts';
 import type { RunHooks } from '../run.ts';
 import { countDispositions, writeMergeManifest } from './describe.ts';
-import type { LearningReport } from './experts/expert-merging.ts';
+import type { LearningReport } from './experts/learner.ts';
 import { type LearningCost, prepareLearning } from './experts/prepare.ts';
 import { writeModelFiles } from './files.ts';
 import { type MergeInputs, openMergeInputs } from './inputs.ts';

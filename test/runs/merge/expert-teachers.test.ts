@@ -11,8 +11,10 @@ import { createModel } from '../../../src/model/architectures/index.ts';
 import type { WeightReader } from '../../../src/model/model.ts';
 import { OutputHead } from '../../../src/runs/evaluate/output-head.ts';
 import { Scorer } from '../../../src/runs/evaluate/scoring.ts';
+import type { Forward } from '../../../src/runs/forward.ts';
+import { scoredDistances } from '../../../src/runs/merge/experts/distances.ts';
 import type { Sample } from '../../../src/runs/merge/experts/samples.ts';
-import { type Forward, scoredDistances, teach } from '../../../src/runs/merge/experts/teachers.ts';
+import { teach } from '../../../src/runs/merge/experts/teachers.ts';
 import { tinyLlama } from '../../support/tiny-models.ts';
 import { readerOf } from '../../support/tiny-reader.ts';
 

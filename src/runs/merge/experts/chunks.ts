@@ -5,8 +5,8 @@ import { type ChunkBounds, flatChunks, rowChunks } from '../../../methods/merge/
 import { type Coefficients, effectiveCoefficient } from '../../../methods/merge/expert-merging/coefficients.ts';
 import type { LearnedValues } from '../../../methods/merge/learned.ts';
 import type { Block, LinearSite, Model } from '../../../model/model.ts';
-import type { LearnedWeights } from '../../quantize/learned-weights.ts';
 import type { MergeWeights } from '../weights.ts';
+import type { LearnedWeights } from './learned-weights.ts';
 import { chunksPerTensor } from './rules.ts';
 
 export interface ChunkSearch {

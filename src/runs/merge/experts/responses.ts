@@ -4,10 +4,10 @@ import { CachedDecoder, cacheBytesPerToken } from '../../../calibration/cached-d
 import { Random } from '../../../compute/random.ts';
 import type { WeightReader } from '../../../model/model.ts';
 import { OutputHead } from '../../evaluate/output-head.ts';
+import type { Forward } from '../../forward.ts';
 import { KeptWeights } from '../../kept-weights.ts';
 import { drawToken, likeliestToken } from '../../token-choice.ts';
 import type { Sample } from './samples.ts';
-import type { Forward } from './teachers.ts';
 
 /** Tokens of prompts, pads included, that are read at once. */
 const PROMPT_TOKENS = 2048;

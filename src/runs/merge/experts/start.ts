@@ -6,9 +6,12 @@ import type { Start } from '../../../methods/merge/merge-plan.ts';
 import type { Merger } from '../../../methods/merge/merger.ts';
 import { resolveParameters } from '../../../methods/merge/parameters.ts';
 import type { LinearSite } from '../../../model/model.ts';
-import { LearnedWeights, type Passive, type StartUpdates } from '../../quantize/learned-weights.ts';
+import type { Forward } from '../../forward.ts';
 import type { MergeWeights } from '../weights.ts';
-import { distances, type Forward, type Lesson, meanKl, type Teachers } from './teachers.ts';
+import { distances, meanKl } from './distances.ts';
+import type { Lesson } from './forward-pass.ts';
+import { LearnedWeights, type Passive, type StartUpdates } from './learned-weights.ts';
+import type { Teachers } from './teachers.ts';
 
 /** Methods that are tried. */
 const START_METHODS = ['task-arithmetic', 'tsv-m', 'iso-c', 'regmean'] as const;

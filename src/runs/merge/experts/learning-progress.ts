@@ -3,9 +3,9 @@
  * every update. A killed run goes on from there to the same plan, bit for bit.
  */
 import { readFile } from 'node:fs/promises';
-import { writeDurably } from '../artifacts/durable.ts';
-import type { StageResult, StageState } from './merge/experts/learn.ts';
-import type { TriedStart } from './merge/experts/start.ts';
+import { writeDurably } from '../../../artifacts/durable.ts';
+import type { StageResult, StageState } from './learn.ts';
+import type { TriedStart } from './start.ts';
 
 /** A stage that is done. */
 interface FinishedStage extends StageResult {

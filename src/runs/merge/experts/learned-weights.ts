@@ -1,8 +1,8 @@
 /** The model that is being learned, as a forward pass reads it: base + start + the experts' task vectors by their coefficients. */
-import type { StateStore } from '../../calibration/state-store.ts';
-import { addScaled, type Coefficients } from '../../methods/merge/expert-merging/coefficients.ts';
-import type { LinearSite, WeightReader } from '../../model/model.ts';
-import type { MergeWeights } from '../merge/weights.ts';
+import type { StateStore } from '../../../calibration/state-store.ts';
+import { addScaled, type Coefficients } from '../../../methods/merge/expert-merging/coefficients.ts';
+import type { LinearSite, WeightReader } from '../../../model/model.ts';
+import type { MergeWeights } from '../weights.ts';
 
 /** Norms, embeddings and all else that is not learned: the base's, or moved by the mean task vector. */
 export type Passive = 'base' | 'mean';
