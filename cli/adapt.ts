@@ -16,22 +16,11 @@ import {
 import { formatSize } from '../src/runs/size.ts';
 import { adaptConvertCommand } from './adapt-convert.ts';
 import { expandFiles } from './files.ts';
-import { CORES, deviceOption, jsonOption, quietOption } from './options.ts';
+import { CORES, deviceOption, jsonOption, outputMode, quietOption, type RunFlags, recipeFlags } from './options.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
-interface Flags {
-  readonly output: string;
-  readonly overwrite?: boolean;
-  readonly resume?: boolean;
-  readonly dryRun?: boolean;
-  readonly json?: boolean;
-  readonly quiet?: boolean;
-  readonly [flag: string]: unknown;
-}
-
 const D = ADAPT_DEFAULTS;
-const NOT_RECIPE = new Set(['output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
 
 export function adaptCommand(signal: AbortSignal): Command {
   // What is needed is said by the recipe: options that commander requires would be required of `convert` too.
@@ -110,14 +99,12 @@ export function adaptCommand(signal: AbortSignal): Command {
     .option('--dry-run', 'print ranks and sizes, and stop')
     .addOption(jsonOption())
     .addOption(quietOption())
-    .action(async (model: string, flags: Flags) => {
-      const given = Object.fromEntries(Object.entries(flags).filter(([key]) => !NOT_RECIPE.has(key))) as AdaptRequest;
-      const recipe = adaptRecipe(given, CORES);
+    .action(async (model: string, flags: RunFlags) => {
+      const recipe = adaptRecipe(recipeFlags(flags) as AdaptRequest, CORES);
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
-        const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
         const text = await expandFiles('--text', recipe.text);
-        const outcome = await adapt(model, flags.output, { ...recipe, text }, mode, console.hooks);
+        const outcome = await adapt(model, flags.output, { ...recipe, text }, outputMode(flags), console.hooks);
         console.result(outcome, describe(outcome));
       } finally {
         console.close();

@@ -23,21 +23,12 @@ import {
 } from '../src/runs/merge/recipe.ts';
 import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandModels } from './files.ts';
-import { CORES, jsonOption, quietOption } from './options.ts';
+import { CORES, jsonOption, outputMode, quietOption, type RunFlags, recipeFlags } from './options.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
-interface Flags {
-  readonly output: string;
+interface Flags extends RunFlags {
   readonly config?: string;
-  readonly overwrite?: boolean;
-  readonly resume?: boolean;
-  readonly dryRun?: boolean;
-  readonly json?: boolean;
-  readonly quiet?: boolean;
-  readonly maxMemory?: string;
-  readonly shardSize?: string;
-  readonly [flag: string]: unknown;
 }
 
 const D = MERGE_DEFAULTS;
@@ -116,7 +107,7 @@ export function mergeCommand(signal: AbortSignal): Command {
         if (flags['energy'] !== undefined && flags['extractLora'] === undefined) {
           throw new RecipeError('--energy: goes with --extract-lora');
         }
-        const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
+        const mode = outputMode(flags);
         if (flags['extractLora'] !== undefined) {
           const outcome = await extract(
             await expandModels(experts),
@@ -137,10 +128,8 @@ export function mergeCommand(signal: AbortSignal): Command {
     });
 }
 
-const NOT_RECIPE = new Set(['config', 'extractLora', 'energy', 'output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet']);
-
 async function readRequest(flags: Flags): Promise<MergeRequest> {
-  const request = Object.fromEntries(Object.entries(flags).filter(([key]) => !NOT_RECIPE.has(key)));
+  const request = recipeFlags(flags, 'config', 'extractLora', 'energy');
   for (const [key, name] of [
     ['maxMemory', '--max-memory'],
     ['shardSize', '--shard-size'],

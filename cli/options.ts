@@ -3,6 +3,7 @@ import { availableParallelism } from 'node:os';
 import { InvalidArgumentError, Option } from 'commander';
 import { DEVICES } from '../src/compute/engine.ts';
 import { ENGINES } from '../src/compute/engines.ts';
+import type { OutputMode } from '../src/runs/quantize/quantize.ts';
 
 /** The machine's cores as the operating system grants them. */
 export const CORES = availableParallelism();
@@ -15,6 +16,29 @@ export const engineOption = () =>
   new Option('--engine <engine>', 'what runs the graphs').choices(Object.keys(ENGINES)).default('ort');
 export const threadsOption = () =>
   new Option('--threads <count>', 'threads of the engine').argParser(wholeNumber).default(CORES, 'all cores');
+
+/** Flags of the commands that follow a recipe to a folder. */
+export interface RunFlags {
+  readonly output: string;
+  readonly overwrite?: boolean;
+  readonly resume?: boolean;
+  readonly dryRun?: boolean;
+  readonly json?: boolean;
+  readonly quiet?: boolean;
+  readonly [flag: string]: unknown;
+}
+
+const NOT_RECIPE: readonly string[] = ['output', 'overwrite', 'resume', 'dryRun', 'json', 'quiet'];
+
+/** What of the flags is of the recipe. @param others of the command's own that are not */
+export function recipeFlags(flags: RunFlags, ...others: readonly string[]): Record<string, unknown> {
+  const given = Object.entries(flags).filter(([key, value]) => value !== undefined && !NOT_RECIPE.includes(key));
+  return Object.fromEntries(given.filter(([key]) => !others.includes(key)));
+}
+
+export function outputMode({ overwrite = false, resume = false, dryRun = false }: RunFlags): OutputMode {
+  return { overwrite, resume, dryRun };
+}
 
 /** A whole number of at least 1. */
 export function wholeNumber(text: string): number {

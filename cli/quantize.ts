@@ -23,23 +23,14 @@ import {
 } from '../src/runs/quantize/recipe.ts';
 import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandFiles } from './files.ts';
-import { CORES, jsonOption, quietOption } from './options.ts';
+import { CORES, jsonOption, outputMode, quietOption, type RunFlags, recipeFlags } from './options.ts';
 import { inThread } from './runs.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
-interface Flags {
-  readonly output: string;
+interface Flags extends RunFlags {
   readonly recipe?: string;
-  readonly overwrite?: boolean;
-  readonly resume?: boolean;
-  readonly dryRun?: boolean;
-  readonly json?: boolean;
-  readonly quiet?: boolean;
-  readonly calibration?: readonly string[];
   readonly format?: string;
-  readonly maxMemory?: string;
-  readonly [flag: string]: unknown;
 }
 
 const D = QUANTIZE_DEFAULTS;
@@ -153,9 +144,12 @@ export function quantizeCommand(signal: AbortSignal): Command {
       const recipe = quantizeRecipe(await readRequest(flags), CORES);
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
-        const mode = { overwrite: flags.overwrite === true, resume: flags.resume === true, dryRun: flags.dryRun === true };
         const calibration = await expandFiles('--calibration', recipe.calibration);
-        const outcome = await inThread('quantize', [model, flags.output, { ...recipe, calibration }, mode], console.hooks);
+        const outcome = await inThread(
+          'quantize',
+          [model, flags.output, { ...recipe, calibration }, outputMode(flags)],
+          console.hooks,
+        );
         console.result(outcome, describe(outcome));
       } finally {
         console.close();
@@ -164,15 +158,10 @@ export function quantizeCommand(signal: AbortSignal): Command {
   return command;
 }
 
-const NOT_RECIPE = new Set(['output', 'recipe', 'overwrite', 'resume', 'dryRun', 'json', 'quiet', 'format']);
-
 /** The request the flags and the recipe file spell together. */
 async function readRequest(flags: Flags): Promise<QuantizeRequest> {
   const fromFile = flags.recipe === undefined ? {} : await readRecipeFile(flags.recipe);
-  const fromFlags = Object.fromEntries(
-    Object.entries(flags).filter(([key, value]) => !NOT_RECIPE.has(key) && value !== undefined),
-  );
-  const merged: Record<string, unknown> = { ...fromFile, ...fromFlags };
+  const merged: Record<string, unknown> = { ...fromFile, ...recipeFlags(flags, 'recipe', 'format') };
   if (flags.format !== undefined) merged['formats'] = flags.format;
   // Commander gives every --no- flag a default of true, which is no request.
   if (flags['compact'] === true && fromFile['compact'] !== undefined) merged['compact'] = fromFile['compact'];
