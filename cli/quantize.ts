@@ -145,11 +145,8 @@ export function quantizeCommand(signal: AbortSignal): Command {
       const console = createConsole({ json: flags.json === true, quiet: flags.quiet === true, signal });
       try {
         const calibration = await expandFiles('--calibration', recipe.calibration);
-        const outcome = await inThread(
-          'quantize',
-          [model, flags.output, { ...recipe, calibration }, outputMode(flags)],
-          console.hooks,
-        );
+        const mode = outputMode(flags);
+        const outcome = await inThread('quantize', [model, flags.output, { ...recipe, calibration }, mode], console.hooks);
         console.result(outcome, describe(outcome));
       } finally {
         console.close();
