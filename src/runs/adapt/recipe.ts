@@ -34,7 +34,7 @@ export interface AdaptRecipe {
   readonly init: (typeof ADAPT_INITS)[number];
   /** Trains the lengths of the weight's rows beside where they point. */
   readonly dora: boolean;
-  /** qerror and loftq: the float model that the base was quantized from. */
+  /** qerror, loftq and surrogates: the float model that the base was quantized from. */
   readonly against?: string;
   /** lamda++: more rank where a spectrum is steep. */
   readonly invert: boolean;
@@ -163,8 +163,16 @@ export function adaptRecipe(request: AdaptRequest, cores: number): AdaptRecipe {
   const surrogate = recipe.method in SURROGATES && recipe.steps === 0;
   if (recipe.startRank !== undefined && !CHANGING.includes(recipe.method))
     throw new RecipeError(`--start-rank: ${recipe.method} has the same ranks from start to end`);
-  const { method } = recipe;
-  const { init } = recipe;
+  const { method, init } = recipe;
+  const scaled = recipe.rslora ? 'rslora' : recipe.alpha === undefined ? undefined : 'alpha';
+  if (surrogate && scaled !== undefined)
+    throw new RecipeError(
+      `${flag(scaled)}: ${method} with --steps 0 has no scale; the length of its step is found on held-out text`,
+    );
+  if (surrogate && method === 'adalora' && recipe.preset === 'best' && recipe.startRank !== undefined)
+    throw new RecipeError(
+      '--start-rank: adalora with --steps 0 cuts once, from all that a layer may get; --preset paper starts from a rank',
+    );
   if (init !== 'kaiming' && CHANGING.includes(method))
     throw new RecipeError(`--init ${init}: ${method} starts from small random factors`);
   if (surrogate && given['steps'] === undefined)

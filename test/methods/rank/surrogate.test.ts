@@ -212,6 +212,33 @@ describe('growth without training', () => {
     expect([...kept.values()].map(({ length }) => length)).toEqual([0, 1, 2].map((i) => (i === best ? 2 : 1)));
   });
 
+  it('paper, increlora: no more layers at once than there are ranks left, and full layers do not end it', async () => {
+    // Seven layers of different scores: two of them grow at a time, and one where one rank is left.
+    const seven = Array.from({ length: 7 }, (_, i) => candidate(`layer ${i}`));
+    const windows = Array.from({ length: 5 }, () => seven.map(({ outFeatures, inFeatures }) => draw(outFeatures * inFeatures)));
+    const ranks = async (total: number) => {
+      const budget = spendable({ kind: 'r', amount: total / 7 }, seven);
+      const { kept } = await observed(increlora({ budget, preset: 'paper' }, seven), seven, windows);
+      return [...kept.values()].reduce((sum, { length }) => sum + length, 0);
+    };
+    expect(await ranks(8)).toBe(8);
+    // Two components each are all there are: the best two are full after the first round.
+    expect(await ranks(13)).toBe(13);
+  });
+
+  it('start with no more than the budget, and cut from no less', () => {
+    const budget = spendable({ kind: 'r', amount: 4 }, layers);
+    expect(() => adalora({ budget, preset: 'paper', startRank: 2 }, layers)).toThrow(/adalora starts with 2, which it only cuts/);
+    for (const [make, name] of [
+      [increlora, 'increlora'],
+      [triadaptlora, 'triadaptlora'],
+    ] as const)
+      for (const preset of ['best', 'paper'] as const)
+        expect(() => make({ budget, preset, startRank: 16 }, layers)).toThrow(
+          `--budget: allows 4.00 ranks a layer, and ${name} starts with 16, to which it only adds`,
+        );
+  });
+
   it('paper, triadaptlora: by the norm of the core over its blocks', () => {
     const budget = spendable({ kind: 'r', amount: 4 / 3 }, layers);
     const { kept, scores } = triadaptlora({ budget, preset: 'paper' }, layers).choose(layers);

@@ -387,6 +387,9 @@ describe('methods that add ranks, on layers whose ranks are known', () => {
       'b1',
     ]);
     expect(named(grownByThreshold(modules, options))).toEqual(['a2', 'b2', 'c2']);
+    // Those that are full are not in the way of others.
+    const full = new Map(modules.map(({ name }) => [name, name === 'd' ? 7 : 8]));
+    expect(named(grownByThreshold(modules, { ...options, ranks: full }))).toEqual(['d1']);
   });
 });
 

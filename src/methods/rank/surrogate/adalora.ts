@@ -1,4 +1,5 @@
 /** AdaLoRA without training: sensitivity times uncertainty of frozen components, over the windows of a text (adapters.md 5.5). */
+import { RecipeError } from '../../../errors.ts';
 import { type Component, keepBest } from '../keep-best.ts';
 import type { AdaptedShape } from '../rank-budget.ts';
 import { cubicBudget, cutTimes, START_RATIO } from '../training/adalora.ts';
@@ -21,6 +22,10 @@ export function adalora(options: SurrogateOptions, layers: readonly AdaptedShape
   const { budget, preset, startRank } = options;
   const paper = preset === 'paper';
   const bounds = rankBounds(options, layers);
+  if (paper && startRank !== undefined && startRank < bounds.mean)
+    throw new RecipeError(
+      `--budget: allows ${bounds.mean.toFixed(2)} ranks a layer, and adalora starts with ${startRank}, which it only cuts; use a smaller budget or a larger --start-rank`,
+    );
   const most = paper ? Math.min(bounds.most, startRank ?? Math.ceil(START_RATIO * bounds.mean)) : bounds.most;
   /** Of the layers at hand, window by window. */
   const seen = new Map<string, Entries[]>();

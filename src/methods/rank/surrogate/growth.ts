@@ -1,7 +1,7 @@
 /** IncreLoRA and TriAdaptLoRA without training: their rounds of growth, over frozen components in place of learned ones (adapters.md 5.5). */
 import type { Blas } from '../../../compute/blas.ts';
 import type { AdaptedShape } from '../rank-budget.ts';
-import { grownByThreshold, grownExactly, layersAtATime } from '../training/growth.ts';
+import { grownByThreshold, grownExactly, layersAtATime, requireStart } from '../training/growth.ts';
 import { updateSensitivity } from '../training/increlora.ts';
 import type { TraceEntry } from '../training/schedule.ts';
 import { GROWN_AFTER, growingLayers } from '../training/triadaptlora.ts';
@@ -15,6 +15,7 @@ export function increlora(options: SurrogateOptions, layers: readonly AdaptedSha
   const paper = options.preset === 'paper';
   const { mean, most } = rankBounds(options, layers);
   const first = options.startRank ?? (paper ? 1 : 0);
+  requireStart('increlora', first, options.budget, layers);
   const each = Math.max(1, Math.floor(mean / 2));
   /** Of every rank that growth may come to, by layer: the published score of each window. */
   const windows = new Map<string, number[][]>();
@@ -36,7 +37,13 @@ export function increlora(options: SurrogateOptions, layers: readonly AdaptedSha
       const at = ({ name, components }: CandidateLayer, rank: number) =>
         scores.get(name)![paper ? levelsOf(first, each, components.count).indexOf(rank) : rank] ?? 0;
       return {
-        ...grow(options, layers, { first, each, threshold: paper, score: at, growing: () => layersAtATime(layers.length) }),
+        ...grow(options, layers, {
+          first,
+          each,
+          threshold: paper,
+          score: at,
+          growing: (_, { cheapest }) => Math.min(layersAtATime(layers.length), cheapest),
+        }),
         scores,
       };
     },
@@ -49,6 +56,7 @@ export function triadaptlora(options: SurrogateOptions, layers: readonly Adapted
   const paper = preset === 'paper';
   const { mean, most } = rankBounds(options, layers);
   const first = options.startRank ?? (paper ? 1 : 0);
+  requireStart('triadaptlora', first, options.budget, layers);
   const each = Math.max(1, Math.floor(mean / 2));
   const lastRound = GROWN_AFTER[preset] * ROUNDS;
   return {
@@ -73,7 +81,7 @@ export function triadaptlora(options: SurrogateOptions, layers: readonly Adapted
           each,
           threshold: false,
           score: (layer, rank) => (paper ? coreNorm(layer, rank) : (layer.mean.gains[rank] ?? 0)),
-          growing: (round, left) => growingLayers(growth, left, Math.min(1, round / lastRound), layers.length),
+          growing: (round, { usual }) => growingLayers(growth, usual, Math.min(1, round / lastRound), layers.length),
         }),
         scores,
       };
@@ -87,8 +95,8 @@ interface Rules {
   /** Every layer as good as the last that grows, ties and all. */
   readonly threshold: boolean;
   score(layer: CandidateLayer, rank: number): number;
-  /** Layers that grow in a round, `left` being the ranks that there is room for. */
-  growing(round: number, left: number): number;
+  /** Layers that grow in a round; `left` are the ranks that there is room for, of the usual cost and, in whole ones, of the cheapest layer. */
+  growing(round: number, left: { readonly usual: number; readonly cheapest: number }): number;
 }
 
 function grow(
@@ -105,9 +113,10 @@ function grow(
   for (let round = 1; ; round++) {
     const spent = layers.reduce((sum, layer) => sum + ranks.get(layer.name)! * budget.cost(layer), 0);
     if (spent + least > budget.total + 1e-9) break;
+    const left = budget.total - spent;
     const rules = {
       ranks,
-      most: growing(round, (budget.total - spent) / cost),
+      most: growing(round, { usual: left / cost, cheapest: Math.floor(left / least + 1e-9) }),
       each,
       mostOf: ({ components }: CandidateLayer) => Math.min(most, components.count),
       score: (layer: CandidateLayer) => score(layer, ranks.get(layer.name)!),

@@ -1,4 +1,5 @@
 /** Layers that get more components while they are trained: how a layer grows, and who gets how much of what is left (adapters.md 8.2 and 8.3). */
+import { RecipeError } from '../../../errors.ts';
 import type { AdaptedShape, SpendableBudget } from '../rank-budget.ts';
 import { normal } from './initial.ts';
 import type { TrainedModule } from './schedule.ts';
@@ -85,18 +86,17 @@ export function grownExactly<Layer extends AdaptedShape>(
   return grown;
 }
 
-/** All layers whose score is at least the `most`-th best: ties and all, as published, whatever that costs. */
+/** All layers with room whose score is at least the `most`-th best of theirs: ties and all, as published, whatever that costs. */
 export function grownByThreshold<Layer extends AdaptedShape>(
   modules: readonly Layer[],
   { ranks, most, each, mostOf = smallerSide, score }: Omit<GrowthOptions<Layer>, 'budget'>,
 ): ReadonlyMap<Layer, number> {
-  const scores = modules.map(score);
-  const threshold = scores.toSorted((a, b) => b - a)[Math.min(most, modules.length) - 1];
+  const roomOf = (module: Layer) => mostOf(module) - ranks.get(module.name)!;
+  const open = modules.filter((module) => roomOf(module) > 0);
+  const scores = open.map(score);
+  const threshold = scores.toSorted((a, b) => b - a)[Math.min(most, open.length) - 1];
   const grown = new Map<Layer, number>();
-  for (const [i, module] of modules.entries()) {
-    const room = mostOf(module) - ranks.get(module.name)!;
-    if (scores[i] >= threshold && room > 0) grown.set(module, Math.min(each, room));
-  }
+  for (const [i, module] of open.entries()) if (scores[i] >= threshold) grown.set(module, Math.min(each, roomOf(module)));
   return grown;
 }
 
@@ -111,4 +111,13 @@ export function rankTargets(
 ): { readonly mean: number; readonly total: number } {
   const mean = budget.total / modules.reduce((sum, module) => sum + budget.cost(module), 0);
   return { mean, total: mean * modules.length };
+}
+
+/** Throws RecipeError where `startRank` ranks of every layer are more than the budget allows. */
+export function requireStart(method: string, startRank: number, budget: SpendableBudget, modules: readonly AdaptedShape[]): void {
+  const { mean } = rankTargets(budget, modules);
+  if (mean >= startRank) return;
+  throw new RecipeError(
+    `--budget: allows ${mean.toFixed(2)} ranks a layer, and ${method} starts with ${startRank}, to which it only adds`,
+  );
 }

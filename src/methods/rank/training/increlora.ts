@@ -1,6 +1,6 @@
 /** IncreLoRA (Zhang et al., arXiv 2308.12043): layers start with next to nothing, and those that the loss pulls hardest get components (adapters.md 8.2). */
 import { RecipeError } from '../../../errors.ts';
-import { growModule, grownByThreshold, grownExactly, layersAtATime, rankTargets, shrinkModule } from './growth.ts';
+import { growModule, grownByThreshold, grownExactly, layersAtATime, rankTargets, requireStart, shrinkModule } from './growth.ts';
 import { place } from './initial.ts';
 import type { ScheduleOptions } from './options.ts';
 import { GradientProbe, type ProbeState } from './probe.ts';
@@ -101,10 +101,7 @@ export function increlora(options: ScheduleOptions): TrainingSchedule {
       alpha = (options.scale ?? SCALE) * Math.max(1, Math.floor(mean));
       each = Math.max(1, Math.floor(mean / 2));
       most = layersAtATime(modules.length);
-      if (total < startRank * modules.length)
-        throw new RecipeError(
-          `--budget: allows ${mean.toFixed(2)} ranks a layer, and increlora starts with ${startRank}, to which it only adds`,
-        );
+      requireStart('increlora', startRank, budget, modules);
       const growths = Math.max(1, Math.ceil((total - startRank * modules.length) / (most * each)));
       if (warmUp + growths >= steps) {
         const needed = Math.ceil((growths + 2) / (1 - WARM_UP));

@@ -1,7 +1,7 @@
 /** TriAdaptLoRA (Liang et al., arXiv 2501.08008): a square core between the factors that grows by triangles, in more layers the later (adapters.md 8.3). */
 import { RecipeError } from '../../../errors.ts';
 import { coreFactors } from './core.ts';
-import { growModule, grownExactly, rankTargets } from './growth.ts';
+import { growModule, grownExactly, rankTargets, requireStart } from './growth.ts';
 import { place } from './initial.ts';
 import type { ScheduleOptions } from './options.ts';
 import { GradientProbe, type ProbeState } from './probe.ts';
@@ -104,10 +104,7 @@ export function triadaptlora(options: ScheduleOptions): TrainingSchedule {
       alpha = (options.scale ?? SCALE) * Math.max(1, Math.floor(mean));
       each = Math.max(1, Math.floor(mean / 2));
       meanCost = budget.total / total;
-      if (total < startRank * modules.length)
-        throw new RecipeError(
-          `--budget: allows ${mean.toFixed(2)} ranks a layer, and triadaptlora starts with ${startRank}, to which it only adds`,
-        );
+      requireStart('triadaptlora', startRank, budget, modules);
       for (const module of modules) {
         const { name, outFeatures: m, inFeatures: n } = module;
         place(module, 'loraA', [0, n], new Float32Array());
