@@ -178,6 +178,18 @@ describe('advance', () => {
     expect(hidden).toEqual((await statesByHand(WINDOWS, 1, 0.5)).map((state) => [...state]));
   });
 
+  it('comes with a measurement that is asked for no input', async () => {
+    const model = toyModel(2);
+    await using pass = calibration({ model });
+    await pass.start(new ToyWeights());
+    for (const block of model.blocks) {
+      await using measured = await pass.measure(block, new ToyWeights(), { inputs: [], advance: true });
+      expect(measured.size).toBe(0);
+    }
+    const hidden = (await collect(pass.hiddenStates())).map((window) => [...window.hidden]);
+    expect(hidden).toEqual((await statesByHand(WINDOWS, 2)).map((state) => [...state]));
+  });
+
   it('makes the states unusable when it fails half-way, rather than mixing two depths', async () => {
     const model = toyModel(1);
     const toy = new ToyEngine();

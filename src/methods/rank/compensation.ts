@@ -51,11 +51,13 @@ export async function errorSpectrum(blas: Blas, error: Matrix, gram: Float64Arra
   return { values, total };
 }
 
-/** The best branch of rank `rank` for an error (m, n) of a weight whose input has second moments `gram` (n, n). Deterministic. */
+/**
+ * The best branch of rank `rank` for an error (m, n) of a weight whose input has second moments `gram` (n, n); without them, inputs are all alike. Deterministic.
+ */
 export async function compensate(
   blas: Blas,
   error: Matrix,
-  gram: Float64Array,
+  gram: Float64Array | undefined,
   rank: number,
   variant: CompensationVariant = 'exact',
 ): Promise<Compensation> {
@@ -93,7 +95,8 @@ export async function refit(
 ): Promise<Float32Array | undefined> {
   const { rows: m, columns: n } = error;
   const a = { rows: rank, columns: n, data: loraA };
-  const moments = await timesMoments(blas, a, momentsOf(variant, gram, n));
+  const weighed = momentsOf(variant, gram, n);
+  const moments = weighed ? await timesMoments(blas, a, weighed) : a;
   const square = Float64Array.from((await blas.gemm(moments, a, { transposeB: true })).data);
   const right = (await blas.gemm(moments, error, { transposeB: true })).data;
   let diagonal = 0;
@@ -124,10 +127,12 @@ export async function refit(
   return loraB;
 }
 
-function momentsOf(variant: CompensationVariant, gram: Float64Array, n: number): Float64Array {
-  if (variant === 'exact') return gram;
+/** Undefined for the identity, which leaves out products with it. */
+function momentsOf(variant: CompensationVariant, gram: Float64Array | undefined, n: number): Float64Array | undefined {
+  if (variant === 'zeroquant') return undefined;
+  if (variant === 'exact' || gram === undefined) return gram;
   const diagonal = new Float64Array(n * n);
-  for (let j = 0; j < n; j++) diagonal[j * n + j] = variant === 'zeroquant' ? 1 : gram[j * n + j];
+  for (let j = 0; j < n; j++) diagonal[j * n + j] = gram[j * n + j];
   return diagonal;
 }
 
@@ -148,10 +153,10 @@ function traceWith(error: Matrix, product: Matrix): number {
   return Math.max(0, total);
 }
 
-async function leading(blas: Blas, error: Matrix, gram: Float64Array, wanted: number): Promise<Leading> {
+async function leading(blas: Blas, error: Matrix, gram: Float64Array | undefined, wanted: number): Promise<Leading> {
   const { rows: m, columns: n } = error;
   const count = Math.min(wanted, m, n);
-  const product = await timesMoments(blas, error, gram);
+  const product = gram ? await timesMoments(blas, error, gram) : error;
   const total = traceWith(error, product);
   if (Math.min(m, n) > EXACT_SIZE) return { ...(await iterate(blas, error, product, count)), total };
   if (n < m) return { ...tall(error, gram, count), total };
@@ -165,18 +170,19 @@ function positive(value: number): number {
 }
 
 /** For more outputs than inputs: with `E = W S V^T`, `E R E^T = W (S V^T R V S) W^T`, and the middle is (n, n) at most. */
-function tall({ rows: m, columns: n, data }: Matrix, gram: Float64Array, count: number): Omit<Leading, 'total'> {
+function tall({ rows: m, columns: n, data }: Matrix, gram: Float64Array | undefined, count: number): Omit<Leading, 'total'> {
   const columns = transposed(Float64Array.from(data), m, n);
   const { values: squares, vectors: right } = eigh(gramOfRows(columns, n, m), n);
   let rank = 0;
   while (rank < n && squares[rank] > NOTHING ** 2 * squares[0]) rank++;
   const basis = right.slice(0, rank * n);
-  const scaled = basis.map((value, i) => value * Math.sqrt(squares[Math.floor(i / n)]));
-  const middle = multiply(multiply(scaled, gram, rank, n, n), transposed(scaled, rank, n), rank, n, rank);
-  const { values, vectors } = eigh(symmetric(middle, rank), rank);
   const kept = Math.min(count, rank);
   // Rows of W^T, from E = W S V^T.
   const left = multiply(basis, columns, rank, n, m).map((value, i) => value / Math.sqrt(squares[Math.floor(i / m)]));
+  if (gram === undefined) return { values: squares.slice(0, kept).map(positive), vectors: left.slice(0, kept * m) };
+  const scaled = basis.map((value, i) => value * Math.sqrt(squares[Math.floor(i / n)]));
+  const middle = multiply(multiply(scaled, gram, rank, n, n), transposed(scaled, rank, n), rank, n, rank);
+  const { values, vectors } = eigh(symmetric(middle, rank), rank);
   return { values: values.slice(0, kept).map(positive), vectors: multiply(vectors.slice(0, kept * rank), left, kept, rank, m) };
 }
 

@@ -90,9 +90,7 @@ export async function gradientStep(
 ): Promise<GradientStep> {
   const { rows: m, columns: n } = gradient;
   if (preset === 'paper') return randomStep(blas, gradient, Math.min(most, n, m), seed, name);
-  const identity = new Float64Array(n * n);
-  for (let j = 0; j < n; j++) identity[j * n + j] = 1;
-  const { rank: found, values, total, loraA, loraB } = await compensate(blas, gradient, identity, Math.min(most, n, m));
+  const { rank: found, values, total, loraA, loraB } = await compensate(blas, gradient, undefined, Math.min(most, n, m));
   return {
     factors: (rank) => {
       const kept = Math.min(rank, found);

@@ -56,11 +56,9 @@ export async function foldDeltas(blas: Blas, deltas: readonly DeltaModule[], { r
   for (const { name, outFeatures, inFeatures, indices, values } of deltas) {
     const data = new Float32Array(outFeatures * inFeatures);
     for (const [i, at] of indices.entries()) data[at] = values[i];
-    const identity = new Float64Array(inFeatures * inFeatures);
-    for (let j = 0; j < inFeatures; j++) identity[j * inFeatures + j] = 1;
     const most = Math.min(outFeatures, inFeatures, rank ?? Math.max(1, Math.floor(values.length / (outFeatures + inFeatures))));
     const matrix = { rows: outFeatures, columns: inFeatures, data };
-    const found = await compensate(blas, matrix, identity, most);
+    const found = await compensate(blas, matrix, undefined, most);
     const covered = found.values.reduce((sum, value) => sum + value, 0);
     const error = found.total > 0 ? Math.sqrt(Math.max(0, 1 - covered / found.total)) : 0;
     folded.push({ name, rank: found.rank, loraA: found.loraA, loraB: found.loraB, error });
@@ -96,7 +94,7 @@ export async function foldRouted(
     progress?.({ phase: `fold ${block.name}`, done: block.index, total: model.blocks.length });
     const sites = block.sites.filter(({ name }) => byName.has(name));
     const inputs = [...new Set(sites.map(({ input }) => input))];
-    const options = { ...(inputs.length > 0 ? { inputs } : {}), advance: true };
+    const options = { inputs, advance: true };
     await using seen: MeasuredBlock = await fitting.measure(block, weights, options);
     await using unseen: MeasuredBlock = await testing.measure(block, weights, options);
     for (const site of sites) {

@@ -179,8 +179,8 @@ async function goraStart({ recipe, forward, weights, modules, budget, training, 
     modules,
     training,
     progress,
-    async ({ name, outFeatures, inFeatures }, weight, gradient) => {
-      importance.set(name, goraImportance(weight, gradient));
+    async ({ name, outFeatures, inFeatures }, gradient, weight) => {
+      importance.set(name, goraImportance(await weight(), gradient));
       const matrix = { rows: outFeatures, columns: inFeatures, data: gradient };
       steps.set(name, await gradientStep(forward.blas, matrix, most, preset, { seed, name }));
     },
@@ -201,8 +201,8 @@ async function expertStart({ recipe, forward, weights, modules, budget, training
   const profile = recipe.profile ?? USUAL_PROFILES[routing];
   const importance = new Array<number>(blocks).fill(0);
   if (profile === 'auto') {
-    await surveyGradients(forward, weights, modules, training, progress, async (module, weight, gradient) => {
-      importance[module.block] += goraImportance(weight, gradient);
+    await surveyGradients(forward, weights, modules, training, progress, async (module, gradient, weight) => {
+      importance[module.block] += goraImportance(await weight(), gradient);
     });
   }
   const options = { blocks, routing, topK, rank, budget };

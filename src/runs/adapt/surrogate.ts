@@ -59,7 +59,7 @@ export async function surrogateStart(
   }
   const norms = new Map<string, number>();
   const layers = new Map<string, CandidateLayer>();
-  await surveyGradients(forward, weights, modules, training, progress, async (module, _, data) => {
+  await surveyGradients(forward, weights, modules, training, progress, async (module, data) => {
     const gradient = { rows: module.outFeatures, columns: module.inFeatures, data };
     const own = repaired.get(module.name);
     const found = own ? undefined : await gradientComponents(forward.blas, gradient, surrogate.mostOf(module));

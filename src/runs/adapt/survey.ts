@@ -29,8 +29,8 @@ export interface RepairedLayer {
 }
 
 /**
- * Calls `on` with each layer's weight and the mean gradient of the loss over windows of the text, both (outFeatures, inFeatures); before that `each`, where it is
- * there, with what every window adds to that mean.
+ * Calls `on` with the mean gradient of the loss over windows of the text by each layer's weight, (outFeatures, inFeatures), and with what reads that weight; before that
+ * `each`, where it is there, with what every window adds to the mean.
  */
 export async function surveyGradients(
   { model, engine, spool, path, signal }: Forward,
@@ -38,7 +38,7 @@ export async function surveyGradients(
   modules: readonly TrainedModule[],
   training: readonly Int32Array[],
   progress: RunHooks['progress'],
-  on: (module: TrainedModule, weight: Float32Array, gradient: Float32Array) => Promise<void>,
+  on: (module: TrainedModule, gradient: Float32Array, weight: () => Promise<Float32Array>) => Promise<void>,
   each?: (module: TrainedModule, gradient: Float32Array) => Promise<void>,
 ): Promise<void> {
   const windows = spread(training, GRADIENT_WINDOWS);
@@ -59,7 +59,7 @@ export async function surveyGradients(
     progress?.({ phase: `gradients of ${block.name}`, done: total - 1 - block.index, total });
     for (const [site, gradient] of gradients) {
       const module = wanted.get(site.name);
-      if (module) await on(module, await weights.loadSite(site), gradient);
+      if (module) await on(module, gradient, () => weights.loadSite(site));
     }
   };
   await pass.backward(weights, cotangent, onMean, each ? { each: onWindow } : {});
@@ -96,12 +96,7 @@ export async function surveySpectra(
       const data = await weights.loadSite(site);
       const lost = (await original?.loadSite(site))?.map((value, i) => value - data[i]);
       const weight = { rows, columns, data: lost ?? data };
-      const { values, total, loraA, loraB, rank } = await compensate(
-        blas,
-        weight,
-        whiteMoments(columns),
-        Math.min(most, rows, columns),
-      );
+      const { values, total, loraA, loraB, rank } = await compensate(blas, weight, undefined, Math.min(most, rows, columns));
       // Both factors hold the root of the singular value.
       const roots = values.map((value) => Math.sqrt(Math.sqrt(value)) || 1);
       found.set(site.name, {
@@ -140,7 +135,7 @@ export async function surveyErrors(
     progress?.({ phase: `errors of ${block.name}`, done: block.index, total: model.blocks.length });
     const sites = block.sites.filter(({ name }) => wanted.has(name));
     const inputs = [...new Set(sites.map(({ input }) => input))];
-    await using measured = await calibration.measure(block, weights, { ...(inputs.length > 0 ? { inputs } : {}), advance: true });
+    await using measured = await calibration.measure(block, weights, { inputs, replay: false, advance: true });
     for (const site of sites) {
       const { outFeatures: rows, inFeatures: columns } = site;
       const data = (await original.loadSite(site)).slice();
@@ -152,12 +147,6 @@ export async function surveyErrors(
     }
   }
   return found;
-}
-
-function whiteMoments(n: number): Float64Array {
-  const identity = new Float64Array(n * n);
-  for (let j = 0; j < n; j++) identity[j * n + j] = 1;
-  return identity;
 }
 
 /** `count` of the windows, evenly over the text. */
@@ -185,7 +174,7 @@ export async function surveyDirections(
   for (const block of model.blocks) {
     progress?.({ phase: `look at ${block.name}`, done: block.index, total: model.blocks.length });
     const inputs = [...new Set(block.sites.filter(({ name }) => wanted.has(name)).map(({ input }) => input))];
-    await using measured = await calibration.measure(block, weights, { ...(inputs.length > 0 ? { inputs } : {}), advance: true });
+    await using measured = await calibration.measure(block, weights, { inputs, advance: true });
     for (const input of inputs) {
       const stats = measured.get(input)!;
       const directions = await principalDirections(blas, stats.hessian, await meanOf(stats), count);

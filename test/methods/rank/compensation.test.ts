@@ -113,16 +113,26 @@ describe('low-rank compensation', () => {
     }
   });
 
-  it('with inputs all alike is the plain singular value decomposition', async () => {
-    const { error, gram } = randomCase(8, 14, 5);
-    const branch = await compensate(blas, error, gram, 2, 'zeroquant');
-    const { values, left, right } = svd(Float64Array.from(error.data), 8, 14);
-    for (let i = 0; i < 8; i++) {
-      for (let j = 0; j < 14; j++) {
-        const expected = [0, 1].reduce((sum, k) => sum + values[k] * left[k * 8 + i] * right[k * 14 + j], 0);
-        const made = [0, 1].reduce((sum, k) => sum + branch.loraB[i * 2 + k] * branch.loraA[k * 14 + j], 0);
-        expect(made).toBeCloseTo(expected, 4);
+  it.each([
+    [8, 14],
+    [14, 8],
+  ])('with inputs all alike is the plain singular value decomposition, %i x %i', async (m, n) => {
+    const { error, gram } = randomCase(m, n, 5);
+    const { values, left, right } = svd(Float64Array.from(error.data), m, n);
+    const squares = values.map((value) => value ** 2);
+    for (const branch of [await compensate(blas, error, gram, 2, 'zeroquant'), await compensate(blas, error, undefined, 2)]) {
+      for (let i = 0; i < m; i++) {
+        for (let j = 0; j < n; j++) {
+          const expected = [0, 1].reduce((sum, k) => sum + values[k] * left[k * m + i] * right[k * n + j], 0);
+          const made = [0, 1].reduce((sum, k) => sum + branch.loraB[i * 2 + k] * branch.loraA[k * n + j], 0);
+          expect(made).toBeCloseTo(expected, 4);
+        }
       }
+      for (const k of [0, 1]) expect(branch.values[k]).toBeCloseTo(squares[k], 3);
+      expect(branch.total).toBeCloseTo(
+        squares.reduce((sum, value) => sum + value, 0),
+        3,
+      );
     }
   });
 

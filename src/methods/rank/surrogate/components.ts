@@ -40,9 +40,7 @@ export async function gradientComponents(
   most: number,
 ): Promise<{ readonly components: FrozenComponents; readonly norm: number }> {
   const { rows: m, columns: n } = gradient;
-  const identity = new Float64Array(n * n);
-  for (let j = 0; j < n; j++) identity[j * n + j] = 1;
-  const { rank, loraA, loraB, total } = await compensate(blas, gradient, identity, Math.min(most, m, n));
+  const { rank, loraA, loraB, total } = await compensate(blas, gradient, undefined, Math.min(most, m, n));
   return { components: componentsOf(rank, loraA, loraB, -1), norm: Math.sqrt(total) };
 }
 
