@@ -11,7 +11,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import { adapt, adaptRecipe, evaluate } from '../src/index.ts';
-import type { AdaptOutcome } from '../src/runs/adapt/adapt.ts';
+import type { AdaptOutcome } from '../src/runs/adapt/outcome.ts';
 import { writeResults } from './results.ts';
 
 const METHODS = [

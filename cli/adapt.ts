@@ -2,7 +2,8 @@
 import { Command, Option } from 'commander';
 import { formatDuration } from '../src/calibration/progress.ts';
 import { SOLVERS } from '../src/methods/rank/solve.ts';
-import { type AdaptOutcome, adapt } from '../src/runs/adapt/adapt.ts';
+import { adapt } from '../src/runs/adapt/adapt.ts';
+import type { AdaptOutcome } from '../src/runs/adapt/outcome.ts';
 import {
   ADAPT_DEFAULTS,
   ADAPT_INITS,
@@ -28,7 +29,11 @@ export function adaptCommand(signal: AbortSignal): Command {
     .addCommand(adaptConvertCommand(signal))
     .description('Train a low-rank adapter of a model on text, within a budget.')
     .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote; it stays as it is')
-    .option('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume', '')
+    .option(
+      '-o, --output <folder>',
+      'folder to write, needed but for --dry-run; must not exist unless --overwrite or --resume',
+      '',
+    )
     .option(
       '--text <files...>',
       'text to train on: .txt, .jsonl[:field], .csv[:column]; globs allowed; the last 5 % are held out',

@@ -3,9 +3,10 @@
 export type { AdapterFeed } from './artifacts/onnx/attach-adapter.ts';
 export type { Device, DeviceRequest } from './compute/engine.ts';
 export { EnvironmentError, FormatError, PcompError, RecipeError, UnsupportedError } from './errors.ts';
-export { type AdaptOutcome, adapt } from './runs/adapt/adapt.ts';
+export { adapt } from './runs/adapt/adapt.ts';
 export { type ConvertOutcome, type ConvertRequest, convertAdapter } from './runs/adapt/convert.ts';
 export { readAdapterFeeds } from './runs/adapt/onnx.ts';
+export type { AdaptOutcome } from './runs/adapt/outcome.ts';
 export { type AdaptRecipe, type AdaptRequest, adaptRecipe } from './runs/adapt/recipe.ts';
 export { type EvaluateOptions, type Evaluation, evaluate } from './runs/evaluate/evaluate.ts';
 export { type Inspection, inspect } from './runs/inspect/inspect.ts';

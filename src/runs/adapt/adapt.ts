@@ -1,17 +1,15 @@
 /** `adapt`: a low-rank adapter for a frozen model, float or quantized, trained on text within a budget. */
 import { createHash } from 'node:crypto';
 import { basename, resolve } from 'node:path';
-import { type HashedFile, hashFile, hashFolder, writeJson, writeReport } from '../../artifacts/manifest.ts';
-import { assertNaturalOrder, type ModelSource, openModelSource } from '../../artifacts/model-source.ts';
+import { writeReport } from '../../artifacts/manifest.ts';
+import { assertNaturalOrder, openModelSource } from '../../artifacts/model-source.ts';
 import { OutputFolder } from '../../artifacts/output-folder.ts';
 import { Spool } from '../../calibration/state-store.ts';
 import { loadTokenizer } from '../../calibration/tokenizer.ts';
-import type { Device } from '../../compute/engine.ts';
 import { createEngine } from '../../compute/ort.ts';
 import { createBlas } from '../../compute/ort-blas.ts';
 import { RecipeError, UnsupportedError } from '../../errors.ts';
 import { type SpendableBudget, spendable } from '../../methods/rank/rank-budget.ts';
-import { SURROGATES } from '../../methods/rank/surrogate/index.ts';
 import { TRAINING_SCHEDULES } from '../../methods/rank/training/index.ts';
 import type { TrainedModule, TrainingSchedule } from '../../methods/rank/training/schedule.ts';
 import type { Model } from '../../model/model.ts';
@@ -20,49 +18,14 @@ import { matchModules } from '../module-glob.ts';
 import type { OutputMode } from '../quantize/quantize.ts';
 import type { RunHooks } from '../run.ts';
 import { loadCheckpoint, saveCheckpoint } from './checkpoint.ts';
-import { hashModel, hashTexts } from './inputs.ts';
+import { portableRecipe, writeAdaptManifest } from './describe.ts';
+import { hashInputs } from './inputs.ts';
+import { type AdaptOutcome, outcomeOf, type PreparedRun, sizeOf } from './outcome.ts';
 import { writeUpdates } from './output.ts';
 import type { AdaptRecipe } from './recipe.ts';
 import { type FoundStart, findStart } from './start.ts';
 import { endOfText, readTrainingText } from './text.ts';
 import { Trainer } from './train.ts';
-
-/** What came of a run, or would come of it. */
-export interface AdaptOutcome {
-  readonly method: string;
-  /** What may be said of results: of the published method, of one with changes, of what is known of one, of pcomp's own, of what stands in for a training. */
-  readonly label: 'published' | 'published+changes' | 'reconstructed' | 'own' | 'surrogate';
-  readonly modules: readonly AdaptedLayer[];
-  readonly parameters: number;
-  readonly budget: { readonly requested: string; readonly unit: string; readonly total: number; readonly spent: number };
-  /** Where gains share ranks out: by which solver, what they are worth, and what no ranks can exceed. */
-  readonly solved?: FoundStart['solved'];
-  readonly windows: { readonly training: number; readonly heldOut: number; readonly tokens: number };
-  readonly learningRate: number;
-  readonly notes: readonly string[];
-  readonly run?: {
-    readonly output: string;
-    /** Held-out nats per token. */
-    readonly heldOut: { readonly before: number; readonly after: number; readonly best: number; readonly bestStep: number };
-    readonly losses: readonly number[];
-    readonly looks: readonly { readonly step: number; readonly nll: number }[];
-    readonly skippedSteps: number;
-    readonly seconds: number;
-    readonly peakBytes: number;
-    readonly device: Device;
-  };
-}
-
-/** What a layer got. */
-export interface AdaptedLayer {
-  readonly name: string;
-  /** Of all its experts together; 0 for a sparse update, which has none. */
-  readonly rank: number;
-  readonly scale: number;
-  readonly experts?: number;
-  /** Non-zeros over weights, of a sparse update. */
-  readonly density?: number;
-}
 
 /** Seconds between two checkpoints. */
 const CHECKPOINT_SECONDS = 60;
@@ -79,7 +42,7 @@ export async function adapt(
   hooks: RunHooks = {},
 ): Promise<AdaptOutcome> {
   const started = performance.now();
-  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
+  if (outputPath === '' && !mode.dryRun) throw new RecipeError('-o: the name of a folder to write is needed');
   const notes: string[] = [];
   const note = (message: string): void => {
     notes.push(message);
@@ -120,12 +83,10 @@ export async function adapt(
     start,
   });
   schedule.init(modules);
-  const sizeOf = (module: TrainedModule, rank: number) =>
-    schedule.size?.(module) ?? {
-      spent: rank * budget.cost(module),
-      parameters: rank * (module.outFeatures + module.inFeatures),
-    };
-  const spent = modules.reduce((sum, module) => sum + sizeOf(module, module.rank).spent, 0);
+  const windows = { training: text.training.length, heldOut: text.heldOut.length, tokens: length };
+  const learningRate = recipe.lr ?? schedule.learningRate;
+  const prepared: PreparedRun = { recipe, modules, budget, schedule, start, windows, learningRate };
+  const spent = modules.reduce((sum, module) => sum + sizeOf(prepared, module, module.rank).spent, 0);
   const overspent = (total: number): void => {
     if (total > budget.total) note(`${method}, preset ${preset}: spends ${total} of ${Math.floor(budget.total)}, as published`);
   };
@@ -136,38 +97,11 @@ export async function adapt(
       `calibration surrogate of ${method}: ranks from ${windows} windows' gradients of components of ${components === 'error' ? 'what quantization lost' : 'the gradient'}, nothing is trained; results published for ${method} say nothing about it (Gini coefficient of the layers' scores: ${concentration.toFixed(2)})`,
     );
   }
-  const learningRate = recipe.lr ?? schedule.learningRate;
-  const outcome = (): Omit<AdaptOutcome, 'run'> => {
-    const ranks = schedule.ranks(modules);
-    const sizes = modules.map((module) => sizeOf(module, ranks.get(module.name)!));
-    return {
-      method: `${start?.surrogate ? 'calibration surrogate of ' : ''}${method}, preset ${preset}`,
-      label: labelOf(recipe),
-      modules: modules.map(({ name, scale, routed, kernel, outFeatures, inFeatures }, i) => ({
-        name,
-        rank: ranks.get(name)!,
-        scale,
-        ...(routed ? { experts: routed.experts } : {}),
-        ...(kernel ? { density: sizes[i].parameters / (outFeatures * inFeatures) } : {}),
-      })),
-      parameters: sizes.reduce((sum, { parameters }) => sum + parameters, 0),
-      budget: {
-        requested: `${recipe.budget.kind}=${recipe.budget.amount}`,
-        total: budget.total,
-        unit: kindOfSpent(budget, schedule),
-        spent: Math.round(sizes.reduce((sum, one) => sum + one.spent, 0)),
-      },
-      ...(start?.solved ? { solved: start.solved } : {}),
-      windows: { training: text.training.length, heldOut: text.heldOut.length, tokens: length },
-      learningRate,
-      notes,
-    };
-  };
-  if (mode.dryRun) return outcome();
+  if (mode.dryRun) return outcomeOf(prepared, notes);
 
   const inputs = await hashInputs(source, recipe);
   const recipeHash = createHash('sha256')
-    .update(JSON.stringify([portable(recipe), inputs, packageVersion()]))
+    .update(JSON.stringify([portableRecipe(recipe), inputs, packageVersion()]))
     .digest('hex');
   await using output = await OutputFolder.open({ ...request, recipeHash });
   const rules = { steps, batch: recipe.batch, learningRate, patience: recipe.patience, seed, keptBytes: recipe.maxMemory / 2 };
@@ -193,46 +127,9 @@ export async function adapt(
     padRanks: recipe.padRanks,
     transposed: model.blocks.some(({ sites }) => sites.some(({ transposed }) => transposed)),
   });
-  const made = outcome();
+  const made = outcomeOf(prepared, notes);
   if (method === 'increlora' && steps > 0) overspent(made.budget.spent);
-  await writeJson(`${output.artifactPath}/pcomp.json`, {
-    format: 1,
-    command: 'adapt',
-    recipe: portable(recipe),
-    plan: {
-      method,
-      preset,
-      label: made.label,
-      budget: made.budget,
-      ...(made.solved ? { solved: made.solved } : {}),
-      modules: Object.fromEntries(
-        modules.map((module) => {
-          const { name, outFeatures, inFeatures, routed } = module;
-          const rank = schedule.ranks(modules).get(name)!;
-          const { spent: cost, parameters } = sizeOf(module, rank);
-          const kept = routed ? { routed } : module.kernel ? { nonZeros: parameters } : { rank };
-          const scores = start?.surrogate?.scores.get(name);
-          return [name, { outFeatures, inFeatures, ...kept, cost, ...(scores ? { scores } : {}) }];
-        }),
-      ),
-      ...(start?.surrogate
-        ? {
-            surrogate: {
-              of: start.surrogate.of,
-              components: start.surrogate.components,
-              windows: start.surrogate.windows,
-              concentration: start.surrogate.concentration,
-            },
-          }
-        : {}),
-      trace: start?.surrogate?.trace ?? schedule.trace,
-    },
-    seed,
-    device: engine.device,
-    versions: { pcomp: packageVersion() },
-    inputs,
-    outputs: await hashFolder(output.artifactPath),
-  });
+  await writeAdaptManifest(output.artifactPath, prepared, made, { device: engine.device, inputs });
   const run = {
     output: outputPath,
     heldOut: { before, after: looks.at(-1)?.nll ?? begun, best: bestLook.nll, bestStep: bestLook.step },
@@ -302,10 +199,6 @@ function budgetOf({ budget, method }: AdaptRecipe, modules: readonly TrainedModu
   return spendable(budget, modules, method === 'mola' ? { least: 1 } : {});
 }
 
-function kindOfSpent({ unit }: SpendableBudget, { form }: TrainingSchedule): string {
-  return form === 'kernel' ? 'non-zeros' : unit;
-}
-
 /** alpha over the rank of an expert, or that the budget allows on average; or over its root. */
 function scaleOf(recipe: AdaptRecipe, modules: readonly TrainedModule[], start: FoundStart | undefined): number | undefined {
   const { alpha, rslora } = recipe;
@@ -314,17 +207,6 @@ function scaleOf(recipe: AdaptRecipe, modules: readonly TrainedModule[], start: 
   const mean = Math.max(1, Math.floor(total / modules.reduce((sum, module) => sum + cost(module), 0)));
   const rank = start?.routed?.(modules[0].name).rank ?? mean;
   return alpha / (rslora ? Math.sqrt(rank) : rank);
-}
-
-/** Methods that preset best does not follow to the letter; mola is without dropout in both presets. */
-const CHANGED_BY_BEST: readonly string[] = ['adalora', 'gora', 'increlora', 'triadaptlora', 'snella'];
-
-function labelOf({ method, preset, steps }: AdaptRecipe): AdaptOutcome['label'] {
-  if (steps === 0 && method in SURROGATES) return 'surrogate';
-  if (method === 'qerror') return 'own';
-  if (method === 'lamda++' || method === 'lamda') return 'reconstructed';
-  if (method === 'mola') return 'published+changes';
-  return preset === 'best' && CHANGED_BY_BEST.includes(method) ? 'published+changes' : 'published';
 }
 
 /** Held-out loss of the start; where a method takes a first step, of the length of it that loses least. @param before that of the base */
@@ -353,19 +235,4 @@ async function firstStep(
       `first step: ${best.length} of the gradient's length, held-out loss ${before.toFixed(4)} before and ${best.nll.toFixed(4)} after`,
     );
   return best.nll;
-}
-
-/** The recipe as pcomp.json has it: without this machine in it, and without folders on the way to files. */
-function portable({ threads: _, maxMemory: __, device: ___, text, against, ...rest }: AdaptRecipe): Record<string, unknown> {
-  const original = against === undefined ? {} : { against: basename(resolve(against)) };
-  return { ...rest, ...original, text: text.map((file) => basename(file)) };
-}
-
-async function hashInputs(source: ModelSource, { text, against }: AdaptRecipe): Promise<Record<string, HashedFile>> {
-  const inputs = await hashModel('model', source);
-  if (against !== undefined) {
-    await using original = await openModelSource(against);
-    for (const { path } of original.files) inputs[`against/${basename(path)}`] = await hashFile(path);
-  }
-  return { ...inputs, ...(await hashTexts(text)) };
 }

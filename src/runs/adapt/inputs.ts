@@ -1,8 +1,22 @@
 /** Files that go into an adapter, by content: what pcomp.json says of them, and what a run is recognized by. */
 import { basename } from 'node:path';
 import { type HashedFile, hashFile } from '../../artifacts/manifest.ts';
-import type { ModelSource } from '../../artifacts/model-source.ts';
+import { type ModelSource, openModelSource } from '../../artifacts/model-source.ts';
 import { parseTextFile } from '../../calibration/text.ts';
+import type { AdaptRecipe } from './recipe.ts';
+
+/** Everything that a run reads: the model, the text, and what the model was made from. */
+export async function hashInputs(
+  source: ModelSource,
+  { text, against }: Pick<AdaptRecipe, 'text' | 'against'>,
+): Promise<Record<string, HashedFile>> {
+  const inputs = await hashModel('model', source);
+  if (against !== undefined) {
+    await using original = await openModelSource(against);
+    for (const { path } of original.files) inputs[`against/${basename(path)}`] = await hashFile(path);
+  }
+  return { ...inputs, ...(await hashTexts(text)) };
+}
 
 /** Configuration and weight files of a model, as `<prefix>/<file>`. */
 export async function hashModel(
