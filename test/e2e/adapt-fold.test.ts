@@ -112,6 +112,9 @@ it('a soft router that hardly chooses is folded, into factors or into the base',
     expect((await verifyArtifact(at(folder))).mismatches).toEqual([]);
   }
   expect(JSON.parse(readFileSync(at('merged', 'report.json'), 'utf8')).run.output).toBe(at('merged'));
+  expect(readFileSync(at('merged', 'README.md'), 'utf8')).toContain(
+    'pcomp adapt convert even --to merged --base base --text text.txt -o merged',
+  );
   // An output that is in the way is found before anything is read.
   const taken = convertAdapter(at('even'), at('plain'), {
     to: 'peft',

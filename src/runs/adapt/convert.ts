@@ -110,7 +110,7 @@ export async function convertAdapter(
       : (contents?.modules ?? []);
   const named = contents && { ...contents, base: contents.base ?? recipe.base ?? '', modules };
   let written: Readonly<Record<string, unknown>> | undefined;
-  if (to === 'merged') written = await writeMerged({ path, base: base!, plain: named, output, threads }, folder, hooks);
+  if (to === 'merged') written = await writeMerged({ path, base: base!, plain: named, recipe, output, threads }, folder, hooks);
   else if (to === 'onnx' || to === 'onnx-inputs')
     await writeWithAdapter(base!, named!, artifactPath, to === 'onnx' ? 'constants' : 'inputs');
   else if (to === 'routed') await writeRouted(artifactPath, named!);

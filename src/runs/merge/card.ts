@@ -95,7 +95,8 @@ function commandOf(inputs: MergeInputs, recipe: MergeRecipe): string {
   return ['pcomp merge', ...names, ...onBase, `--method ${String(method)}`, ...flags, '-o merged'].join(' ');
 }
 
-function quoted(value: unknown): string {
+/** A word of a command as a shell takes it. */
+export function quoted(value: unknown): string {
   const text = String(value);
   return /^[\w./=,+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 }
