@@ -15,6 +15,9 @@
  * by input. It makes every Hessian twice, factors it four times (three transforms, then the one chosen, whose factor alone is inverted), and has no
  * allocation by outputs, but
  *   drift         2 T n^2 per input for the moment between the two models (7/8 of the tokens), 4 m n^2 per site for the correction
+ *   polish        6 m n^2 per site: three sweeps, in each the errors times H
+ *   sensitivity   forward on the first 2048 tokens: the float block, the block with an error, and every earlier block's error once more; on
+ *                 512 tokens: the block with the error of one site, for each
  * Softmaxes, the search of scales, decoding, packing, hashing, reading and writing count as no work: they lower the share.
  */
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -140,7 +143,7 @@ function countFlops({ blocks, shape }: Model, tokens: number, sequence: number, 
       const groups = Math.ceil(inFeatures / groupSize);
       const product = 2 * tokens * outFeatures * inFeatures;
       forward += product;
-      if (best) flops += 4 * outFeatures * inFeatures ** 2;
+      if (best) flops += 10 * outFeatures * inFeatures ** 2;
       else if (groups >= 4) flops += 2 * product + 2 * tokens * outFeatures * 2 * groupSize * (Math.floor(groups / 2) - 1);
       flops += outFeatures * inFeatures ** 2;
     }
@@ -151,6 +154,8 @@ function countFlops({ blocks, shape }: Model, tokens: number, sequence: number, 
     const last = block === blocks.at(-1);
     // To the last input only, the down projection being the rest; counted whole.
     flops += forward * (best ? 3 : last ? 1 : 2);
+    if (best)
+      flops += (forward / tokens) * ((2 + block.index) * Math.min(tokens, 2048) + block.sites.length * Math.min(tokens, 512));
   }
   return flops;
 }
