@@ -17,7 +17,7 @@ import {
 import { formatSize } from '../src/runs/size.ts';
 import { adaptConvertCommand } from './adapt-convert.ts';
 import { expandFiles } from './files.ts';
-import { CORES, deviceOption, jsonOption, outputMode, quietOption, type RunFlags, recipeFlags } from './options.ts';
+import { CORES, deviceOption, jsonOption, outputMode, outputOption, quietOption, type RunFlags, recipeFlags } from './options.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
@@ -29,11 +29,7 @@ export function adaptCommand(signal: AbortSignal): Command {
     .addCommand(adaptConvertCommand(signal))
     .description('Train a low-rank adapter of a model on text, within a budget.')
     .argument('<model>', 'Hugging Face folder, bare .safetensors file, or an artifact that pcomp wrote; it stays as it is')
-    .option(
-      '-o, --output <folder>',
-      'folder to write, needed but for --dry-run; must not exist unless --overwrite or --resume',
-      '',
-    )
+    .addOption(outputOption())
     .option(
       '--text <files...>',
       'text to train on: .txt, .jsonl[:field], .csv[:column]; globs allowed; the last 5 % are held out',

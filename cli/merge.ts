@@ -23,7 +23,7 @@ import {
 } from '../src/runs/merge/recipe.ts';
 import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandModels } from './files.ts';
-import { CORES, jsonOption, outputMode, quietOption, type RunFlags, recipeFlags } from './options.ts';
+import { CORES, jsonOption, outputMode, outputOption, quietOption, type RunFlags, recipeFlags } from './options.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
 
@@ -40,7 +40,7 @@ export function mergeCommand(signal: AbortSignal): Command {
       '[experts...]',
       'Hugging Face folders, .safetensors files, PEFT LoRA folders; globs allowed; shards of a series are one model',
     )
-    .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
+    .addOption(outputOption())
     .option('--config <file>', 'mergekit YAML: models or slices, method and parameters; leave the experts out then')
     .option('--base <model>', 'the model that the experts were trained from: folder or .safetensors file')
     .option(

@@ -16,6 +16,11 @@ export const engineOption = () =>
   new Option('--engine <engine>', 'what runs the graphs').choices(Object.keys(ENGINES)).default('ort');
 export const threadsOption = () =>
   new Option('--threads <count>', 'threads of the engine').argParser(wholeNumber).default(CORES, 'all cores');
+export const outputOption = () =>
+  new Option(
+    '-o, --output <folder>',
+    'folder to write, needed but for --dry-run; must not exist unless --overwrite or --resume',
+  ).default('', 'none');
 
 /** Flags of the commands that follow a recipe to a folder. */
 export interface RunFlags {

@@ -23,7 +23,7 @@ import {
 } from '../src/runs/quantize/recipe.ts';
 import { formatSize, parseSize } from '../src/runs/size.ts';
 import { expandFiles } from './files.ts';
-import { CORES, jsonOption, outputMode, quietOption, type RunFlags, recipeFlags } from './options.ts';
+import { CORES, jsonOption, outputMode, outputOption, quietOption, type RunFlags, recipeFlags } from './options.ts';
 import { inThread } from './runs.ts';
 import { createConsole } from './ui/console.ts';
 import { renderPairs, renderTable } from './ui/table.ts';
@@ -42,7 +42,7 @@ export function quantizeCommand(signal: AbortSignal): Command {
   const command = new Command('quantize')
     .description('Quantize every linear layer of every block, and write a folder that runtimes load.')
     .argument('<model>', 'Hugging Face folder, or a bare .safetensors file with config.json beside it')
-    .requiredOption('-o, --output <folder>', 'folder to write; must not exist unless --overwrite or --resume')
+    .addOption(outputOption())
     .option('--bits <bits>', 'budget: mean code bits over the quantized weights, 1..8, e.g. 2 or 2.25')
     .option('--bpw <bits>', 'budget: all stored bits of the quantized layers over their weights, e.g. 2.4')
     .option('--size <size>', 'budget: all weight files of the artifact, e.g. 120MB')

@@ -71,10 +71,11 @@ export class OutputFolder implements AsyncDisposable {
   }
 
   /**
-   * Checks a request without touching the disk. Throws RecipeError when an output, or an unfinished run of it, is in the way and neither
+   * Checks a request without touching the disk. Throws RecipeError when it has no name, or an output, or an unfinished run of it, is in the way and neither
    * flag allows what would happen to it; EnvironmentError OUTPUT_BUSY when another run is at it.
    */
   static async check(request: OutputRequest): Promise<void> {
+    if (request.path === '') throw new RecipeError('-o: the name of a folder to write is needed');
     await assertUnlocked(join(partialOf(request.path), 'lock'));
     await judge(request);
   }

@@ -73,7 +73,7 @@ describe('wrong requests end with code 2', () => {
   it.concurrent.each<[string | RegExp, string[]]>([
     ["unknown command 'frob'", ['frob']],
     ["unknown option '--bitz' (Did you mean --bits?)", quantize('model -o out --bitz 3')],
-    ["required option '-o, --output <folder>' not specified", quantize('model --bits 2')],
+    ['-o: the name of a folder to write is needed', quantize('model --bits 2')],
     ['-o: the name of a folder to write is needed', quantize(`model ${rtn} -o`, '')],
     ['--bits: a budget is required, e.g. --bits 2', quantize('model -o out')],
     ['--bits 9: must be within 1..8. To keep a layer as it is, use --skip.', quantize('model --bits 9 -o out')],

@@ -42,7 +42,6 @@ export async function adapt(
   hooks: RunHooks = {},
 ): Promise<AdaptOutcome> {
   const started = performance.now();
-  if (outputPath === '' && !mode.dryRun) throw new RecipeError('-o: the name of a folder to write is needed');
   const notes: string[] = [];
   const note = (message: string): void => {
     notes.push(message);

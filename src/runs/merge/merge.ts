@@ -85,7 +85,6 @@ export async function merge(
   hooks: RunHooks = {},
 ): Promise<MergeOutcome> {
   const started = performance.now();
-  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
   const notes: string[] = [];
   const note = (message: string): void => {
     notes.push(message);

@@ -69,7 +69,6 @@ export async function quantize(
   hooks: RunHooks = {},
 ): Promise<QuantizeOutcome> {
   const started = performance.now();
-  if (outputPath === '') throw new RecipeError('-o: the name of a folder to write is needed');
   const notes: string[] = [];
   const tell: RunHooks = {
     ...hooks,
