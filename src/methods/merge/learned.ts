@@ -26,8 +26,8 @@ const count = (summary: string, value: number): NumberParameter => ({
   integer: true,
 });
 
-/** Preset `paper` has its own rules where no `paper` value stands here: see docs/methods/expert-merging.md. */
-const PARAMETERS = {
+/** Which text, and how prompts are answered that lack a response. */
+export const TEXT_PARAMETERS = {
   samples: { type: 'number', summary: 'samples of each expert', default: 64, paper: 5, min: 1, integer: true },
   length: { type: 'number', summary: 'tokens of a sample, at most', default: 512, min: 2, integer: true },
   response_length: {
@@ -43,6 +43,13 @@ const PARAMETERS = {
     default: 0,
     min: 0,
   },
+} as const satisfies Parameters;
+
+export type TextValues = ParameterValues<typeof TEXT_PARAMETERS>;
+
+/** Preset `paper` has its own rules where no `paper` value stands here: see docs/methods/expert-merging.md. */
+const PARAMETERS = {
+  ...TEXT_PARAMETERS,
   gamma: {
     type: 'number',
     summary: 'pull to the start; -1: by cross-validation from 32 samples on, else 0.8',
@@ -120,10 +127,8 @@ export const LEARNED = {
     chunked: false,
     objective: 'entropy',
     parameters: {
-      samples: { ...PARAMETERS.samples, paper: 64 },
-      length: PARAMETERS.length,
-      response_length: PARAMETERS.response_length,
-      response_temperature: PARAMETERS.response_temperature,
+      ...TEXT_PARAMETERS,
+      samples: { ...TEXT_PARAMETERS.samples, paper: 64 },
       updates: { ...PARAMETERS.updates, summary: 'updates', default: 100, paper: 1000 },
       ...ENTROPY_PARAMETERS,
     },

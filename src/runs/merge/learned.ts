@@ -8,7 +8,8 @@ import { completeValues, type LearnedMethod, type LearnedValues } from '../../me
 import type { MergePlan } from '../../methods/merge/merge-plan.ts';
 import type { Declared } from '../../methods/merge/parameters.ts';
 import type { RunHooks } from '../run.ts';
-import { type LearningPlace, learnMerge } from './experts/expert-merging.ts';
+import type { LearningPlace } from './experts/ask-experts.ts';
+import { learnMerge } from './experts/expert-merging.ts';
 import type { LearningReport } from './experts/learner.ts';
 import type { PreparedLearning } from './experts/prepare.ts';
 import type { MergeInputs } from './inputs.ts';

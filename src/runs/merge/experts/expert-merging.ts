@@ -12,19 +12,11 @@ import type { TensorJob } from '../jobs.ts';
 import type { MergeRecipe } from '../recipe.ts';
 import { type MergeStatistics, measureStatistics } from '../statistics.ts';
 import { MergeWeights } from '../weights.ts';
+import { askExperts, type LearningPlace } from './ask-experts.ts';
 import { type LearnedMerge, Learner } from './learner.ts';
 import { LearningProgress } from './learning-progress.ts';
 import { KEPT_PART, type PreparedLearning, requireTemporarySpace } from './prepare.ts';
-import { answerPrompts } from './responses.ts';
 import { findStart } from './start.ts';
-import { teach } from './teachers.ts';
-
-/** Where a run keeps what it would be long in doing again. */
-export interface LearningPlace {
-  readonly folder: string;
-  /** Called before the first file is written. */
-  readonly keep: () => Promise<void>;
-}
 
 /** Learns a plan. @param jobs of any schedule over the same inputs: where every tensor's parts are */
 export async function learnMerge(
@@ -47,26 +39,14 @@ export async function learnMerge(
   using weights = new MergeWeights(inputs, jobs, recipe.maxMemory * KEPT_PART, values.trim);
   const forward: Forward = { model, engine, blas: createBlas(engine), spool, path: folder, signal: hooks.signal };
   const report = (phase: string) => (done: number, total: number) => hooks.progress?.({ phase, done, total });
-  const weightsOf = (k: number) => weights.expert(k);
-  const answered = await answerPrompts(forward, [...samples.training, ...samples.heldOut], {
-    labels,
-    weightsOf,
-    length: values.response_length,
-    sequenceLength: prepared.sequenceLength,
-    temperature: values.response_temperature,
-    endTokens: prepared.endTokens,
-    seed: recipe.seed,
-    memoryBytes: recipe.maxMemory * (1 - KEPT_PART),
-    path: join(place.folder, 'responses.jsonl'),
-    keep: place.keep,
-    onResponse: report('responses'),
-  });
-  await using teachers = await teach(forward, {
-    samples: answered,
-    expertCount: labels.length,
-    weightsOf,
+  await using teachers = await askExperts(forward, weights, {
+    text: prepared,
+    values,
     middle: values.hidden > 0,
-    onExpert: (k) => report(`teacher ${labels[k]}`)(k, labels.length),
+    recipe,
+    memoryBytes: recipe.maxMemory * (1 - KEPT_PART),
+    place,
+    hooks,
   });
   const text: MeasuredText = {
     samples: values.samples,

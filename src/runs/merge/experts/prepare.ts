@@ -1,4 +1,4 @@
-/** What a learned merge begins from, known before any model runs: the network, the samples, and what learning will take. */
+/** What a merge that runs models begins from, known before any does: the network, the samples, and what learning will take. */
 import { statfs } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -7,7 +7,7 @@ import { loadChatTemplate } from '../../../calibration/chat-template.ts';
 import { loadTokenizer } from '../../../calibration/tokenizer.ts';
 import { EnvironmentError, RecipeError } from '../../../errors.ts';
 import { mergerOf } from '../../../methods/merge/index.ts';
-import type { LearnedMethod, LearnedValues } from '../../../methods/merge/learned.ts';
+import type { LearnedMethod, LearnedValues, TextValues } from '../../../methods/merge/learned.ts';
 import { createModel } from '../../../model/architectures/index.ts';
 import type { Model } from '../../../model/model.ts';
 import type { MergeInputs } from '../inputs.ts';
@@ -24,9 +24,8 @@ const LONG_HOURS = 1;
 /** Part of --max-memory for task vectors that stay in memory; the rest is for activations, and what neither holds is on disk. */
 export const KEPT_PART = 0.5;
 
-export interface PreparedLearning {
-  readonly method: LearnedMethod;
-  readonly values: LearnedValues;
+/** The network, and the text that models are compared on. */
+export interface PreparedText {
   readonly model: Model;
   readonly folder: string;
   readonly labels: readonly string[];
@@ -35,6 +34,11 @@ export interface PreparedLearning {
   readonly sequenceLength: number;
   /** Tokens that end a response, by expert. */
   readonly endTokens: readonly ReadonlySet<number>[];
+}
+
+export interface PreparedLearning extends PreparedText {
+  readonly method: LearnedMethod;
+  readonly values: LearnedValues;
   /** Training-free methods that coefficients may start from. */
   readonly starts: readonly string[];
   readonly cost: LearningCost;
@@ -63,9 +67,23 @@ export async function prepareLearning(
   recipe: MergeRecipe,
   note: (message: string) => void,
 ): Promise<PreparedLearning> {
+  const text = await prepareText(method.name, values, recipe.preset !== 'paper', inputs, recipe, note);
+  const starts = startsOf(values, text.samples, matrixSeconds(inputs) / 3600, note);
+  const counted = { ...text, method, values, starts };
+  return { ...counted, cost: costOf(counted, recipe) };
+}
+
+/** Reads the samples of every expert. @param who wants them, for messages @param holdOut leave some aside, to judge by */
+export async function prepareText(
+  who: string,
+  values: TextValues,
+  holdOut: boolean,
+  inputs: MergeInputs,
+  recipe: MergeRecipe,
+  note: (message: string) => void,
+): Promise<PreparedText> {
   const { config, folder, template } = inputs;
-  if (config === undefined)
-    throw new RecipeError(`${folder}: ${method.name} runs the model, and there is no config.json to tell how`);
+  if (config === undefined) throw new RecipeError(`${folder}: ${who} runs the model, and there is no config.json to tell how`);
   const model = createModel(config, join(folder, 'config.json'), template.tensors);
   const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
   const labels = inputs.experts.map(({ label }) => label);
@@ -77,7 +95,7 @@ export async function prepareLearning(
     count: values.samples,
     sequenceLength,
     seed: recipe.seed,
-    holdOut: recipe.preset !== 'paper',
+    holdOut,
     answers: recipe.generate,
     templateOf: async (expert) => (await loadChatTemplate(folders[expert])) ?? loadChatTemplate(folder),
   });
@@ -85,9 +103,7 @@ export async function prepareLearning(
   const endTokens: ReadonlySet<number>[] = [];
   for (const [k, { config: own }] of inputs.experts.entries())
     endTokens.push(endTokensOf(await readGenerationConfig({ folder: folders[k], config: own ?? config })));
-  const starts = startsOf(values, samples, matrixSeconds(inputs) / 3600, note);
-  const counted = { method, values, model, labels, samples, sequenceLength, starts };
-  return { ...counted, folder, endTokens, cost: costOf(counted, recipe) };
+  return { model, folder, labels, samples, sequenceLength, endTokens };
 }
 
 /** Leaves out what would take too long, and what measures text that would have to be written first. */
@@ -116,23 +132,33 @@ function endTokensOf({ eos_token_id: ids }: Readonly<Record<string, unknown>>): 
 }
 
 /** Throws EnvironmentError DISK_FULL when temporary files would not fit. */
-export async function requireTemporarySpace({ temporaryBytes }: LearningCost): Promise<void> {
+export async function requireTemporarySpace({ temporaryBytes }: Pick<LearningCost, 'temporaryBytes'>): Promise<void> {
   const folder = tmpdir();
   const { bavail, bsize } = await statfs(folder);
   if (bavail * bsize >= temporaryBytes) return;
   throw new EnvironmentError(
     'DISK_FULL',
-    `${folder}: learning keeps up to ${temporaryBytes} bytes in temporary files, and the disk has ${bavail * bsize} left; raise --max-memory, set TMPDIR to a larger disk, or lower --set samples= or length=`,
+    `${folder}: running the models keeps up to ${temporaryBytes} bytes in temporary files, and the disk has ${bavail * bsize} left; raise --max-memory, set TMPDIR to a larger disk, or lower --set samples= or length=`,
   );
 }
 
-type Counted = Omit<PreparedLearning, 'folder' | 'endTokens' | 'cost'>;
+/** Tokens of samples, a response that is to be written at its longest. */
+export function tokensOf(
+  samples: readonly Sample[],
+  { sequenceLength }: PreparedText,
+  { response_length: response }: TextValues,
+): number {
+  return samples.reduce((sum, sample) => sum + lengthOf(sample, sequenceLength, response), 0);
+}
 
-function costOf({ method, values, model, labels, samples, sequenceLength, starts }: Counted, recipe: MergeRecipe): LearningCost {
+function lengthOf({ tokens, open }: Sample, sequenceLength: number, response: number): number {
+  return open ? Math.min(sequenceLength, tokens.length + response) : tokens.length;
+}
+
+function costOf(counted: Omit<PreparedLearning, 'cost'>, recipe: MergeRecipe): LearningCost {
+  const { method, values, model, labels, samples, sequenceLength, starts } = counted;
   const all = [...samples.training, ...samples.heldOut];
-  const lengthOf = ({ tokens, open }: Sample): number =>
-    open ? Math.min(sequenceLength, tokens.length + values.response_length) : tokens.length;
-  const tokensOf = (list: readonly Sample[]) => list.reduce((sum, sample) => sum + lengthOf(sample), 0);
+  const count = (list: readonly Sample[]) => tokensOf(list, counted, values);
   const own = (k: number, list: readonly Sample[]) => list.filter(({ expert }) => expert === k);
   const perExpert = samples.training.length / labels.length;
   const paper = recipe.preset === 'paper';
@@ -144,7 +170,7 @@ function costOf({ method, values, model, labels, samples, sequenceLength, starts
 
   const { hiddenSize, blockCount } = model.shape;
   const row = 4 * hiddenSize;
-  const tokens = tokensOf(all);
+  const tokens = count(all);
   // Teachers: states before the head, and after the middle block where they are compared.
   const teachers = tokens * row * (values.hidden > 0 ? 2 : 1);
   const sites = sitesOf(model).reduce((sum, { site }) => sum + 4 * sizeOf(site), 0);
@@ -153,12 +179,12 @@ function costOf({ method, values, model, labels, samples, sequenceLength, starts
   const searched = labels.flatMap((_, k) => own(k, samples.training).slice(0, SEARCHED));
   // One pass at a time: experts over their own samples, candidates over theirs, judges over what is held out or the other fold.
   const passes = Math.max(
-    ...labels.map((_, k) => tokensOf(own(k, all)) * (values.hidden > 0 ? 2 : 1)),
-    starts.length === 0 ? 0 : tokensOf(searched),
-    tokensOf(samples.heldOut.length > 0 ? samples.heldOut : samples.training),
-    trials === 0 ? 0 : Math.ceil(tokensOf(samples.training) / 2),
+    ...labels.map((_, k) => count(own(k, all)) * (values.hidden > 0 ? 2 : 1)),
+    starts.length === 0 ? 0 : count(searched),
+    count(samples.heldOut.length > 0 ? samples.heldOut : samples.training),
+    trials === 0 ? 0 : Math.ceil(count(samples.training) / 2),
   );
-  const longest = all.map(lengthOf).sort((a, b) => b - a);
+  const longest = all.map((sample) => lengthOf(sample, sequenceLength, values.response_length)).sort((a, b) => b - a);
   const update = longest.slice(0, batch).reduce((sum, length) => sum + length, 0) * (blockCount + 2);
   const bytes = teachers + startBytes + Math.max(passes, update) * row;
   return {
