@@ -10,6 +10,7 @@ import { GATES } from '../src/methods/merge/moe/router.ts';
 import type { LearningReport } from '../src/runs/merge/experts/learner.ts';
 import type { LearningCost } from '../src/runs/merge/experts/prepare.ts';
 import { type ExtractOutcome, type ExtractRequest, extract } from '../src/runs/merge/extract-lora.ts';
+import type { LambdaCost } from '../src/runs/merge/lambda-search.ts';
 import { type MergeOutcome, merge } from '../src/runs/merge/merge.ts';
 import { readMergekitConfig } from '../src/runs/merge/mergekit/config.ts';
 import {
@@ -47,12 +48,18 @@ export function mergeCommand(signal: AbortSignal): Command {
       '--method <method>',
       'how tensors are merged (default: expert-merging++ with --calibration, else tsv-m with --base, linear without)',
     )
-    .option('--calibration <texts...>', 'texts to learn on: label=FILE for each expert, or a file for all (.txt, .jsonl)')
+    .option(
+      '--calibration <texts...>',
+      'texts to learn on, or to find lambda by: label=FILE for each expert, or a file for all (.txt, .jsonl)',
+    )
     .option('--no-generate', 'compare on prompts themselves, where a response is lacking; experts write them otherwise')
     .option('--plan <file>', 'coefficients of an earlier learned merge: a plan file, or its pcomp.json')
     .addOption(new Option('--preset <preset>', `variant of the method (default: ${D.preset})`).choices([...MERGE_PRESETS]))
     .option('--weights <weights>', 'weight of each expert: 0.5,0.3 in label order, or label=0.5,other=0.3 (default: 1 each)')
-    .option('--set <settings...>', 'parameters of the method: [glob:][label.]name=value; the last that matches a tensor wins')
+    .option(
+      '--set <settings...>',
+      'parameters of the method: [glob:][label.]name=value; the last that matches a tensor wins; lambda=auto: by --calibration',
+    )
     .addOption(
       new Option('--dtype <dtype>', "element type of the result (default: each base tensor's own)").choices([...MERGE_DTYPES]),
     )
@@ -221,13 +228,23 @@ function describe(outcome: MergeOutcome): string {
       ['peak buffers', `${formatSize(outcome.predictedPeakBytes)} on ${outcome.threads} threads`],
     );
     if (outcome.toLearn) pairs.push(...describeCost(outcome.toLearn));
+    if (outcome.toFindLambda) pairs.push(...describeSearch(outcome.toFindLambda));
     return `${renderPairs(pairs)}\n\n${table}\n\nDry run: nothing was written.`;
   }
+  if (outcome.lambda) pairs.push(['lambda', `${outcome.lambda.value}, of ${outcome.lambda.tried.length} tried`]);
   if (outcome.learning) pairs.push(...describeLearning(outcome.learning));
   if (run.roundingLoss) pairs.push(['rounding loss', `${run.roundingLoss.loss.toPrecision(2)} of the change at most`]);
   pairs.push(['time', formatDuration(run.seconds)], ['peak memory', formatSize(run.peakBytes)]);
   const learned = outcome.learning ? `\n\n${renderDistances(outcome.learning)}` : '';
   return `${renderPairs(pairs)}\n\n${table}${learned}\n\nWritten to ${run.output}`;
+}
+
+function describeSearch({ lambdas, samples, prompts, tokens, temporaryBytes, mergedBytes }: LambdaCost): [string, string][] {
+  const written = prompts === 0 ? '' : `, ${prompts} of them prompts that experts answer first`;
+  return [
+    ['to find lambda', `${lambdas} values on ${samples} samples, ${tokens} tokens${written}`],
+    ['temporary files', `${formatSize(mergedBytes)} beside the result, ${formatSize(temporaryBytes)} elsewhere`],
+  ];
 }
 
 function describeCost({ samples, heldOut, prompts, tokens, updates, temporaryBytes }: LearningCost): [string, string][] {

@@ -107,6 +107,22 @@ describe.each(Object.entries<Merger>(MERGERS))('%s', (name, merger) => {
     },
   );
 
+  test.skipIf(!Object.hasOwn(merger.parameters, 'lambda')).each([[[5, 7]], [[7]]])(
+    'moves from the base in proportion to lambda, shape %j: the search of it merges once',
+    async (shape) => {
+      const given = random(merger, shape);
+      const at = async (lambda: number) =>
+        (await merged(name, { ...given, parameters: { ...given.parameters!, lambda } })).values;
+      const whole = await at(1);
+      expect(differing(whole, given.base).length).toBeGreaterThan(0);
+      for (const lambda of [0, 0.3, 1.3])
+        expectClose(
+          await at(lambda),
+          given.base.map((value, i) => value + lambda * (whole[i] - value)),
+        );
+    },
+  );
+
   test('refuses a number that is not finite, naming tensor, expert and place', async () => {
     const given = random(merger, [2, 3]);
     given.experts[0][4] = Number.NaN;

@@ -6,6 +6,7 @@ import { flag } from '../recipe-fields.ts';
 import { portableRecipe } from './describe.ts';
 import type { LearningReport } from './experts/learner.ts';
 import type { MergeInputs } from './inputs.ts';
+import type { LambdaReport } from './lambda-search.ts';
 import { MERGE_DEFAULTS, type MergeRecipe } from './recipe.ts';
 
 /** What a learned merge has to tell: the picture of its coefficients, and how near the experts it came. */
@@ -21,7 +22,7 @@ export async function writeCard(
   folder: string,
   inputs: MergeInputs,
   recipe: MergeRecipe,
-  learned: LearnedNews | undefined,
+  { learned, lambda }: { readonly learned: LearnedNews | undefined; readonly lambda: LambdaReport | undefined },
 ): Promise<void> {
   const { base, experts, config } = inputs;
   const models = [...(base ? [base] : []), ...experts].map(({ label }) => `- ${label}`);
@@ -46,6 +47,7 @@ export async function writeCard(
     '`pcomp.json` has the hash of every tensor that went in and came out.',
     '',
     ...(learned ? tellLearned(learned) : []),
+    ...(lambda ? [`lambda is ${lambda.value}: of ${lambda.tried.length} tried, nearest to the models on text of each.`, ''] : []),
   ].join('\n');
   await writeFile(join(folder, 'README.md'), text);
 }

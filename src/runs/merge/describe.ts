@@ -7,6 +7,7 @@ import type { MergePlan } from '../../methods/merge/merge-plan.ts';
 import { MOE } from '../../methods/merge/moe/layouts.ts';
 import { packageVersion } from '../../package-root.ts';
 import type { MergeInputs } from './inputs.ts';
+import type { LambdaReport } from './lambda-search.ts';
 import type { FileMark, InputMarks } from './marks.ts';
 import { portableMergekit } from './mergekit/inputs.ts';
 import type { MergeRecipe } from './recipe.ts';
@@ -58,13 +59,15 @@ export async function writeMergeManifest(
     readonly schedule: MergeSchedule;
     /** What was learned, or given. */
     readonly plan: MergePlan | undefined;
+    /** What was found on text. */
+    readonly lambda: LambdaReport | undefined;
     readonly marks: InputMarks;
     readonly results: ReadonlyMap<string, TensorResult>;
     /** Files beside the weights. */
     readonly files: readonly string[];
   },
 ): Promise<void> {
-  const { recipe, inputs, schedule, plan, marks, results, files } = parts;
+  const { recipe, inputs, schedule, plan, lambda, marks, results, files } = parts;
   const outputs: Record<string, HashedFile | { bytes: number; headerSha256: string }> = {};
   for (const { name, prefix, byteLength } of schedule.layout.files) {
     outputs[name] = { bytes: byteLength, headerSha256: createHash('sha256').update(prefix).digest('hex') };
@@ -79,7 +82,7 @@ export async function writeMergeManifest(
     format: 1,
     command: 'merge',
     recipe: portableRecipe(recipe, inputs),
-    plan: { ...(plan ?? { method: recipe.method }), counts: countDispositions(schedule) },
+    plan: { ...(plan ?? { method: recipe.method }), ...(lambda ? { lambda } : {}), counts: countDispositions(schedule) },
     seed: recipe.seed,
     device: 'cpu',
     versions: { pcomp: packageVersion() },

@@ -6,6 +6,7 @@ import { copyModelFiles } from '../../artifacts/copied-files.ts';
 import { writeCard } from './card.ts';
 import { commonTemplate, putTemplate } from './chat-template.ts';
 import type { MergeInputs } from './inputs.ts';
+import type { LambdaReport } from './lambda-search.ts';
 import type { PlannedMerge } from './learned.ts';
 import type { MergeRecipe } from './recipe.ts';
 import type { MergeSchedule } from './schedule.ts';
@@ -13,13 +14,13 @@ import type { MergeSchedule } from './schedule.ts';
 /** What was learned as a picture, beside the report. */
 const MAP = 'coefficients.svg';
 
-/** Writes everything that is no weight; returns the names. @param planned what was learned, or given */
+/** Writes everything that is no weight; returns the names. @param decided what was learned, or given, and the lambda that was found */
 export async function writeModelFiles(
   folder: string,
   inputs: MergeInputs,
   recipe: MergeRecipe,
   { layout }: MergeSchedule,
-  planned: PlannedMerge | undefined,
+  { planned, lambda }: { readonly planned: PlannedMerge | undefined; readonly lambda: LambdaReport | undefined },
   note: (message: string) => void,
 ): Promise<string[]> {
   let names: string[] = [];
@@ -52,7 +53,7 @@ export async function writeModelFiles(
     names.push(MAP);
   }
   if (recipe.card) {
-    await writeCard(folder, inputs, recipe, planned && { map: MAP, report: planned.report });
+    await writeCard(folder, inputs, recipe, { learned: planned && { map: MAP, report: planned.report }, lambda });
     names.push('README.md');
   }
   return names;

@@ -1,11 +1,10 @@
 /** `merge`: models of one base in, one checkpoint of the base's shape out, a tensor at a time. */
 import { statfs } from 'node:fs/promises';
 import { join } from 'node:path';
-import { createPlacedFiles, hasPlacedFiles } from '../../../formats/safetensors/placed-files.ts';
 import { explainDiskError } from '../../artifacts/durable.ts';
 import { writeReport } from '../../artifacts/manifest.ts';
 import { OutputFolder } from '../../artifacts/output-folder.ts';
-import { EnvironmentError, FormatError, RecipeError, UnsupportedError } from '../../errors.ts';
+import { EnvironmentError } from '../../errors.ts';
 import { mergerOf } from '../../methods/merge/index.ts';
 import { learnedOf } from '../../methods/merge/learned.ts';
 import { MOE } from '../../methods/merge/moe/layouts.ts';
@@ -16,15 +15,15 @@ import type { LearningReport } from './experts/learner.ts';
 import { type LearningCost, prepareLearning } from './experts/prepare.ts';
 import { writeModelFiles } from './files.ts';
 import { type MergeInputs, openMergeInputs } from './inputs.ts';
-import type { MergeSetup } from './jobs.ts';
-import { Journal } from './journal.ts';
+import { findLambda, type LambdaCost, type LambdaReport, prepareLambda } from './lambda-search.ts';
+import { lambdaRequest } from './lambda-setting.ts';
 import { learnedValues, planMerge } from './learned.ts';
 import { markInputs } from './marks.ts';
-import { openRunners, runJobs } from './pool.ts';
+import { produce } from './produce.ts';
 import type { MergeRecipe } from './recipe.ts';
 import { type MergeSchedule, matrixSeconds, scheduleMerge } from './schedule.ts';
 import { sparseInputs } from './sparse.ts';
-import { type MergeStatistics, measureStatistics } from './statistics.ts';
+import { measureStatistics } from './statistics.ts';
 import type { TensorResult } from './tensor.ts';
 
 /** What came of a merge, or would come of it. */
@@ -45,6 +44,10 @@ export interface MergeOutcome {
   readonly notes: readonly string[];
   /** In a dry run: what learning coefficients would take. */
   readonly toLearn?: LearningCost;
+  /** In a dry run: what finding lambda would take. */
+  readonly toFindLambda?: LambdaCost;
+  /** `--set lambda=auto`: the lambda of the result, and all that were tried. */
+  readonly lambda?: LambdaReport;
   /** How coefficients were learned, and what came of it. */
   readonly learning?: LearningReport;
   /** What the run did; absent in a dry run. */
@@ -103,20 +106,28 @@ export async function merge(
     note(`merging by ${recipe.method}, the default ${defaultReason(recipe)}`);
   for (const message of inputs.notes) note(message);
   const learned = learnedOf(recipe.method);
-  // What is learned is settled by the plan: nothing is left for the method that applies it.
-  const applied = learned ? { ...recipe, set: [], weights: [] } : recipe;
+  const lambda = lambdaRequest(recipe);
+  // What is learned is settled by the plan: nothing is left for the method that applies it. What is found makes no difference to the work.
+  const applied = learned ? { ...recipe, set: [], weights: [] } : (lambda?.at(1) ?? recipe);
   const expected = scheduleMerge(inputs, applied, mergerOf(learned || sparse ? PLACEHOLDER : recipe.method));
   const values = learned && learnedValues(learned, recipe);
   const marks = await markInputs(inputs, recipe);
   const prepared =
     learned && values && recipe.plan === undefined ? await prepareLearning(learned, values, inputs, recipe, note) : undefined;
+  const search = lambda && (await prepareLambda(lambda, inputs, recipe, note));
   if (mode.dryRun) {
     if (prepared) note('bytes, memory and tensors are those of applying the plan, once it is learned');
-    return { ...outlineOf(inputs, recipe, expected, notes), ...(prepared ? { toLearn: prepared.cost } : {}) };
+    if (search)
+      note('bytes, memory and tensors are those of the merge once lambda is found; another one, by lambda 1, comes before');
+    return {
+      ...outlineOf(inputs, recipe, expected, notes),
+      ...(prepared ? { toLearn: prepared.cost } : {}),
+      ...(search ? { toFindLambda: search.cost } : {}),
+    };
   }
   await using output = await OutputFolder.open({ ...request, recipeHash: marks.hash });
   try {
-    await requireSpace(output, expected);
+    await requireSpace(output, expected.writtenBytes + (search?.cost.mergedBytes ?? 0));
     const keep = () => output.keepForResume();
     const place = { folder: output.partsPath, keep };
     const planned = learned && (await planMerge(prepared, inputs, expected.jobs, recipe, place, { ...hooks, note }));
@@ -134,19 +145,31 @@ export async function merge(
         recipe.threads,
         planned?.plan.start.measured,
       ));
+    const found = search && (await findLambda(search, inputs, recipe, output, { ...hooks, note }));
     const schedule = planned
       ? scheduleMerge(inputs, applied, mergerOf(planned.plan.start.method), { plan: planned.plan, statistics })
       : sparse
         ? expected
-        : scheduleMerge(inputs, applied, mergerOf(recipe.method), { statistics });
+        : scheduleMerge(inputs, lambda && found ? lambda.at(found.value) : recipe, mergerOf(recipe.method), { statistics });
     const outline = outlineOf(inputs, recipe, schedule, notes, planned?.report);
-    const { results, resumed } = await produce({ inputs, recipe, schedule, statistics, output, hooks: { ...hooks, note } });
+    const { results, resumed } = await produce({
+      recipe,
+      schedule,
+      statistics,
+      output,
+      folder: output.artifactPath,
+      journal: join(output.partsPath, 'journal.ndjson'),
+      phase: 'merge',
+      hooks: { ...hooks, note },
+    });
     hooks.signal?.throwIfAborted();
-    const files = await writeModelFiles(output.artifactPath, inputs, recipe, schedule, planned, note);
-    await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, plan: planned?.plan, marks, results, files });
+    const files = await writeModelFiles(output.artifactPath, inputs, recipe, schedule, { planned, lambda: found }, note);
+    const plan = planned?.plan;
+    await writeMergeManifest(output.artifactPath, { recipe, inputs, schedule, plan, lambda: found, marks, results, files });
     const roundingLoss = warnOfLoss(results, note);
     const outcome: MergeOutcome = {
       ...outline,
+      ...(found ? { lambda: found } : {}),
       run: {
         output: outputPath,
         seconds: (performance.now() - started) / 1000,
@@ -230,70 +253,13 @@ function weightOf({ jobs }: MergeSchedule, k: number): { weight?: number } {
   return Array.isArray(weights) ? { weight: weights[k] as number } : {};
 }
 
-interface Production {
-  readonly inputs: MergeInputs;
-  readonly recipe: MergeRecipe;
-  readonly schedule: MergeSchedule;
-  readonly statistics: MergeStatistics | undefined;
-  readonly output: OutputFolder;
-  readonly hooks: RunHooks;
-}
-
-/** Fills the weight files, from where an earlier run left off. */
-async function produce({
-  recipe,
-  schedule,
-  statistics,
-  output,
-  hooks,
-}: Production): Promise<{ results: Map<string, TensorResult>; resumed: number }> {
-  const { layout, jobs, threads } = schedule;
-  const folder = output.artifactPath;
-  const intact = output.resumed && (await hasPlacedFiles(folder, layout));
-  if (!intact) await createPlacedFiles(folder, layout);
-  const outputs = layout.files.map(({ name }) => join(folder, name));
-  await using journal = await Journal.open(join(output.partsPath, 'journal.ndjson'), outputs, !intact, () =>
-    output.keepForResume(),
-  );
-  const left = jobs.filter(({ name }) => !journal.results.has(name));
-  const resumed = jobs.length - left.length;
-  if (output.resumed) hooks.note?.(`resuming: ${resumed} of ${jobs.length} tensors are finished`);
-  let done = [...journal.results.values()].reduce((sum, { bytes }) => sum + bytes, 0);
-  const total = jobs.reduce((sum, { places }) => sum + places[0].byteLength, 0);
-  const setup: MergeSetup = {
-    seed: recipe.seed,
-    ...(recipe.compat ? { compat: recipe.compat } : {}),
-    ...(statistics?.norms ? { statisticNorms: statistics.norms } : {}),
-    allowNonfinite: recipe.allowNonfinite,
-    folder,
-  };
-  const finish = (result: TensorResult): void => {
-    for (const message of result.notes) hooks.note?.(`${result.tensor}: ${message}`);
-    journal.add(result);
-    done += result.bytes;
-    hooks.progress?.({ phase: `merge ${result.tensor}`, done, total });
-  };
-  try {
-    const runners = openRunners(setup, Math.min(threads, left.length));
-    await runJobs(left, runners, { signal: hooks.signal, done: finish });
-  } catch (error) {
-    // What is wrong with the inputs stays wrong: only other ends are worth resuming from.
-    const hopeless = error instanceof FormatError || error instanceof UnsupportedError || error instanceof RecipeError;
-    if (hopeless) output.abandon();
-    else await journal.sync();
-    throw error;
-  }
-  await journal.sync();
-  return { results: journal.results, resumed };
-}
-
-async function requireSpace(output: OutputFolder, { writtenBytes }: MergeSchedule): Promise<void> {
+async function requireSpace(output: OutputFolder, bytes: number): Promise<void> {
   if (output.resumed) return;
   const { bavail, bsize } = await statfs(output.artifactPath);
-  if (bavail * bsize >= writtenBytes) return;
+  if (bavail * bsize >= bytes) return;
   throw new EnvironmentError(
     'DISK_FULL',
-    `${output.path}: the result takes ${writtenBytes} bytes, but the disk has ${bavail * bsize} left`,
+    `${output.path}: the result takes ${bytes} bytes, but the disk has ${bavail * bsize} left`,
   );
 }
 

@@ -1,10 +1,12 @@
 /** What to merge and how, as validated plain data. */
 import { RecipeError } from '../../errors.ts';
 import { mergerOf } from '../../methods/merge/index.ts';
+import { methodsWithLambda } from '../../methods/merge/lambda-search.ts';
 import { LEARNED, learnedOf } from '../../methods/merge/learned.ts';
 import { MOE } from '../../methods/merge/moe/layouts.ts';
 import { GATES, type Gate } from '../../methods/merge/moe/router.ts';
 import { boolean, bytes, dropUndefined, flag, integer, list, oneOf, text } from '../recipe-fields.ts';
+import { asksForLambda } from './lambda-setting.ts';
 import type { MergekitConfig } from './mergekit/config.ts';
 
 export const MERGE_PRESETS = ['best', 'paper'] as const;
@@ -20,7 +22,7 @@ export interface MergeRecipe {
   /** The model that the experts were trained from. */
   readonly base?: string;
   readonly method: string;
-  /** Texts to learn on: `label=FILE`, or a file for every expert. */
+  /** Texts to learn on, to measure, or to find lambda by: `label=FILE`, or a file for every expert. */
   readonly calibration: readonly string[];
   /** Let experts write the responses that prompts lack; otherwise the prompts themselves are what is compared. */
   readonly generate: boolean;
@@ -150,7 +152,8 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
   if (recipe.method === MOE) checkSparse(recipe);
   else checkMethod(recipe);
   const own = (['prompts', 'negative', 'gate', 'topK'] as const).find((key) => given[key] !== undefined);
-  if (!recipe.generate && (learnedOf(recipe.method) === undefined || plan !== undefined))
+  const answers = recipe.method !== MOE && (learnedOf(recipe.method) !== undefined || asksForLambda(recipe));
+  if (!recipe.generate && (!answers || plan !== undefined))
     throw new RecipeError('--no-generate: goes with methods that learn on --calibration; no responses are written otherwise');
   if (recipe.method !== MOE && own)
     throw new RecipeError(`${flag(own)}: --method ${recipe.method} makes no routers; ${MOE} does`);
@@ -209,6 +212,7 @@ function checkMethod({ method, base, calibration, plan, weights, set, compat }: 
   if (base === undefined && (learned || mergerOf(method).base === 'required')) {
     throw new RecipeError(`--base: ${method} needs the model that the experts were trained from`);
   }
+  const auto = asksForLambda({ method, set });
   if (!learned && mergerOf(method).statistics) {
     if (plan !== undefined)
       throw new RecipeError(`--plan: --method ${method} learns nothing; ${Object.keys(LEARNED).join(', ')} do`);
@@ -216,9 +220,13 @@ function checkMethod({ method, base, calibration, plan, weights, set, compat }: 
     throw new RecipeError(`--calibration: ${method} measures every expert on text of its own; give label=FILE for each`);
   }
   if (!learned) {
-    const [flag] = [...(calibration.length > 0 ? ['--calibration'] : []), ...(plan === undefined ? [] : ['--plan'])];
-    if (flag) throw new RecipeError(`${flag}: --method ${method} learns nothing; ${Object.keys(LEARNED).join(', ')} do`);
-    return;
+    if (auto && calibration.length === 0)
+      throw new RecipeError('--set lambda=auto: is found on text of every expert; give --calibration label=FILE for each');
+    const unused = calibration.length > 0 && !auto;
+    const [flag] = [...(unused ? ['--calibration'] : []), ...(plan === undefined ? [] : ['--plan'])];
+    if (flag === undefined) return;
+    const finds = unused && methodsWithLambda().includes(method) ? '; --set lambda=auto finds its lambda on text' : '';
+    throw new RecipeError(`${flag}: --method ${method} learns nothing; ${Object.keys(LEARNED).join(', ')} do${finds}`);
   }
   if (calibration.length === 0 && plan === undefined) {
     throw new RecipeError(`--calibration: ${method} learns on text of every expert; give label=FILE for each`);
