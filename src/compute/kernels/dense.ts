@@ -2,12 +2,7 @@
 import { UnsupportedError } from '../../errors.ts';
 import { DENSE_WASM } from './dense.generated.ts';
 import { roundUp } from './round-up.ts';
-
-// The compiler's library knows WebAssembly only together with the browser's DOM.
-declare const WebAssembly: {
-  readonly Module: new (bytes: Uint8Array) => object;
-  readonly Instance: new (module: object, imports: object) => { readonly exports: object };
-};
+import { instantiate, MOST_PAGES, PAGE_BYTES } from './wasm.ts';
 
 /** What the module exports, with addresses; assembly/dense/ says what each does. */
 export interface DenseExports {
@@ -17,21 +12,16 @@ export interface DenseExports {
   updateAndMultiply(matrix: number, stride: number, n: number, v: number, w: number, u: number, y: number): void;
 }
 
-const PAGE_BYTES = 65_536;
-/** What a 32-bit address reaches. */
-const MOST_BYTES = 2 ** 32;
+const MOST_BYTES = MOST_PAGES * PAGE_BYTES;
 /** The module's own data, and what arrays lose to where they begin. */
 const SPARE_BYTES = 65_536;
-
-let module: object | undefined;
 
 /** An instance whose memory has room for arrays of these lengths, and the arrays. The memory goes when the instance does. Throws UnsupportedError for 4 GiB. */
 export function denseKernels(lengths: readonly number[]): { kernels: DenseExports; arrays: Float64Array[] } {
   const bytes = 8 * lengths.reduce((sum, length) => sum + length, 0);
   if (bytes > MOST_BYTES - SPARE_BYTES)
     throw new UnsupportedError(`a matrix needs ${bytes} bytes in float64, but a kernel addresses ${MOST_BYTES} at most`);
-  module ??= new WebAssembly.Module(Buffer.from(DENSE_WASM, 'base64'));
-  const kernels = new WebAssembly.Instance(module, { env: { abort: () => undefined } }).exports as DenseExports;
+  const kernels = instantiate<DenseExports>(DENSE_WASM);
   let at = roundUp(kernels.memoryStart(), 64);
   const offsets = lengths.map((length) => {
     const offset = at;

@@ -1,18 +1,7 @@
 /** Memory that WASM kernels and typed arrays share: lent to a piece of work, and a place for copies of arrays that lie elsewhere. */
 import { roundUp } from './round-up.ts';
+import { createSharedMemory, PAGE_BYTES } from './wasm.ts';
 
-// The compiler's library knows WebAssembly only together with the browser's DOM.
-declare const WebAssembly: {
-  readonly Memory: new (limits: { initial: number; maximum: number; shared: true }) => WasmMemory;
-};
-
-interface WasmMemory {
-  readonly buffer: SharedArrayBuffer;
-  grow(pages: number): number;
-}
-
-const PAGE_BYTES = 65_536;
-const MAX_PAGES = 65_536;
 const STAGING_BYTES = 8 * 1024 * 1024;
 /** Kernels write whole vectors: this much behind the end of an array is theirs. */
 const PADDING = 64;
@@ -21,7 +10,7 @@ const LONGEST = 1 << 20;
 
 export class KernelMemory {
   // Shared, although by nobody: such memory grows without its views becoming stale.
-  readonly memory: WasmMemory = new WebAssembly.Memory({ initial: 1, maximum: MAX_PAGES, shared: true });
+  readonly memory = createSharedMemory();
   /** A buffer for each size the memory has had: views of all of them are of this memory. */
   readonly #buffers = new Set<unknown>();
   #next = 0;

@@ -5,12 +5,7 @@
  */
 import { KernelMemory } from './kernel-memory.ts';
 import { VECTORS_WASM } from './vectors.generated.ts';
-
-// The compiler's library knows WebAssembly only together with the browser's DOM.
-declare const WebAssembly: {
-  readonly Module: new (bytes: Uint8Array) => object;
-  readonly Instance: new (module: object, imports: object) => { readonly exports: object };
-};
+import { instantiate } from './wasm.ts';
 
 /** Addresses and counts; what each does is said in assembly/vectors/. */
 interface VectorExports {
@@ -83,10 +78,8 @@ class Vectors {
   readonly outgoing: Uint8Array;
 
   constructor() {
-    const module = new WebAssembly.Module(Buffer.from(VECTORS_WASM, 'base64'));
     const memory = this.#memory;
-    const imports = { env: { abort: () => undefined, memory: memory.memory } };
-    this.#exports = new WebAssembly.Instance(module, imports).exports as VectorExports;
+    this.#exports = instantiate(VECTORS_WASM, memory.memory);
     memory.begin(this.#exports.memoryStart());
     const at = [4, 8, 8].map((width) => memory.reserve(width * MOST_VECTORS));
     const [results, incoming, outgoing] = [64, TRANSIT_BYTES, TRANSIT_BYTES].map((bytes) => memory.reserve(bytes));

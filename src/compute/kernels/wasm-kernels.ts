@@ -2,121 +2,13 @@
 import { KERNELS_WASM } from './kernels.generated.ts';
 import type { AsyncKernels, Compensated, Fitted, Grid, Group, Kernels } from './kernels.ts';
 import { roundUp } from './round-up.ts';
-
-// The compiler's library knows WebAssembly only together with the browser's DOM.
-declare const WebAssembly: {
-  readonly Module: new (bytes: Uint8Array) => object;
-  readonly Instance: new (module: object, imports: object) => { readonly exports: object };
-};
-
-interface KernelExports {
-  readonly memory: { readonly buffer: ArrayBuffer; grow(pages: number): number };
-  memoryStart(): number;
-  minMaxGrid(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    levels: number,
-    symmetric: number,
-    scale: number,
-    shift: number,
-  ): void;
-  twoLevelGrid(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    symmetric: number,
-    scale: number,
-    shift: number,
-  ): void;
-  searchGrid(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    levels: number,
-    scale: number,
-    zero: number,
-    scratch: number,
-  ): void;
-  searchWeightedGrid(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    levels: number,
-    scale: number,
-    zero: number,
-    weights: number,
-    scratch: number,
-  ): void;
-  roundCodes(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    levels: number,
-    scale: number,
-    shift: number,
-    codes: number,
-  ): void;
-  compensate(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    upper: number,
-    levels: number,
-    gridStride: number,
-    scale: number,
-    shift: number,
-    codes: number,
-    errors: number,
-  ): void;
-  fitWeighted(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    levels: number,
-    weights: number,
-    scale: number,
-    zero: number,
-    loss: number,
-    scratch: number,
-  ): void;
-  fitTwoLevels(
-    group: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    weights: number,
-    scale: number,
-    offset: number,
-    loss: number,
-  ): void;
-  polish(
-    decoded: number,
-    gradient: number,
-    columns: number,
-    stride: number,
-    rows: number,
-    hessian: number,
-    levels: number,
-    scale: number,
-    shift: number,
-    codes: number,
-    changes: number,
-  ): void;
-}
+import { instantiate, PAGE_BYTES } from './wasm.ts';
+import type { KernelExports } from './wasm-exports.ts';
 
 /** Rows handled per call into the module: 128 columns of them fit a second-level cache. */
 const SLICE_ROWS = 512;
 /** Rows the module handles at once; slices are padded to it. */
 const LANES = 16;
-const PAGE_BYTES = 65536;
 
 let shared: Kernels | undefined;
 
@@ -158,9 +50,7 @@ class WasmKernels implements Kernels {
   #next = 0;
 
   constructor() {
-    const module = new WebAssembly.Module(Buffer.from(KERNELS_WASM, 'base64'));
-    const imports = { env: { abort: () => undefined } };
-    this.#exports = new WebAssembly.Instance(module, imports).exports as KernelExports;
+    this.#exports = instantiate(KERNELS_WASM);
     this.#floats = new Float32Array(this.#exports.memory.buffer);
     this.#bytes = new Uint8Array(this.#exports.memory.buffer);
   }
