@@ -121,3 +121,36 @@ it.each([
   expect(stderr).toMatch(message);
   expect(existsSync(at('refused'))).toBe(false);
 });
+
+it('a head that is tied in the base is run as it is there, and stored apart with --untie', async () => {
+  const tied = { ...base.config, tie_word_embeddings: true };
+  const names = ['tied-base', 'tied-code', 'tied-math'] as const;
+  for (const [name, weights] of [
+    [names[0], baseWeights] as const,
+    [names[1], experts.code] as const,
+    [names[2], experts.math] as const,
+  ]) {
+    await saveFolder(at(name), new Map([...weights].filter(([tensor]) => tensor !== 'lm_head.weight')), tied);
+    for (const file of ['tokenizer.json', 'tokenizer_config.json']) copyFileSync(fixture(`base/${file}`), at(name, file));
+  }
+  const untied = await runCli(
+    [
+      'merge',
+      'tied-code',
+      'tied-math',
+      '--base',
+      'tied-base',
+      '--method',
+      'regmean',
+      '--untie',
+      '-o',
+      'untied',
+      '--quiet',
+    ].concat('--calibration', 'tied-code=code.txt', 'tied-math=math.txt'),
+    { cwd },
+  );
+  expect(untied).toMatchObject({ code: 0 });
+  const written = await readWeights(at('untied'));
+  expect(written.get('lm_head.weight')!.values).toEqual(written.get('model.embed_tokens.weight')!.values);
+  expect(JSON.parse(readFileSync(at('untied', 'config.json'), 'utf8'))).toMatchObject({ tie_word_embeddings: false });
+});

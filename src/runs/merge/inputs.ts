@@ -55,6 +55,8 @@ export interface MergeInputs extends AsyncDisposable {
   readonly folder: string;
   /** config.json for the result; undefined when the template has none. */
   readonly config: Readonly<Record<string, unknown>> | undefined;
+  /** config.json as the template has it: how its tensors make a network. */
+  readonly network: Readonly<Record<string, unknown>> | undefined;
   /** In the template's order. */
   readonly outputs: readonly OutputTensor[];
   readonly notes: readonly string[];
@@ -171,7 +173,7 @@ async function describe(
   outputs.push(...extrasOf(aligned, outputs, names));
   for (const output of outputs) await checkTypes(output, all, aligned);
   const untied = head?.storage === 'untied' && config ? { ...config, tie_word_embeddings: false } : config;
-  return { base, experts, all, template, folder, config: untied, outputs, notes };
+  return { base, experts, all, template, folder, config: untied, network: config, outputs, notes };
 }
 
 function folderOf({ place }: MergeInput): string {

@@ -35,14 +35,15 @@ export interface SparseInputs extends AsyncDisposable {
  * an architecture without a sparse sibling.
  */
 export async function sparseInputs(inputs: MergeInputs, recipe: MergeRecipe, hooks: RunHooks): Promise<SparseInputs> {
-  const { base, experts, config, folder } = inputs;
+  const { base, experts, config, network, folder } = inputs;
   if (experts.length < 2) throw new RecipeError(`--method moe: takes at least 2 experts, and ${experts.length} were given`);
   if (recipe.topK > experts.length)
     throw new RecipeError(`--top-k ${recipe.topK}: there are ${experts.length} experts to choose from`);
   const adapter = experts.find((expert) => expert.adapter);
   if (adapter) throw new RecipeError(`${adapter.place.path}: is an adapter; fold it in first (adapt convert --to merged)`);
-  if (!config) throw new RecipeError(`${base!.place.path}: there is no config.json beside it, which --method moe needs`);
-  const model = createModel(config, join(folder, 'config.json'), base!.tensors);
+  if (!config || !network)
+    throw new RecipeError(`${base!.place.path}: there is no config.json beside it, which --method moe needs`);
+  const model = createModel(network, join(folder, 'config.json'), base!.tensors);
   const layout = moeLayout(model.architecture);
   const sparseConfig = moeConfig(layout, config, experts.length, recipe.topK);
   const routers = await routersOf(model, inputs, recipe, hooks);

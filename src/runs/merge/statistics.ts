@@ -59,11 +59,11 @@ export async function measureStatistics(
   threads: number,
   text?: MeasuredText,
 ): Promise<MergeStatistics> {
-  const { config, folder, template } = inputs;
-  if (config === undefined) {
+  const { network, folder, template } = inputs;
+  if (network === undefined) {
     throw new RecipeError(`${folder}: ${merger.name} runs the models, and there is no config.json to tell how`);
   }
-  const model = createModel(config, join(folder, 'config.json'), template.tensors);
+  const model = createModel(network, join(folder, 'config.json'), template.tensors);
   const labels = inputs.experts.map(({ label }) => label);
   const paths = labels.map((_, k) => join(kept, `statistics-${k}.safetensors`));
   const normsPath = join(kept, NORMS);

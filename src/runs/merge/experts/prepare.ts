@@ -82,9 +82,9 @@ export async function prepareText(
   recipe: MergeRecipe,
   note: (message: string) => void,
 ): Promise<PreparedText> {
-  const { config, folder, template } = inputs;
-  if (config === undefined) throw new RecipeError(`${folder}: ${who} runs the model, and there is no config.json to tell how`);
-  const model = createModel(config, join(folder, 'config.json'), template.tensors);
+  const { network, folder, template } = inputs;
+  if (network === undefined) throw new RecipeError(`${folder}: ${who} runs the model, and there is no config.json to tell how`);
+  const model = createModel(network, join(folder, 'config.json'), template.tensors);
   const tokenizer = await loadTokenizer(folder, model.shape.vocabSize);
   const labels = inputs.experts.map(({ label }) => label);
   const sequenceLength = Math.min(values.length, model.shape.contextLength);
@@ -102,7 +102,7 @@ export async function prepareText(
   for (const message of samples.notes) note(message);
   const endTokens: ReadonlySet<number>[] = [];
   for (const [k, { config: own }] of inputs.experts.entries())
-    endTokens.push(endTokensOf(await readGenerationConfig({ folder: folders[k], config: own ?? config })));
+    endTokens.push(endTokensOf(await readGenerationConfig({ folder: folders[k], config: own ?? network })));
   return { model, folder, labels, samples, sequenceLength, endTokens };
 }
 
