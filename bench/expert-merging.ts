@@ -284,12 +284,12 @@ async function measure(): Promise<void> {
       { method: 'expert-merging++', set: ['gamma=0.1'] },
       false,
     );
-    rest.push(['expert-merging++ of expert-python and lora-shakespeare', withLora]);
+    rest.push(['expert-merging++, gamma=0.1, of expert-python and lora-shakespeare', withLora]);
   } finally {
     for (const [method, { setting, nlls, seconds }] of free) add(method, setting, nlls, seconds);
     for (const [method, { setting, nlls, seconds }] of rest) add(method, setting, nlls, seconds);
-    addSeeds('expert-merging, best (the first stage of the next)', best[0]);
-    addSeeds('expert-merging++, best', best[1]);
+    addSeeds('expert-merging, best, gamma=0.1 (the first stage of the next)', best[0]);
+    addSeeds('expert-merging++, best, gamma=0.1', best[1]);
   }
 }
 
@@ -301,8 +301,13 @@ try {
   whole = false;
 }
 console.error(whole ? 'nothing is left to run' : 'time is up: run it again to go on');
-await writeResults('expert-merging', ['npx tsx bench/expert-merging.ts', ...process.argv.slice(2)].join(' '), rows, [
-  'Recovered: the way from the linear average to the experts, in nats per token on the domain of each, mean of both; the first 64,000 characters of the held-out texts. Training-free methods have the scale of 0.3, 0.5, 0.7, 1, 1.3, 1.6 and 2 that is best on text that was held out of calibration. CPU seconds are of all threads, on a machine shared with other work.',
-  ...(whole ? [] : ['Not all rows were run.']),
-]);
+await writeResults(
+  'expert-merging',
+  `npx tsx bench/expert-merging.ts --seeds ${values.seeds}${values.methods ? ` --methods ${values.methods}` : ''}`,
+  rows,
+  [
+    'Recovered: the way from the linear average to the experts, in nats per token on the domain of each, mean of both; the first 64,000 characters of the held-out texts. Training-free methods have the scale of 0.3, 0.5, 0.7, 1, 1.3, 1.6 and 2 that is best on text that was held out of calibration. CPU seconds are of all threads, on a machine shared with other work.',
+    ...(whole ? [] : ['Not all rows were run.']),
+  ],
+);
 if (whole) await rm(scratch, { recursive: true, force: true });
