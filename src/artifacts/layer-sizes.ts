@@ -165,14 +165,9 @@ function planesRest(bits: readonly number[], { widths }: PartBytes): number {
   return 8 * (ones + (bits.some((width) => width > 1) ? widths[2] : 0));
 }
 
-/** Whether rotations take room in what a budget counts. */
-export function paysForRotations(unit: BudgetUnit): boolean {
-  return unit !== 'code' && unit !== 'planes';
-}
-
 /** Bits of the matrices that the inputs of these layers are rotated with, each once. */
 export function rotationBits(unit: BudgetUnit, plans: Iterable<readonly [site: Shape, plan: SitePlan]>): number {
-  if (!paysForRotations(unit)) return 0;
+  if (unit === 'code' || unit === 'planes') return 0;
   const runs = new Set<number>();
   for (const [{ inFeatures }, { transform, groupSize }] of plans) {
     const { hadamard } = transform ? shapeOfKind(transform, groupSize, inFeatures) : { hadamard: 0 };

@@ -2,6 +2,7 @@
 import type { StateStore } from '../../calibration/state-store.ts';
 import type { Engine, NdArray, Program } from '../../compute/engine.ts';
 import type { Model, WeightReader } from '../../model/model.ts';
+import { openHeadProgram } from '../head-program.ts';
 
 /** Rows of logits at once, in bytes of float32. */
 const LOGITS_BYTES = 16 * 2 ** 20;
@@ -19,19 +20,10 @@ export class NextTokenLoss {
     this.#fixed = fixed;
   }
 
-  /** Norm and head are read once: nothing here is for weights that change. */
+  /** For weights that do not change. */
   static async open(model: Model, engine: Engine, weights: WeightReader): Promise<NextTokenLoss> {
-    const { hiddenSize, vocabSize } = model.shape;
-    const rows = Math.max(1, Math.min(256, Math.floor(LOGITS_BYTES / (4 * vocabSize))));
-    const { model: graph, key, weights: norm } = model.headGradient(rows, { kind: 'label' });
-    const program = await engine.compile(graph, { key });
-    const fixed: Record<string, NdArray> = {
-      head: { dtype: 'F32', shape: [vocabSize, hiddenSize], data: await weights.load(model.outputHead) },
-    };
-    for (const [input, name] of norm) {
-      const data = await weights.load(name);
-      fixed[input] = { dtype: 'F32', shape: [data.length], data };
-    }
+    const rows = Math.max(1, Math.min(256, Math.floor(LOGITS_BYTES / (4 * model.shape.vocabSize))));
+    const { program, fixed } = await openHeadProgram(model, engine, weights, rows, { kind: 'label' });
     return new NextTokenLoss(program, rows, model.shape, fixed);
   }
 

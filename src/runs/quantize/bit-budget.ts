@@ -1,12 +1,5 @@
 /** A budget as the user gives it, in bits of whatever it counts, and shared out over a surveyed model. */
-import {
-  type BudgetUnit,
-  type Counted,
-  layerSizes,
-  type PartBytes,
-  paysForRotations,
-  rotationBits,
-} from '../../artifacts/layer-sizes.ts';
+import { type BudgetUnit, type Counted, layerSizes, type PartBytes, rotationBits } from '../../artifacts/layer-sizes.ts';
 import type { OnnxContainer } from '../../artifacts/onnx/linear-layout.ts';
 import { RecipeError } from '../../errors.ts';
 import { type Allocation, allocate, type CurvePoint, lossCurve } from '../../methods/quantize/allocation/allocate.ts';
@@ -137,10 +130,13 @@ export async function shareBudget(
     const taken = files ? 8 * (await files.bytesOf(sites)) : allocation.size + rotationBits(unit, sites);
     return { allocation, sites, left: budget.bits - taken };
   };
+  let best = await spend(sets, budget.bits, take);
   // Matrices that rotate inputs may take more than they are worth, or than there is.
-  const choices = paysForRotations(unit) ? [sets, unrotated(survey, sets)] : [sets];
-  const found = await Promise.all(choices.map((some) => spend(some, budget.bits, take)));
-  const { allocation, sites, left } = found.reduce((best, next) => (better(next, best) ? next : best));
+  if (best.left < 0 || rotationBits(unit, best.sites) > CLOSE * budget.bits) {
+    const still = await spend(unrotated(survey, sets), budget.bits, take);
+    if (better(still, best)) best = still;
+  }
+  const { allocation, sites, left } = best;
   if (left < 0) {
     const groupSizes = survey.inputs.flatMap(({ survey: { transforms } }) => transforms.map(({ groupSize }) => groupSize));
     const smallest = budget.bits - left;

@@ -3,6 +3,7 @@ import type { StateStore } from '../../../calibration/state-store.ts';
 import type { NdArray, Program } from '../../../compute/engine.ts';
 import type { HeadObjective, WeightReader } from '../../../model/model.ts';
 import type { Forward } from '../../forward.ts';
+import { openHeadProgram } from '../../head-program.ts';
 import type { Lesson } from './forward-pass.ts';
 import type { Teachers } from './teachers.ts';
 
@@ -25,17 +26,8 @@ export class HeadLoss {
 
   /** Norm and head are not learned, so they are read once. */
   static async open({ model, engine }: Forward, weights: WeightReader, objective: HeadObjective): Promise<HeadLoss> {
-    const { hiddenSize, vocabSize } = model.shape;
-    const { model: graph, key, weights: norm } = model.headGradient(HEAD_ROWS, objective);
-    const program = await engine.compile(graph, { key });
-    const fixed: Record<string, NdArray> = {
-      head: { dtype: 'F32', shape: [vocabSize, hiddenSize], data: await weights.load(model.outputHead) },
-    };
-    for (const [input, name] of norm) {
-      const data = await weights.load(name);
-      fixed[input] = { dtype: 'F32', shape: [data.length], data };
-    }
-    return new HeadLoss(program, hiddenSize, objective.kind === 'divergence', fixed);
+    const { program, fixed } = await openHeadProgram(model, engine, weights, HEAD_ROWS, objective);
+    return new HeadLoss(program, model.shape.hiddenSize, objective.kind === 'divergence', fixed);
   }
 
   /** Adds the cotangents of a lesson's states; returns its part of the loss, the mean over `count` lessons. */
