@@ -28,11 +28,14 @@ describe('of a toy of fourteen layers', () => {
   const SIZES = { onnx: 200_000, safetensors: 135_000 };
   const cases = (['rtn', 'slim-llm'] as const).flatMap((method) =>
     (['onnx', 'safetensors'] as const).flatMap((format) =>
-      ([32, 'auto'] as const).flatMap((groupSize) => [
-        [method, format, groupSize, 'bits', 2.37, 'averageBits'] as const,
-        [method, format, groupSize, 'bpw', 3.2, 'bitsPerWeight'] as const,
-        [method, format, groupSize, 'size', SIZES[format], 'bytes'] as const,
-      ]),
+      // A survey on text takes long: each layout has one of the two.
+      (method === 'rtn' ? ([32, 'auto'] as const) : [format === 'onnx' ? ('auto' as const) : (32 as const)]).flatMap(
+        (groupSize) => [
+          [method, format, groupSize, 'bits', 2.37, 'averageBits'] as const,
+          [method, format, groupSize, 'bpw', 3.2, 'bitsPerWeight'] as const,
+          [method, format, groupSize, 'size', SIZES[format], 'bytes'] as const,
+        ],
+      ),
     ),
   );
   it.each(cases)('%s, %s, groups of %s: --%s %d is kept and used up', async (method, format, groupSize, budget, most, figure) => {
