@@ -30,11 +30,15 @@ export async function writeResults(
   );
 }
 
-/** Rows of the last time, for a benchmark that measures some of its cases anew. */
-export async function earlierRows(name: string): Promise<Row[]> {
+/** Rows and notes of the last time, for a benchmark that measures some of its cases anew. */
+export async function earlierResults(name: string): Promise<{ rows: Row[]; notes: string[] }> {
   const path = fileURLToPath(new URL(`results/${name}.json`, import.meta.url));
-  const text = await readFile(path, 'utf8').catch(() => '{"rows":[]}');
-  return (JSON.parse(text) as { rows: Row[] }).rows;
+  const text = await readFile(path, 'utf8').catch(() => '{"rows":[],"notes":[]}');
+  return JSON.parse(text) as { rows: Row[]; notes: string[] };
+}
+
+export async function earlierRows(name: string): Promise<Row[]> {
+  return (await earlierResults(name)).rows;
 }
 
 function format(value: number): string {
