@@ -32,7 +32,7 @@ interface VectorExports {
     n: number,
   ): void;
   countHigh(values: number, n: number, counts: number): void;
-  countLow(values: number, n: number, high: number, counts: number): void;
+  countWithin(values: number, n: number, first: number, length: number, counts: number): void;
   countEqual(values: number, n: number, bits: number): number;
   keepBetween(values: number, n: number, above: number, below: number): void;
   fillUniform(out: number, quad: number, quads: number, key0: number, key1: number): void;
@@ -231,17 +231,18 @@ class Vectors {
     });
   }
 
-  /** Counts the high halves of the magnitudes' bits. @param counts 2^15 of `counters` */
+  /** Counts the high halves of the magnitudes' bits, each in one of two counters. @param counts 2 x 2^15 of `counters` */
   countHigh(values: Float32Array, counts: Uint32Array): void {
     this.#pieces(values.length, 1, (from, count) => {
       this.#exports.countHigh(this.#memory.input(values, from, count), count, counts.byteOffset);
     });
   }
 
-  /** Counts the low halves of the magnitudes' bits where the high half is `high`. @param counts 2^16 of `counters` */
-  countLow(values: Float32Array, high: number, counts: Uint32Array): void {
+  /** Counts the magnitudes whose bits are `first` or up to a counter's place above it. @param counts of `counters` */
+  countWithin(values: Float32Array, first: number, counts: Uint32Array): void {
     this.#pieces(values.length, 1, (from, count) => {
-      this.#exports.countLow(this.#memory.input(values, from, count), count, high, counts.byteOffset);
+      const at = this.#memory.input(values, from, count);
+      this.#exports.countWithin(at, count, first, counts.length, counts.byteOffset);
     });
   }
 

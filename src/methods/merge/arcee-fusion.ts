@@ -65,7 +65,7 @@ export const arceeFusion = defineMerger({
       });
       return result;
     };
-    return { scans: [scanHigh, scanLow], merge };
+    return { scans: [{ look: scanHigh }, { look: scanLow }], merge };
   },
 });
 

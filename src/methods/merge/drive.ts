@@ -42,11 +42,14 @@ function difference(expert: Float32Array, base: Float32Array | undefined): Float
   return result;
 }
 
-/** The blocks of one tensor from the first row to the last, whole rows each. Called once per pass; a pass may cut them differently. */
-export type BlockPass = () => Iterable<MergeBlock> | AsyncIterable<MergeBlock>;
+/**
+ * The blocks of one tensor from the first row to the last, whole rows each; or the first of every so many. Called once per pass; a pass may cut them
+ * differently.
+ */
+export type BlockPass = (every?: number) => Iterable<MergeBlock> | AsyncIterable<MergeBlock>;
 
 /**
- * Yields the merged tensor, block by block as the last pass cuts it, each good until the next is asked for. Reads the blocks `scans + 1` times.
+ * Yields the merged tensor, block by block as the last pass cuts it, each good until the next is asked for. Reads the blocks at most `scans + 1` times.
  * @param options `allowNonfinite` lets NaN and infinities through
  * @throws RecipeError for values the method cannot use, UnsupportedError for a number that is not finite: tensor, input and flat index
  */
@@ -62,11 +65,12 @@ export async function* mergeTensor<D extends Parameters>(
   const merge = merger.prepare(tensor, values, context);
   let checked = options.allowNonfinite === true;
   for (const scan of merge.scans) {
-    for await (const block of blocks()) {
+    if (scan.needed && !scan.needed()) continue;
+    for await (const block of blocks(scan.every)) {
       if (!checked) refuseNonfinite(tensor, block);
-      scan(block);
+      scan.look(block);
     }
-    checked = true;
+    checked ||= scan.every === undefined;
   }
   for await (const block of blocks()) {
     if (!checked) refuseNonfinite(tensor, block);

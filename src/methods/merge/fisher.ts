@@ -59,6 +59,6 @@ export const fisher = defineMerger({
       }
       return result;
     };
-    return { scans: squares ? [scan] : [], merge };
+    return { scans: squares ? [{ look: scan }] : [], merge };
   },
 });

@@ -38,7 +38,7 @@ export const karcher = defineMerger({
     const gram = new GramScan(a.length);
     let coefficients: readonly number[] | undefined;
     return {
-      scans: [(block) => gram.add(block.experts)],
+      scans: [{ look: (block) => gram.add(block.experts) }],
       merge(block) {
         coefficients ??= karcherCoefficients(gram.matrix(), a, max_iter, tol);
         return weightedSum(block.experts, coefficients, block.output);

@@ -5,6 +5,8 @@ import { MagnitudeSelection } from './selection.ts';
 import { type Stretch, scanTaskVectors } from './stretch.ts';
 import type { Sparsifier } from './task-vectors.ts';
 
+/** One block in so many tells where the thresholds are likely to be. */
+const LOOKED_AT = 16;
 /** Bits of the largest magnitude, of a NaN. */
 const MOST_BITS = 0x7fffffff;
 
@@ -28,11 +30,20 @@ export function keepRanks(length: number, bands: readonly (RankBand | undefined)
   const selections = bands.map((band) => (band ? new MagnitudeSelection(length) : undefined));
   const takings: (Taking | undefined)[] = [];
 
-  const scanHigh = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countHigh(stretch, count));
+  const each = (act: (selection: MagnitudeSelection, ends: readonly number[]) => void): void => {
+    for (const k of which) act(selections[k]!, [bands[k]!.drop, bands[k]!.drop + bands[k]!.keep]);
+  };
+  const countHigh = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countHigh(stretch, count));
   const countLow = scanTaskVectors(which, undefined, (k, stretch, count) => selections[k]!.countLow(stretch, count));
-  const scanLow = (block: MergeBlock): void => {
-    if (block.start === 0) for (const k of which) selections[k]!.choose([bands[k]!.drop, bands[k]!.drop + bands[k]!.keep]);
-    countLow(block);
+  const scanHigh = (block: MergeBlock): void => {
+    if (block.start === 0) each((selection, ends) => selection.guess(ends));
+    countHigh(block);
+  };
+  let chosen = false;
+  const choose = (): boolean => {
+    if (!chosen) each((selection, ends) => selection.choose(ends));
+    chosen = true;
+    return which.some((k) => !selections[k]!.complete);
   };
   const begin = (selection: MagnitudeSelection): Taking => {
     const [drop, kept] = selection.thresholds();
@@ -40,7 +51,8 @@ export function keepRanks(length: number, bands: readonly (RankBand | undefined)
   };
 
   return {
-    scans: which.length > 0 ? [scanHigh, scanLow] : [],
+    scans:
+      which.length > 0 ? [{ every: LOOKED_AT, look: countHigh }, { look: scanHigh }, { needed: choose, look: countLow }] : [],
     sparsify(k, stretch, count) {
       const selection = selections[k];
       if (!selection) return;

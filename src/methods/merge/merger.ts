@@ -95,10 +95,18 @@ export interface MergeContext {
   note(tensor: MergeTensor, message: string): void;
 }
 
-/** One tensor under way. Scans run first, each over all blocks in order; then `merge` on all blocks in order. */
+/** A pass over a tensor that only looks. What it finds must not depend on where blocks end. */
+export interface Scan {
+  /** Looks at one block in so many, evenly over the tensor, for what is only a guess; absent: at all. */
+  readonly every?: number;
+  /** Asked before the pass: whether there still is something to find out. Absent: there is. */
+  needed?(): boolean;
+  look(block: MergeBlock): void;
+}
+
+/** One tensor under way. Scans run first, each over the blocks in order; then `merge` on all blocks in order. */
 export interface TensorMerge {
-  /** Must not depend on where blocks end. */
-  readonly scans: readonly ((block: MergeBlock) => void)[];
+  readonly scans: readonly Scan[];
   /** The merged rows, float32, good until the next block: the block's `output`, or memory of the method's own, or one of the inputs unchanged. */
   merge(block: MergeBlock): Float32Array | Promise<Float32Array>;
 }

@@ -33,7 +33,7 @@ export const modelStock = defineMerger({
         return positionOf(compat ? cosine : Math.max(0, cosine)) / count;
       };
       return {
-        scans: [(block) => gram.addExperts(block.experts, block.base)],
+        scans: [{ look: (block) => gram.addExperts(block.experts, block.base) }],
         merge(block) {
           share ??= solve();
           return baseAndTaskVectors(block.base!, block.experts, new Array(count).fill(share), block.output);

@@ -37,7 +37,7 @@ export const multislerp = defineMerger({
       return direction.map((c) => c * scale);
     };
     return {
-      scans: [(block) => gram.addExperts(block.experts, block.base)],
+      scans: [{ look: (block) => gram.addExperts(block.experts, block.base) }],
       merge(block) {
         coefficients ??= solve();
         return block.base

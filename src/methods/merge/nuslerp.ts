@@ -52,7 +52,7 @@ function wholeTensor(ends: Ends): TensorMerge {
     return ends(product, square0, square1);
   };
   return {
-    scans: [(block) => gram.addExperts(block.experts, block.base)],
+    scans: [{ look: (block) => gram.addExperts(block.experts, block.base) }],
     merge(block) {
       coefficients ??= solve();
       return block.base
@@ -115,5 +115,5 @@ function byColumn(columns: number, ends: Ends): TensorMerge {
     }
     return result;
   };
-  return { scans: [scan], merge };
+  return { scans: [{ look: scan }], merge };
 }

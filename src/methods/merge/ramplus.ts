@@ -27,6 +27,6 @@ export const ramplus = defineMerger({
       }
     };
     const factors = () => shared.map((count, k) => 1 + r * Math.min(alpha, count / Math.max(1, unique[k])));
-    return activeMean(epsilon, factors, [scan]);
+    return activeMean(epsilon, factors, [{ look: scan }]);
   },
 });

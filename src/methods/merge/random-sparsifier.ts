@@ -61,14 +61,14 @@ export function keepRandomly(
   // Magnitudes before and after.
   const sums = probabilities.map(() => new SpanSums(2));
   let kept: Float32Array | undefined;
-  const scan = scanTaskVectors(which, rowLength, (k, stretch, count, at) => {
+  const look = scanTaskVectors(which, rowLength, (k, stretch, count, at) => {
     kept ??= vectors().floats(length);
     keep(k, stretch, count, at, kept);
     sums[k].addMagnitudePairs(stretch.values.subarray(0, count), kept.subarray(0, count));
   });
   return {
     ...common,
-    scans: which.length > 0 ? [scan] : [],
+    scans: which.length > 0 ? [{ look }] : [],
     scale(k) {
       const [before, after] = [sums[k].total(0), sums[k].total(1)];
       return before === 0 || after === 0 ? 1 : before / after;

@@ -95,7 +95,8 @@ export const sce = defineMerger({
       });
       return result;
     };
-    return { scans: selection ? [scanHigh, scanLow, scanSquares] : [scanSquares], merge };
+    const scans = selection ? [scanHigh, scanLow, scanSquares] : [scanSquares];
+    return { scans: scans.map((look) => ({ look })), merge };
   },
 });
 

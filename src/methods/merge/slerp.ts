@@ -25,7 +25,7 @@ export const slerp = defineMerger({
       return Math.abs(cosine) > PARALLEL ? [1 - t, t] : arc(t, Math.acos(cosine));
     };
     return {
-      scans: [(block) => gram.add([block.base!, block.experts[0]])],
+      scans: [{ look: (block) => gram.add([block.base!, block.experts[0]]) }],
       merge(block) {
         coefficients ??= solve();
         return weightedSum([block.base!, block.experts[0]], coefficients, block.output);

@@ -3,7 +3,7 @@ import { vectors } from '../../compute/kernels/vectors.ts';
 import type { MergeBlock } from './merger.ts';
 
 /** Elements a stretch has, where the method does not ask for whole rows. */
-const LENGTH = 2048;
+const LENGTH = 4096;
 
 /** Part of one expert's task vector. A method may overwrite it. */
 export interface Stretch {

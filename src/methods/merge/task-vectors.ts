@@ -5,7 +5,7 @@
  * sum N and in the divisor Z alike. Result: `theta_0 + lambda N / Z` where normalized, else `theta_0 + lambda N`.
  */
 import { type ElectionMean, vectors } from '../../compute/kernels/vectors.ts';
-import type { MergeBlock, TensorMerge } from './merger.ts';
+import type { MergeBlock, Scan, TensorMerge } from './merger.ts';
 import { allocateStretch, readTaskVector, type Stretch, stretchLength } from './stretch.ts';
 import { NEGLIGIBLE_WEIGHT, sum } from './weights.ts';
 
@@ -22,7 +22,7 @@ export const DENSITY = {
 
 /** Makes task vectors sparse, a stretch at a time, in order from the first element of the tensor to the last. */
 export interface Sparsifier {
-  readonly scans: readonly ((block: MergeBlock) => void)[];
+  readonly scans: readonly Scan[];
   /** The method looks at whole rows of this many elements; absent: stretches may end anywhere. */
   readonly rowLength?: number;
   /** Overwrites the stretch of expert `k` with its sparse form; `at` is the flat index of its first element. */

@@ -1,11 +1,11 @@
 /** Task vectors trimmed to their largest entries, as TIES trims them (merging.md 4): `floor(density n)` of each tensor's, at least one. */
 import { vectors } from '../../compute/kernels/vectors.ts';
 import { keepRanks } from './largest.ts';
-import type { MergeBlock } from './merger.ts';
+import type { MergeBlock, Scan } from './merger.ts';
 
 export interface Trimming {
-  /** Run first, each over all blocks in order. */
-  readonly scans: readonly ((block: MergeBlock) => void)[];
+  /** Run first. */
+  readonly scans: readonly Scan[];
   /** Expert k's task vector in this block, trimmed, newly allocated; blocks come in order. */
   trimmed(k: number, block: MergeBlock): Float32Array;
 }
@@ -21,7 +21,7 @@ export function trimming(length: number, experts: number, density: number): Trim
     experts: block.taskVectors,
   });
   return {
-    scans: sparsifier.scans.map((scan) => (block) => scan(alone(block))),
+    scans: sparsifier.scans.map((scan) => ({ ...scan, look: (block) => scan.look(alone(block)) })),
     trimmed(k, block) {
       const values = block.taskVectors[k].slice();
       sparsifier.sparsify(k, { values, bits: new Int32Array(values.buffer) }, values.length, block.start);
@@ -37,6 +37,6 @@ export function trimWhole(taskVector: Float32Array, density: number): Float32Arr
   const output = new Float32Array(length);
   const block: MergeBlock = { start: 0, length, base: undefined, experts: [], taskVectors: [taskVector], output };
   const { scans, trimmed } = trimming(length, 1, density);
-  for (const scan of scans) scan(block);
+  for (const scan of scans) if (scan.needed?.() ?? true) scan.look(block);
   return trimmed(0, block);
 }

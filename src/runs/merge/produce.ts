@@ -44,6 +44,8 @@ export async function produce({
   const outputs = layout.files.map(({ name }) => join(folder, name));
   await using journal = await Journal.open(journalPath, outputs, !intact, () => output.keepForResume());
   const left = jobs.filter(({ name }) => !journal.results.has(name));
+  // Largest first: a thread that ends with a large one would keep the others waiting.
+  if (threads > 1) left.sort((a, b) => b.places[0].byteLength - a.places[0].byteLength);
   const resumed = jobs.length - left.length;
   if (output.resumed) hooks.note?.(`resuming: ${resumed} of ${jobs.length} tensors are finished`);
   let done = [...journal.results.values()].reduce((sum, { bytes }) => sum + bytes, 0);

@@ -270,7 +270,7 @@ function readBytesOf(job: TensorJob, merger: Merger, recipe: MergeRecipe): numbe
   if (job.kind === 'copy') return job.tensor.byteLength;
   const context = { seed: recipe.seed, blas: NO_PRODUCTS, note: () => {}, ...(recipe.compat ? { compat: recipe.compat } : {}) };
   const { scans } = merger.prepare(job.tensor, job.values, context);
-  const passes = job.blockRows >= job.rows ? 1 : scans.length + 1;
+  const passes = job.blockRows >= job.rows ? 1 : 1 + scans.reduce((sum, { every = 1 }) => sum + 1 / every, 0);
   const stored = job.experts.flatMap((origin) => (origin.kind === 'stored' ? [origin.tensor] : []));
   const all = job.base && (job.usesBase || stored.length < job.experts.length) ? [...stored, job.base] : stored;
   const elements = job.rows * job.columns * job.stack;

@@ -164,13 +164,13 @@ export class TensorWorker {
       return block;
     };
     let whole: MergeBlock | undefined;
-    function* blocks(): Iterable<MergeBlock> {
+    function* blocks(every = 1): Iterable<MergeBlock> {
       if (blockRows >= rows) {
         whole ??= read(0, rows);
         yield whole;
         return;
       }
-      for (let start = 0; start < rows; start += blockRows) yield read(start, Math.min(rows, start + blockRows));
+      for (let start = 0; start < rows; start += every * blockRows) yield read(start, Math.min(rows, start + blockRows));
     }
     return { blocks, base: () => (usesBase ? base : undefined) };
   }

@@ -5,7 +5,7 @@
 export { areFinite, narrowBf16, narrowF16, widenBf16, widenF16 } from './convert';
 export { addScaled, addTaskVectors, subtract, weightedSum } from './combine';
 export { electSigns } from './elect';
-export { countEqual, countHigh, countLow, keepBetween } from './select';
+export { countEqual, countHigh, countWithin, keepBetween } from './select';
 export { divide, fillUniform, keepBelow } from './random';
 export { sumGram, sumMagnitudePairs, sumMagnitudes, sumProducts } from './sums';
 

@@ -9,27 +9,38 @@ function count(countsAt: usize, bin: u32): void {
   store<u32>(at, load<u32>(at) + 1);
 }
 
-/** Counts the high halves of `n` magnitudes, in 2^15 counters. */
+/**
+ * Counts the high halves of `n` magnitudes, those at even places in 2^15 counters and those at odd places in as many behind them: neighbours
+ * are often alike, and a counter that was just written has to be waited for.
+ */
 export function countHigh(valuesAt: usize, n: i32, countsAt: usize): void {
-  for (let i: usize = 0; i < <usize>n << 2; i += 4) count(countsAt, (load<u32>(valuesAt + i) & 0x7fffffff) >>> 16);
+  const oddAt = countsAt + (0x8000 << 2);
+  let i = 0;
+  for (; i + 2 <= n; i += 2) {
+    const pair = load<u64>(valuesAt + (<usize>i << 2));
+    count(countsAt, (<u32>pair & 0x7fffffff) >>> 16);
+    count(oddAt, <u32>(pair >>> 48) & 0x7fff);
+  }
+  if (i < n) count(countsAt, (load<u32>(valuesAt + (<usize>i << 2)) & 0x7fffffff) >>> 16);
 }
 
-/** Counts the low halves of the magnitudes whose high half is `high`, in 2^16 counters. Few are. */
-export function countLow(valuesAt: usize, n: i32, high: u32, countsAt: usize): void {
-  const wanted = i32x4.splat(high);
+/** Counts each magnitude in `[first, first + length)`, in `length` counters. Few are: they are looked for four at a time. */
+export function countWithin(valuesAt: usize, n: i32, first: u32, length: u32, countsAt: usize): void {
+  const least = i32x4.splat(first);
+  const most = i32x4.splat(length);
   let i = 0;
   for (; i + 4 <= n; i += 4) {
     const at = valuesAt + (<usize>i << 2);
-    const found = i32x4.eq(i32x4.shr_u(v128.and(v128.load(at), MAGNITUDE), 16), wanted);
+    const found = i32x4.lt_u(i32x4.sub(v128.and(v128.load(at), MAGNITUDE), least), most);
     if (!v128.any_true(found)) continue;
     for (let lane: usize = 0; lane < 16; lane += 4) {
-      const magnitude = load<u32>(at + lane) & 0x7fffffff;
-      if (magnitude >>> 16 == high) count(countsAt, magnitude & 0xffff);
+      const place = (load<u32>(at + lane) & 0x7fffffff) - first;
+      if (place < length) count(countsAt, place);
     }
   }
   for (; i < n; i++) {
-    const magnitude = load<u32>(valuesAt + (<usize>i << 2)) & 0x7fffffff;
-    if (magnitude >>> 16 == high) count(countsAt, magnitude & 0xffff);
+    const place = (load<u32>(valuesAt + (<usize>i << 2)) & 0x7fffffff) - first;
+    if (place < length) count(countsAt, place);
   }
 }
 
