@@ -3,6 +3,7 @@
  * the last to the first, each making its forward pass again. Peak memory is one block with its gradients, and the kept states.
  */
 import type { Engine, NdArray } from '../compute/engine.ts';
+import { pruneModel } from '../graph/prune.ts';
 import type { Block, LinearSite, Model, WeightReader } from '../model/model.ts';
 import { BlockRunner } from './block-runner.ts';
 import { embedTokens } from './embed.ts';
@@ -20,6 +21,8 @@ export interface ModelGradientOptions {
   /** Tokens, pads included, that run at once. */
   readonly batchTokens: number;
   readonly signal?: AbortSignal | undefined;
+  /** Names of the sites whose gradients are wanted; default: all. */
+  readonly sites?: ReadonlySet<string>;
   /** What the evenness of experts counts in the loss; default 0. Of every batch by itself, by its part of the tokens. */
   readonly balance?: number;
 }
@@ -28,7 +31,7 @@ export interface ModelGradientOptions {
 export type BeforeBlock = (block: Block, cotangent: StateStore) => Promise<void>;
 
 /**
- * Gets the gradient of every site's W, (outFeatures, inFeatures), summed over all windows; of a site with experts, those of their tensors instead, by name.
+ * Gets the gradient of every wanted site's W, (outFeatures, inFeatures), summed over all windows; of a site with experts, those of their tensors instead, by name.
  * The arrays are used again afterwards.
  */
 export type OnGradients = (
@@ -51,6 +54,8 @@ export class ModelGradient implements AsyncDisposable {
   readonly #states: HiddenStates;
   /** What enters each block. */
   readonly #entering: StateStore[] = [];
+  /** Gradients, of one block after the other: fresh memory for each costs as much as a tenth of its products. */
+  readonly #memory = new Map<string, Float32Array>();
 
   constructor(options: ModelGradientOptions) {
     const { model, engine, path, windows, batchTokens, spool } = options;
@@ -81,9 +86,14 @@ export class ModelGradient implements AsyncDisposable {
     return this.#entering[block.index + 1] ?? this.#states.store;
   }
 
-  /** Goes back through the blocks. @param cotangent of the states after the last block; replaced by that of the embeddings */
+  /**
+   * Goes back through the blocks, to the first whose gradients are wanted.
+   * @param cotangent of the states after the last block; replaced by that of the states before the first that is gone through
+   */
   async backward(weights: WeightReader, cotangent: StateStore, on: OnGradients, hooks: BackwardHooks = {}): Promise<void> {
-    for (const block of this.#options.model.blocks.toReversed()) {
+    const { sites: wanted, model } = this.#options;
+    const first = wanted ? model.blocks.findIndex(({ sites }) => sites.some(({ name }) => wanted.has(name))) : 0;
+    for (const block of model.blocks.slice(Math.max(0, first)).toReversed()) {
       this.#options.signal?.throwIfAborted();
       await hooks.before?.(block, cotangent);
       await this.#back(block, weights, cotangent, on, hooks.each);
@@ -110,7 +120,7 @@ export class ModelGradient implements AsyncDisposable {
     on: OnGradients,
     each: OnGradients | undefined,
   ): Promise<void> {
-    const { model, engine, balance = 0 } = this.#options;
+    const { model, engine, balance = 0, sites: wanted } = this.#options;
     const { hiddenSize, batches } = this.#states;
     const loaded = new Map<string, NdArray>();
     const sums = new Map<LinearSite, Float32Array>();
@@ -118,7 +128,11 @@ export class ModelGradient implements AsyncDisposable {
     for (const batch of batches) {
       const size = { batch: batch.lengths.length, sequence: batch.sequence };
       const gradient = model.blockGradient(block, size, weights.routed?.bind(weights));
-      const { model: graph, key, weights: sources, sites, experts } = gradient;
+      const { weights: sources, experts } = gradient;
+      const sites = new Map([...gradient.sites].filter(([name]) => wanted?.has(name) ?? true));
+      const outputs = ['hidden_cotangent', ...sites.values(), ...experts.values()];
+      const graph = pruneModel(gradient.model, outputs);
+      const key = sites.size < gradient.sites.size ? `${gradient.key} ${outputs.join(' ')}` : gradient.key;
       const program = await engine.compile(graph, { key, memoryArena: false });
       for (const { name, shape } of graph.graph.inputs) {
         const source = sources.get(name);
@@ -143,7 +157,15 @@ export class ModelGradient implements AsyncDisposable {
         },
       };
       for (const name of program.inputNames) feeds[name] = given[name];
-      const made = await program.run(feeds, { outputs: ['hidden_cotangent', ...sites.values(), ...experts.values()] });
+      const shapes = new Map(graph.graph.outputs.map(({ name, shape }) => [name, (shape ?? []).map(Number)]));
+      // The first batch's become the sums.
+      const role = batch === batches[0] ? 'sum' : 'batch';
+      const into: Record<string, NdArray> = {};
+      for (const name of outputs.slice(1)) {
+        const shape = shapes.get(name)!;
+        into[name] = { dtype: 'F32', shape, data: this.#floats(`${role} of ${name}`, shape) };
+      }
+      const made = await program.run(feeds, { outputs, into });
       await cotangent.write(batch.rowStart, dropPads(batch, made['hidden_cotangent'].data as Float32Array, hiddenSize));
       const gradients = new Map<LinearSite, Float32Array>();
       for (const site of block.sites) {
@@ -156,6 +178,16 @@ export class ModelGradient implements AsyncDisposable {
       for (const [name, own] of ofExperts) accumulate(expertSums, name, own);
     }
     await on(block, sums, expertSums);
+  }
+
+  /** Memory of a role, the same every time as long as its size is. */
+  #floats(role: string, shape: readonly number[]): Float32Array {
+    const length = shape.reduce((product, size) => product * size, 1);
+    const known = this.#memory.get(role);
+    if (known?.length === length) return known;
+    const made = new Float32Array(length);
+    this.#memory.set(role, made);
+    return made;
   }
 }
 

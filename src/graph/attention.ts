@@ -37,9 +37,6 @@ export interface AttentionResult {
   readonly presentValue: Value;
 }
 
-/** Score of a pair of tokens that must not meet. Finite, so that a row of nothing else still has a softmax. */
-const MASKED = -1e9;
-
 /** The fastest lowering onnxruntime accepts: GroupQueryAttention wants heads of a multiple of 8. */
 export function preferredLowering(headDim: number): AttentionLowering {
   return headDim % 8 === 0 ? 'grouped' : 'plain';
@@ -113,11 +110,7 @@ function plainAttention(
   const rows: Dim = multiplyDims(headCount / kvHeadCount, sequence);
   const queries = builder.reshape(toHeads(q, headCount, true), [batch, kvHeadCount, rows, headDim]);
   const scores = builder.mul(builder.matmul(queries, builder.transpose(presentKey, [0, 1, 3, 2])), builder.scalar('F32', scale));
-  const masked = builder.where(
-    positions.visible(window),
-    builder.reshape(scores, [batch, headCount, sequence, total]),
-    builder.scalar('F32', MASKED),
-  );
+  const masked = builder.add(builder.reshape(scores, [batch, headCount, sequence, total]), positions.mask(window));
   const weights = builder.reshape(builder.softmax(masked), [batch, kvHeadCount, rows, total]);
   const mixed = builder.reshape(builder.matmul(weights, presentValue), [batch, headCount, sequence, headDim]);
   const output = builder.reshape(builder.transpose(mixed, [0, 2, 1, 3]), [batch, sequence, headCount * headDim]);

@@ -11,8 +11,11 @@ export interface TokenPositions {
   totalLength(): Value;
   /** Position of each token of this call in its row, I64 (batch or 1, sequence). */
   indices(): Value;
-  /** BOOL (batch or 1, 1, sequence, total): whether a token of this call may see a token of the row. */
-  visible(window: number | undefined): Value;
+  /**
+   * F32 (batch or 1, 1, sequence, total), to be added to scores: 0 where a token of this call may see a token of the row. To choose score by score would
+   * take longer than their softmax, and as long again on the way back.
+   */
+  mask(window: number | undefined): Value;
 }
 
 /**
@@ -37,7 +40,7 @@ export function positionsFromMask(builder: GraphBuilder, mask: Value, ids: Value
     ),
     totalLength: once('total length', () => builder.cast(builder.dimOf(mask, 1), 'I32')),
     indices,
-    visible: memoizeWindows(once, (window) => {
+    mask: memoizeMasks(builder, once, (window) => {
       const columns = builder.range(builder.dimOf(mask, 1), total);
       const callColumns = builder.slice(columns, firstColumn(), builder.shapeOf(mask, 1, 2), 0, sequence);
       const causal = builder.lessOrEqual(builder.unsqueeze(columns, [0]), builder.unsqueeze(callColumns, [1]));
@@ -63,7 +66,7 @@ export function positionsFromLengths(builder: GraphBuilder, lengths: Value, hidd
     lastIndex: once('last index', () => builder.sub(lengths, builder.scalar('I32', 1))),
     totalLength: once('total length', () => builder.cast(builder.dimOf(hidden, 1), 'I32')),
     indices: columns,
-    visible: memoizeWindows(once, (window) => {
+    mask: memoizeMasks(builder, once, (window) => {
       // Pads are to the right, so causality alone hides them from every real token.
       const rows = builder.transpose(columns(), [1, 0]);
       const causal = builder.unsqueeze(builder.lessOrEqual(columns(), rows), [0, 1]);
@@ -88,7 +91,7 @@ export function positionsFromSlots(builder: GraphBuilder, queries: Value, keys: 
     lastIndex: whole,
     totalLength: whole,
     indices: () => queries,
-    visible: memoizeWindows(once, (window) => {
+    mask: memoizeMasks(builder, once, (window) => {
       const earlier = builder.lessOrEqual(builder.unsqueeze(keys, [1, 2]), builder.unsqueeze(queries, [1, 3]));
       const real = builder.lessOrEqual(builder.scalar('I64', 0), builder.unsqueeze(keys, [1, 2]));
       const seen = builder.and(earlier, real);
@@ -119,6 +122,16 @@ function memoize(builder: GraphBuilder): Once {
   };
 }
 
-function memoizeWindows(once: Once, make: (window: number | undefined) => Value): (window: number | undefined) => Value {
-  return (window) => once(`visible ${window ?? 'all'}`, () => make(window))();
+/** Of pairs of tokens that must not meet. Finite, so that a row of nothing else still has a softmax. */
+const MASKED = -1e9;
+
+/** @param visible BOOL of the mask's shape: whether the two may meet */
+function memoizeMasks(
+  builder: GraphBuilder,
+  once: Once,
+  visible: (window: number | undefined) => Value,
+): (window: number | undefined) => Value {
+  const make = (window: number | undefined) =>
+    builder.where(visible(window), builder.scalar('F32', 0), builder.scalar('F32', MASKED));
+  return (window) => once(`mask ${window ?? 'all'}`, () => make(window))();
 }

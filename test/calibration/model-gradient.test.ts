@@ -54,9 +54,11 @@ async function lossOf(
   weights: WeightReader,
   objective: HeadObjective,
   on?: (site: LinearSite, g: Float32Array) => void,
+  sites?: ReadonlySet<string>,
 ) {
   await using spool = new Spool();
-  await using pass = new ModelGradient({ model, engine, path: 'tiny', spool, windows: WINDOWS, batchTokens: 16 });
+  const wanted = sites ? { sites } : {};
+  await using pass = new ModelGradient({ model, engine, path: 'tiny', spool, windows: WINDOWS, batchTokens: 16, ...wanted });
   const hidden = await pass.forward(weights);
   const { loss, cotangent } = await head(model, weights, hidden, objective);
   if (on) {
@@ -68,6 +70,34 @@ async function lossOf(
   }
   return loss;
 }
+
+it('makes those gradients that are wanted, the same, and goes back no further than they are', async () => {
+  const tiny = tinyLlama('Llama');
+  const model = createModel(tiny.config, 'config.json', tiny.source);
+  const { index, sites } = model.blocks.at(-1)!;
+  expect(index).toBeGreaterThan(0);
+  const gradientsOf = async (wanted?: ReadonlySet<string>, reader = readerOf(tiny)) => {
+    const found = new Map<string, Float32Array>();
+    await lossOf(model, reader, DIVERGENCE, ({ name }, g) => found.set(name, g), wanted);
+    return found;
+  };
+  const all = await gradientsOf();
+  const wanted = new Set([sites[1].name, sites[4].name]);
+  let loads = 0;
+  const reader = readerOf(tiny);
+  const counting = {
+    ...reader,
+    loadSite: (site: LinearSite) => {
+      if (site.name.includes('.0.')) loads++;
+      return reader.loadSite(site);
+    },
+  };
+  const some = await gradientsOf(wanted, counting);
+  expect([...some.keys()].sort()).toEqual([...wanted].sort());
+  for (const [name, g] of some) expect(g).toEqual(all.get(name));
+  // On the way forward only.
+  expect(loads).toBe(model.blocks[0].sites.length);
+});
 
 describe.each([
   ['llama, shared key/value heads', () => tinyLlama('Llama with shared key/value heads'), DIVERGENCE],

@@ -188,6 +188,86 @@ describe('--tokenizer union', () => {
   });
 });
 
+describe("mergekit's rules for single tokens", () => {
+  const save = (name: string, rules: string, source = 'union') =>
+    writeFileSync(
+      at(name),
+      `merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: chat}, {model: tools}]\ntokenizer:\n  source: ${source}\n  tokens:\n${rules}`,
+    );
+
+  it('take rows from where they say, for models that have the token too where they are forced', async () => {
+    save(
+      'rules.yml',
+      [
+        '    "<|end|>": {source: chat, force: true}',
+        '    "<tool>": {source: {kind: zero}}',
+        '    "<|new|>": {source: {kind: model_token, model: chat, token_id: 700}}',
+        '    "<|start|>": {source: {kind: model_token, model: tools, token: "<tool>"}}',
+        '',
+      ].join('\n'),
+    );
+    const { code, stderr } = await runCli(['merge', '--config', 'rules.yml', '-o', 'by-rules'], { cwd });
+    expect(code).toBe(0);
+    expect(stderr).toMatch(/base lacks 5 tokens, whose rows are from tools, chat, zeros/);
+    expect(stderr).toMatch(/tools has 1 tokens of its own, whose rows are from chat: "<\|end\|>"/);
+    const merged = await readWeights(at('by-rules'));
+    for (const tensor of [EMBEDDING, HEAD]) {
+      const { shape, values } = merged.get(tensor)!;
+      expect(shape).toEqual([2053, 32]);
+      const own = (model: 'base' | 'chat' | 'tools', id: number) =>
+        weights[model].get(tensor)!.values.subarray(id * 32, id * 32 + 32);
+      const zeros = new Float32Array(32);
+      const tool = own('tools', 2049);
+      // Base, chat and tools at every new id: " prefab" as ever, start, end, tool, new.
+      const expected = [
+        [own('tools', 2050), own('tools', 2050), own('tools', 2050)],
+        [tool, own('chat', 2048), tool],
+        [own('chat', 2049), own('chat', 2049), own('chat', 2049)],
+        [zeros, zeros, tool],
+        [own('chat', 700), own('chat', 700), own('chat', 700)],
+      ];
+      for (const [i, [base, chat, tools]] of expected.entries()) {
+        for (let j = 0; j < 32; j++)
+          expect(Math.abs(values[(2048 + i) * 32 + j] - (chat[j] + tools[j] - base[j]))).toBeLessThan(1e-5);
+      }
+    }
+    const tokenizer = await loadTokenizer(at('by-rules'), 2053);
+    expect([...tokenizer.encode('<|new|>')]).toContain(2052);
+    const { vocabulary } = JSON.parse(readFileSync(at('by-rules', 'pcomp.json'), 'utf8')) as { vocabulary: object };
+    expect(vocabulary).toMatchObject({
+      appended: expect.arrayContaining([{ token: '<|new|>', id: 2052, from: 'tokenizer.tokens' }]) as unknown,
+      forced: { tools: [{ token: '<|end|>', from: ['chat'] }] },
+    });
+  });
+
+  it('give a vocabulary without union its new tokens', async () => {
+    save('one.yml', '    "<|new|>": {source: {kind: zero}}\n', 'tools');
+    expect(await runCli(['merge', '--config', 'one.yml', '-o', 'by-one', '--quiet'], { cwd })).toMatchObject({ code: 0 });
+    const { shape, values } = (await readWeights(at('by-one'))).get(EMBEDDING)!;
+    expect(shape).toEqual([2052, 32]);
+    expect(values.subarray(2051 * 32)).toEqual(new Float32Array(32));
+    expect([...(await loadTokenizer(at('by-one'), 2052)).encode('<|new|>')]).toContain(2051);
+  });
+
+  it.each([
+    ['"x": {source: nobody}', /tokenizer\.tokens\.x: nobody is not one of the models \(base, chat, tools\)/],
+    ['"<tool>": {source: chat}', /tokenizer\.tokens\.<tool>: chat has no token "<tool>"/],
+    [
+      'x: {source: {kind: model_token, model: tools, token_id: 2051}}',
+      /tokens\.x: token_id 2051: the embedding of tools has 2051 rows/,
+    ],
+    ['x: {source: {kind: model_token, model: tools}}', /tokens\.x\.source: exactly one of token and token_id is expected/],
+    ['x: {source: {kind: random}}', /tokens\.x\.source\.kind "random": zero or model_token is expected/],
+    ['x: {force: 1}', /tokens\.x\.force 1: true or false is expected/],
+    ['x: {from: base}', /tokens\.x: from: pcomp follows source, force here, and nothing else/],
+  ])('%s is refused', async (rule, message) => {
+    save('bad.yml', `    ${rule}\n`);
+    const { code, stderr } = await runCli(['merge', '--config', 'bad.yml', '-o', 'bad'], { cwd });
+    expect(code).toBe(2);
+    expect(stderr).toMatch(message);
+  });
+});
+
 it('--tokenizer of an expert has that expert’s tokens, and says what is left out', async () => {
   const { code, stderr } = await merge('as-tools', '--base', 'base', '--method', 'linear', '--tokenizer', 'tools');
   expect(code).toBe(0);

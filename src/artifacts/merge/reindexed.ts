@@ -17,23 +17,33 @@ export interface TokenTable {
 export type RowOrigin =
   /** The model's own. */
   | { readonly kind: 'own'; readonly row: number }
-  /** The mean of rows of models that have the token. */
+  /** The mean of rows of other tables; zeros where there are none. */
   | { readonly kind: 'filled'; readonly from: readonly { readonly model: number; readonly row: number }[] }
   /** Padding: the mean of the model's rows that have a token. */
   | { readonly kind: 'mean' };
 
+/** What is asked for a single token. */
+export interface RowRule {
+  /** Also for a model that has a row of its own. */
+  readonly force: boolean;
+  /** The row, or none for zeros; absent: as without a rule. */
+  readonly from?: readonly { readonly model: number; readonly row: number }[];
+}
+
 const RUN_BYTES = 16 * 2 ** 20;
 
 /**
- * Rows of model `own` by new id: its own where it has the token; else that of the only model that does, or of model 0 (the base), or the mean of those
- * that do. Rows of model 0 without a token are padding, which all keep as it is there.
+ * Rows of model `own` by new id: its own where it has the token; else what a rule says; else that of the only model that does, or of model 0 (the base), or
+ * the mean of those that do. Rows of model 0 without a token are padding, which all keep as it is there.
  * @param tokens by new id; undefined: padding
  * @param models of every model, ids and rows
+ * @param rules by token
  */
 export function rowOrigins(
   own: number,
   tokens: readonly (string | undefined)[],
   models: readonly { readonly ids: ReadonlyMap<string, number>; readonly rows: number }[],
+  rules: ReadonlyMap<string, RowRule>,
 ): RowOrigin[] {
   const rowOf = (model: number, token: string): number | undefined => {
     const row = models[model].ids.get(token);
@@ -45,7 +55,9 @@ export function rowOrigins(
       return own === 0 ? { kind: 'own', row: id } : { kind: 'filled', from: [{ model: 0, row: id }] };
     }
     const row = rowOf(own, token);
-    if (row !== undefined) return { kind: 'own', row };
+    const rule = rules.get(token);
+    if (row !== undefined && !rule?.force) return { kind: 'own', row };
+    if (rule?.from) return { kind: 'filled', from: rule.from };
     const owners = models.flatMap((_, model) => {
       const found = rowOf(model, token);
       return found === undefined ? [] : [{ model, row: found }];

@@ -51,8 +51,8 @@ export interface UnitedVocabulary {
   readonly appended: readonly {
     readonly token: string;
     readonly id: number;
-    /** Which of the models has it first. */
-    readonly model: number;
+    /** Which of the models has it first; absent: none, it was asked for. */
+    readonly model?: number;
     /** As that model adds it; absent: an ordinary token there. */
     readonly added?: AddedToken;
   }[];
@@ -65,7 +65,7 @@ export function uniteVocabularies(models: readonly Vocabulary[], rows: readonly 
   const [first] = models;
   const ids = new Map([...first.ids].filter(([, id]) => id < rows[0]));
   // Rows of the first model beyond its tokens are padding, which stays: new tokens come after all of them.
-  let next = Math.max(rows[0], ...[...ids.values()].map((id) => id + 1));
+  let next = firstFree(ids, rows[0]);
   const appended: UnitedVocabulary['appended'][number][] = [];
   const definitions = new Map(first.added.map((token) => [token.content, token]));
   const conflicts = new Set<string>();
@@ -90,12 +90,35 @@ export function uniteVocabularies(models: readonly Vocabulary[], rows: readonly 
   return { ids, appended, conflicts: [...conflicts] };
 }
 
+/** The first id, from `rows` on, that no token has. Vocabularies are longer than a call may have arguments. */
+export function firstFree(ids: ReadonlyMap<string, number>, rows: number): number {
+  let free = rows;
+  for (const id of ids.values()) free = Math.max(free, id + 1);
+  return free;
+}
+
+/** With tokens that are asked for, after all others. @param rows of the model whose padding they come after */
+export function withTokens(united: UnitedVocabulary, tokens: readonly string[], rows: number): UnitedVocabulary {
+  const ids = new Map(united.ids);
+  let next = firstFree(ids, rows);
+  const appended = [...united.appended];
+  for (const token of tokens) {
+    if (ids.has(token)) continue;
+    ids.set(token, next);
+    appended.push({ token, id: next, added: { id: next, content: token, ...ASKED_FLAGS } });
+    next++;
+  }
+  return { ...united, ids, appended };
+}
+
 function sameFlags({ id: _, ...a }: AddedToken, { id: __, ...b }: AddedToken): boolean {
   const keys = [...new Set([...Object.keys(a), ...Object.keys(b)])];
   return keys.every((key) => Boolean(a[key]) === Boolean(b[key]) || a[key] === b[key]);
 }
 
 const PLAIN_FLAGS = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: false } as const;
+/** As the tokenizers library adds a token of which nothing but the text is said. */
+const ASKED_FLAGS = { ...PLAIN_FLAGS, normalized: true } as const;
 
 /** tokenizer.json of the first model with the tokens that others add: an ordinary one of theirs is matched by what it spells. */
 export function unitedTokenizer(first: Vocabulary, { appended }: UnitedVocabulary): Record<string, unknown> {

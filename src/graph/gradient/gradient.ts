@@ -29,7 +29,9 @@ export function gradient(
   const moving = new Set(wrt.map(({ name }) => name));
   for (const node of nodes) {
     const inputs = custom.get(node.outputs[0])?.inputs ?? node.inputs;
-    if (inputs.some((name) => moving.has(name))) for (const name of node.outputs) if (name !== '') moving.add(name);
+    // A size is the same whatever the values are.
+    if (node.op === 'Shape' || !inputs.some((name) => moving.has(name))) continue;
+    for (const name of node.outputs) if (name !== '') moving.add(name);
   }
   const contributions = new Map<string, Value>();
   const contribute = (name: string, value: Value): void => {

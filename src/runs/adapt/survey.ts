@@ -44,7 +44,8 @@ export async function surveyGradients(
   const windows = spread(training, GRADIENT_WINDOWS);
   const batchTokens = each ? Math.max(...windows.map(({ length }) => length)) : BATCH_TOKENS;
   const wanted = new Map(modules.map((module) => [module.name, module]));
-  await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens, signal });
+  const sites = new Set(wanted.keys());
+  await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens, signal, sites });
   const hidden = await pass.forward(weights);
   await using cotangent = spool.allocate(pass.tokenCount, model.shape.hiddenSize);
   await (await NextTokenLoss.open(model, engine, weights)).score(hidden, windows, cotangent);

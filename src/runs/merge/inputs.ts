@@ -25,7 +25,8 @@ import { RecipeError, UnsupportedError } from '../../errors.ts';
 import type { TensorRole } from '../../methods/merge/merger.ts';
 import { openMergekitInputs } from './mergekit/inputs.ts';
 import type { MergeRecipe } from './recipe.ts';
-import { type VocabularyReport, withOneVocabulary } from './vocabulary.ts';
+import { withOneVocabulary } from './vocabulary.ts';
+import type { VocabularyReport } from './vocabulary-report.ts';
 
 /** A tensor of the result, as the base names and shapes it. */
 export interface OutputTensor {
@@ -94,7 +95,7 @@ async function checked(
   recipe: MergeRecipe,
   close: () => Promise<void>,
 ): Promise<MergeInputs> {
-  const alike = recipe.tokenizer === 'base' && recipe.padVocab === 1;
+  const alike = recipe.tokenizer === 'base' && recipe.padVocab === 1 && recipe.mergekit?.vocabulary.tokens === undefined;
   if (alike) return { ...(await describe(experts, base, recipe)), [Symbol.asyncDispose]: close };
   return await unified(experts, base, recipe, close);
 }
@@ -106,8 +107,9 @@ async function unified(
   recipe: MergeRecipe,
   close: () => Promise<void>,
 ): Promise<MergeInputs> {
-  const { tokenizer: source, padVocab: multiple, calibration } = recipe;
-  const one = await withOneVocabulary(experts, base, { source, multiple, calibration });
+  const { tokenizer: source, padVocab: multiple, calibration, mergekit } = recipe;
+  const rules = mergekit?.vocabulary.tokens ?? {};
+  const one = await withOneVocabulary(experts, base, { source, multiple, calibration, rules });
   try {
     const inputs = await describe(one.experts, one.base, recipe, source !== 'base');
     return {

@@ -163,11 +163,16 @@ export function mergeRecipe(request: MergeRequest, cores: number): MergeRecipe {
 /** The configuration says what these flags say, so they do not go together. */
 function fromMergekit(request: MergeRequest): MergeRequest {
   if (request.mergekit === undefined) return request;
-  const { method, base, dtype, vocabulary } = request.mergekit as MergekitConfig;
+  const {
+    method,
+    base,
+    dtype,
+    vocabulary: { tokenizer, padVocab },
+  } = request.mergekit as MergekitConfig;
   for (const key of ['method', 'base', 'dtype', 'tokenizer', 'padVocab', 'weights', 'set', 'calibration', 'plan'] as const) {
     if (request[key] !== undefined) throw new RecipeError(`${flag(key)}: has no place beside --config; write it into the file`);
   }
-  return dropUndefined({ ...request, method, base, dtype, ...vocabulary });
+  return dropUndefined({ ...request, method, base, dtype, tokenizer, padVocab });
 }
 
 function methodName(written: string): string {

@@ -16,31 +16,17 @@ import {
 } from '../../artifacts/merge/reindexed.ts';
 import { StackedSource } from '../../artifacts/merge/stacked-source.ts';
 import {
+  firstFree,
   readVocabulary,
   type UnitedVocabulary,
   unitedTokenizer,
   uniteVocabularies,
   type Vocabulary,
+  withTokens,
 } from '../../artifacts/merge/vocabulary.ts';
-import { parseTextFile, readText } from '../../calibration/text.ts';
-import { loadTokenizer } from '../../calibration/tokenizer.ts';
 import { RecipeError } from '../../errors.ts';
-
-/** What became of the vocabularies: for people and for pcomp.json. */
-export interface VocabularyReport {
-  readonly source: string;
-  readonly rows: number;
-  /** Tokens that the base lacks, in the order of their ids, and who had them first. */
-  readonly appended: readonly { readonly token: string; readonly id: number; readonly from: string }[];
-  /** By model: tokens that it lacks, and where their rows come from. */
-  readonly missing: Readonly<Record<string, readonly { readonly token: string; readonly from: readonly string[] }[]>>;
-  /** By model: tokens it has that the result does not. */
-  readonly dropped: Readonly<Record<string, readonly string[]>>;
-  /** Added tokens that models define differently; the first definition holds. */
-  readonly conflicts: readonly string[];
-  /** Part of the tokens of the calibration text that come out otherwise than before, where there is one. */
-  readonly changedTokens?: number;
-}
+import { modelNamed, rowRules, type TokenRules } from './token-rules.ts';
+import { describeVocabulary, type VocabularyReport, vocabularyReport } from './vocabulary-report.ts';
 
 export interface OneVocabulary {
   readonly experts: readonly MergeInput[];
@@ -57,14 +43,11 @@ export interface VocabularyRequest {
   readonly source: string;
   /** Rows are a multiple of it; 1: as many as there are. */
   readonly multiple: number;
+  /** Where the rows of single tokens come from. */
+  readonly rules: TokenRules;
   /** Texts to count changed tokens on: `label=FILE` or a file. */
   readonly calibration: readonly string[];
 }
-
-/** Tokens that a line on the terminal names. */
-const NAMED = 10;
-/** Characters of text that are cut both ways. */
-const COMPARED = 20_000;
 
 /**
  * Writes embeddings and heads in the order of one vocabulary to temporary files, where a model's own order is another. Throws RecipeError for a model
@@ -76,13 +59,13 @@ export async function withOneVocabulary(
   request: VocabularyRequest,
 ): Promise<OneVocabulary> {
   const inputs = base ? [base, ...experts] : [...experts];
-  const full = inputs.filter(({ adapter }) => adapter === undefined);
+  const full = inputs.filter(({ adapter }) => adapter === undefined).map((input) => ({ input }));
   if (request.source !== 'union') chosen(full, request.source);
-  const models = await Promise.all(full.map(openModel));
-  const united = await vocabularyOf(models, request);
+  const models = await Promise.all(full.map(({ input }) => openModel(input)));
+  const united = vocabularyOf(models, request);
+  const rules = rowRules(request.rules, models);
   const template = models[0];
-  const highest = Math.max(...[...united.ids.values()]) + 1;
-  const least = Math.max(request.source === 'union' ? template.rows : 0, highest);
+  const least = firstFree(united.ids, request.source === 'union' ? template.rows : 0);
   const rows = Math.ceil(least / request.multiple) * request.multiple;
   const tokens = new Array<string | undefined>(rows).fill(undefined);
   for (const [token, id] of united.ids) tokens[id] = token;
@@ -94,7 +77,7 @@ export async function withOneVocabulary(
     await rm(folder, { recursive: true, force: true });
   };
   try {
-    const origins = models.map((_, own) => rowOrigins(own, tokens, models));
+    const origins = models.map((_, own) => rowOrigins(own, tokens, models, rules));
     const replaced = new Map<MergeInput, MergeInput>();
     for (const [own, model] of models.entries()) {
       const { input } = model;
@@ -118,14 +101,14 @@ export async function withOneVocabulary(
         `--tokenizer ${request.source}: ${touched.place.path} is an adapter that changes the embedding or the head, whose rows move; fold it in first (adapt convert --to merged)`,
       );
     const tokenizer = await writeTokenizer(folder, models, united, request);
-    const report = await reportOf(models, united, origins, tokens, request, tokenizer, rows);
+    const report = await vocabularyReport({ models, united, origins, tokens, request, tokenizer, rows });
     const of = (input: MergeInput) => replaced.get(input) ?? input;
     return {
       experts: experts.map(of),
       base: base && of(base),
       folder: tokenizer,
       report,
-      notes: describe(report),
+      notes: describeVocabulary(report),
       dispose,
     };
   } catch (error) {
@@ -134,7 +117,7 @@ export async function withOneVocabulary(
   }
 }
 
-interface OpenModel {
+export interface OpenModel {
   readonly input: MergeInput;
   readonly folder: string;
   readonly vocabulary: Vocabulary;
@@ -173,32 +156,28 @@ async function openModel(input: MergeInput): Promise<OpenModel> {
   };
 }
 
-async function vocabularyOf(models: readonly OpenModel[], { source }: VocabularyRequest): Promise<UnitedVocabulary> {
+function vocabularyOf(models: readonly OpenModel[], { source, rules }: VocabularyRequest): UnitedVocabulary {
   const [first] = models;
   const other = models.find(({ columns }) => columns !== first.columns);
   if (other)
     throw new RecipeError(
       `${other.input.place.path}: its embedding has ${other.columns} columns, and the base's ${first.columns}`,
     );
-  const rows = models.map((model) => model.rows);
-  if (source === 'union')
-    return uniteVocabularies(
+  const asked = Object.keys(rules);
+  if (source === 'union') {
+    const rows = models.map((model) => model.rows);
+    const united = uniteVocabularies(
       models.map(({ vocabulary }) => vocabulary),
       rows,
     );
-  const input = chosen(
-    models.map((model) => model.input),
-    source,
-  );
-  const { vocabulary } = models.find((model) => model.input === input)!;
-  return { ids: vocabulary.ids, appended: [], conflicts: [] };
+    return withTokens(united, asked, rows[0]);
+  }
+  const { ids, rows } = chosen(models, source);
+  return withTokens({ ids, appended: [], conflicts: [] }, asked, rows);
 }
 
-function chosen(inputs: readonly MergeInput[], source: string): MergeInput {
-  const found = source === 'base' ? inputs[0] : inputs.find(({ label, place }) => label === source || place.path === source);
-  if (found) return found;
-  const known = inputs.map(({ label }) => label).join(', ');
-  throw new RecipeError(`--tokenizer ${source}: is neither union nor one of the models (${known})`);
+function chosen<T extends { readonly input: MergeInput }>(models: readonly T[], source: string): T {
+  return modelNamed(models, source, `--tokenizer ${source}: is neither union nor one of the models`);
 }
 
 /** A head of a model that ties it is its embedding. */
@@ -224,8 +203,7 @@ async function writeTokenizer(
   united: UnitedVocabulary,
   { source }: VocabularyRequest,
 ): Promise<string> {
-  const inputs = models.map(({ input }) => input);
-  const from = source === 'union' ? models[0] : models[inputs.indexOf(chosen(inputs, source))];
+  const from = source === 'union' ? models[0] : chosen(models, source);
   if (united.appended.length === 0 && source !== 'union') return from.folder;
   await copyModelFiles(from.folder, folder);
   try {
@@ -253,85 +231,4 @@ async function exists(path: string): Promise<boolean> {
   } catch {
     return false;
   }
-}
-
-async function reportOf(
-  models: readonly OpenModel[],
-  { appended, conflicts, ids }: UnitedVocabulary,
-  origins: readonly (readonly RowOrigin[])[],
-  tokens: readonly (string | undefined)[],
-  { source, calibration }: VocabularyRequest,
-  tokenizer: string,
-  rows: number,
-): Promise<VocabularyReport> {
-  const label = (model: number) => models[model].input.label;
-  const missing: Record<string, { token: string; from: string[] }[]> = {};
-  const dropped: Record<string, string[]> = {};
-  for (const [own, list] of origins.entries()) {
-    const lacking = list.flatMap((origin, id) => {
-      const token = tokens[id];
-      return origin.kind === 'filled' && token !== undefined
-        ? [{ token, from: origin.from.map(({ model }) => label(model)) }]
-        : [];
-    });
-    if (lacking.length > 0) missing[label(own)] = lacking;
-    const lost = [...models[own].ids].filter(([token, id]) => id < models[own].rows && !ids.has(token)).map(([token]) => token);
-    if (lost.length > 0) dropped[label(own)] = lost;
-  }
-  const changedTokens = await changedPart(models[0], tokenizer, rows, calibration);
-  return {
-    source,
-    rows,
-    appended: appended.map(({ token, id, model }) => ({ token, id, from: label(model) })),
-    missing,
-    dropped,
-    conflicts,
-    ...(changedTokens === undefined ? {} : { changedTokens }),
-  };
-}
-
-/** Part of the tokens that the new tokenizer does not share with the base's at the same place from the start or from the end. */
-async function changedPart(
-  base: OpenModel,
-  tokenizer: string,
-  rows: number,
-  calibration: readonly string[],
-): Promise<number | undefined> {
-  if (calibration.length === 0 || tokenizer === base.folder) return undefined;
-  const files = calibration.map((argument) => parseTextFile(argument.slice(argument.indexOf('=') + 1)));
-  const text = await readText(files, COMPARED);
-  const [before, after] = [await loadTokenizer(base.folder, base.rows), await loadTokenizer(tokenizer, rows)];
-  const lines = text.split('\n');
-  let [changed, total] = [0, 0];
-  for (const line of lines) {
-    const [a, b] = [before.encode(line), after.encode(line)];
-    total += a.length;
-    if (a.join() !== b.join()) changed += a.length;
-  }
-  return total === 0 ? 0 : changed / total;
-}
-
-function describe({ source, rows, appended, missing, dropped, conflicts, changedTokens }: VocabularyReport): string[] {
-  const some = (tokens: readonly string[]) =>
-    `${tokens
-      .slice(0, NAMED)
-      .map((token) => JSON.stringify(token))
-      .join(', ')}${tokens.length > NAMED ? ', ...' : ''}`;
-  const notes = [`one vocabulary (${source}): ${rows} rows`];
-  if (appended.length > 0)
-    notes.push(`${appended.length} tokens that the base lacks: ${some(appended.map(({ token }) => token))}`);
-  for (const [label, tokens] of Object.entries(missing)) {
-    const sources = [...new Set(tokens.flatMap(({ from }) => from))].join(', ') || 'zeros';
-    notes.push(
-      `${label} lacks ${tokens.length} tokens, whose rows are from ${sources}: ${some(tokens.map(({ token }) => token))}`,
-    );
-  }
-  for (const [label, tokens] of Object.entries(dropped))
-    notes.push(`${tokens.length} tokens of ${label} are left out: ${some(tokens)}`);
-  if (conflicts.length > 0) notes.push(`defined differently, as the first model has them: ${some(conflicts)}`);
-  if (changedTokens !== undefined)
-    notes.push(
-      `${(100 * changedTokens).toFixed(1)} % of the tokens of the calibration text are in lines that are cut otherwise now`,
-    );
-  return notes;
 }

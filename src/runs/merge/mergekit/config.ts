@@ -6,6 +6,8 @@ import { ChatTemplate } from '../../../calibration/chat-template.ts';
 import { EnvironmentError, RecipeError } from '../../../errors.ts';
 import { mergerOf } from '../../../methods/merge/index.ts';
 import { type MergekitParameters, readMergekitParameters } from './values.ts';
+import { type MergekitVocabulary, readVocabularyRules } from './vocabulary.ts';
+import { list, mapping, modelPath, string } from './yaml.ts';
 
 /** One model in one slice. */
 export interface MergekitSource {
@@ -33,8 +35,7 @@ export interface MergekitConfig {
   readonly module: MergekitParameters;
   /** `auto`: the one that most models have; otherwise a template itself. */
   readonly chatTemplate?: string;
-  /** As the recipe has them: whose tokens the result has, and to what its rows are filled up. */
-  readonly vocabulary: { readonly tokenizer?: string; readonly padVocab?: number };
+  readonly vocabulary: MergekitVocabulary;
   /** The file, as it was read. */
   readonly text: string;
 }
@@ -163,55 +164,4 @@ function readSource(where: string, raw: unknown): MergekitSource & { readonly la
 function readDtype(where: string, raw: unknown): 'f32' | 'f16' | 'bf16' {
   if (typeof raw === 'string' && Object.hasOwn(DTYPES, raw)) return DTYPES[raw as keyof typeof DTYPES];
   throw new RecipeError(`${where}: dtype ${JSON.stringify(raw)}: must be one of ${Object.keys(DTYPES).join(', ')}`);
-}
-
-/** `tokenizer_source`, or the newer `tokenizer` with more to say. */
-function readVocabularyRules(
-  where: string,
-  { tokenizer_source: source, tokenizer }: Readonly<Record<string, unknown>>,
-): MergekitConfig['vocabulary'] {
-  if (tokenizer === undefined || tokenizer === null)
-    return source === undefined || source === null ? {} : { tokenizer: string(`${where}: tokenizer_source`, source) };
-  if (source !== undefined && source !== null)
-    throw new RecipeError(`${where}: tokenizer and tokenizer_source say the same; keep one of them`);
-  const given = mapping(`${where}: tokenizer`, tokenizer, ['source', 'pad_to_multiple_of']);
-  const multiple = given['pad_to_multiple_of'];
-  if (multiple !== undefined && multiple !== null && !(Number.isInteger(multiple) && (multiple as number) > 0))
-    throw new RecipeError(
-      `${where}: tokenizer.pad_to_multiple_of ${JSON.stringify(multiple)}: a whole number above 0 is expected`,
-    );
-  return {
-    ...(given['source'] === undefined ? {} : { tokenizer: string(`${where}: tokenizer.source`, given['source']) }),
-    ...(typeof multiple === 'number' ? { padVocab: multiple } : {}),
-  };
-}
-
-/** Local paths only: pcomp downloads nothing. */
-function modelPath(where: string, raw: unknown): string {
-  const path = string(where, raw);
-  if (path.includes('+')) {
-    throw new RecipeError(
-      `${where} ${path}: model+adapter is not taken; name the adapter folder as a model, with its base as base_model`,
-    );
-  }
-  return path;
-}
-
-function mapping(where: string, raw: unknown, known: readonly string[]): Record<string, unknown> {
-  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) throw new RecipeError(`${where}: a mapping is expected`);
-  const unknown = Object.keys(raw).filter((key) => !known.includes(key));
-  if (unknown.length > 0) {
-    throw new RecipeError(`${where}: ${unknown.join(', ')}: pcomp follows ${known.join(', ')} here, and nothing else`);
-  }
-  return raw as Record<string, unknown>;
-}
-
-function list(where: string, raw: unknown): readonly unknown[] {
-  if (Array.isArray(raw) && raw.length > 0) return raw as readonly unknown[];
-  throw new RecipeError(`${where}: a list with at least one entry is expected`);
-}
-
-function string(where: string, raw: unknown): string {
-  if (typeof raw === 'string' && raw !== '') return raw;
-  throw new RecipeError(`${where}: a text is expected, and it is ${JSON.stringify(raw) ?? 'absent'}`);
 }

@@ -8,6 +8,7 @@ import { type LayerRange, layerCountOf, StackedSource } from '../../../artifacts
 import { RecipeError } from '../../../errors.ts';
 import { mergerOf } from '../../../methods/merge/index.ts';
 import type { MergekitConfig, MergekitSlice, MergekitSource } from './config.ts';
+import { portableVocabulary } from './vocabulary.ts';
 
 export interface MergekitInputs {
   /** In the file's order. */
@@ -124,17 +125,11 @@ function layerTypes(inputs: readonly MergeInput[], ranges: readonly LayerRange[]
 }
 
 /** As pcomp.json has it: without folders on the way to models. */
-export function portableMergekit({
-  text: _,
-  base,
-  slices,
-  vocabulary: { tokenizer, ...vocabulary },
-  ...rest
-}: MergekitConfig): Record<string, unknown> {
+export function portableMergekit({ text: _, base, slices, vocabulary, ...rest }: MergekitConfig): Record<string, unknown> {
   return {
     ...rest,
     ...(base === undefined ? {} : { base: basename(base) }),
-    vocabulary: { ...vocabulary, ...(tokenizer === undefined ? {} : { tokenizer: basename(tokenizer) }) },
+    vocabulary: portableVocabulary(vocabulary),
     slices: slices.map(({ sources, parameters }) => ({
       sources: sources.map((source) => ({ ...source, model: basename(source.model) })),
       parameters,
