@@ -3,7 +3,8 @@
  * [--threads 2]`; writes bench/results/train.{json,md}.
  *
  * Counted work, in flops (a multiply-add is two), T tokens in windows of S, sites (m, n), hidden size d, vocabulary v:
- *   forward      2 T m n per site, 2 T S d a block for attention (two products over the causal half); twice: the backward pass makes it again
+ *   forward      2 T m n per site, 2 T S d a block for attention (two products over the causal half); twice: the backward pass makes it again,
+ *                but for the last product of a block
  *   backward     2 T m n per site for the gradient of its input, 4 T S d a block for attention
  *   weights      2 T m n per site: the gradient of the weight, multiplied down to the factors by 4 r m n, and the update put into it, 2 r m n, twice
  *   head         2 T v d for logits, 2 T v d back
@@ -72,7 +73,9 @@ const { hiddenSize: d, vocabSize: v } = model.shape;
 const linear = sites.reduce((sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures, 0);
 const attention = 2 * T * LENGTH * d * model.blocks.length;
 const head = 4 * T * v * d;
-const needed = 3 * 2 * T * linear + 4 * attention + head;
+const last = sites.filter(({ name }) => name.endsWith('.down_proj'));
+const again = last.reduce((sum, { outFeatures, inFeatures }) => sum + outFeatures * inFeatures, 0);
+const needed = 2 * T * (3 * linear - again) + 4 * attention + head;
 const done = needed + 2 * T * linear + 8 * RANK * linear;
 const row = {
   threads,
