@@ -16,7 +16,7 @@
  * allocation by outputs, but
  *   drift         2 T n^2 per input for the moment between the two models (7/8 of the tokens), 4 m n^2 per site for the correction
  *   polish        6 m n^2 per site: three sweeps, in each the errors times H
- *   sensitivity   forward on the first 2048 tokens: the float block, the block with an error, and every earlier block's error once more; on
+ *   sensitivity   forward on the first 2048 tokens (fewer in models of more than 12 blocks): the float block, the block with an error, and every earlier block's error once more; on
  *                 512 tokens: the block with the error of one site, for each
  * Softmaxes, the search of scales, decoding, packing, hashing, reading and writing count as no work: they lower the share.
  */
