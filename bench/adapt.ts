@@ -63,7 +63,10 @@ const maps = new Map(kept.notes.map((note) => [note.slice(0, note.indexOf('\n'))
 let rows: Row[] = kept.rows.filter(({ method }) => method !== 'base');
 const { perplexity } = await evaluate(base, evaluated);
 for (const budget of values.budgets.split(',')) {
-  for (const entry of values.methods.split(',')) await measure(entry, budget);
+  for (const entry of values.methods.split(',')) {
+    const again = entry.startsWith('full') && budget !== values.budgets.split(',')[0];
+    if (!again) await measure(entry, budget);
+  }
 }
 await rm(scratch, { recursive: true, force: true });
 
@@ -132,8 +135,10 @@ async function train(entry: string, budget: string, output: string, seed: number
 }
 
 async function trainWhole(entry: string, output: string, seed: number): Promise<Made> {
+  const learningRate = rateOf(entry);
+  if (learningRate === undefined) throw new Error(`${entry}: give its learning rate, full:lr=1e-4`);
   await mkdir(output);
-  const rules = { text: training, steps, ...text, learningRate: rateOf(entry)!, seed, threads, maxMemory: 2 ** 30 };
+  const rules = { text: training, steps, ...text, learningRate, seed, threads, maxMemory: 2 ** 30 };
   return { ...(await fullFineTuning(base, output, rules)), modules: [] };
 }
 

@@ -224,7 +224,7 @@ function describe(outcome: MergeOutcome): string {
   );
   if (run === undefined) {
     pairs.push(
-      ['to read', `${formatSize(outcome.readBytes)}, every pass counted`],
+      ['to read', `at most ${formatSize(outcome.readBytes)}, every pass counted`],
       ['peak buffers', `${formatSize(outcome.predictedPeakBytes)} on ${outcome.threads} threads`],
     );
     if (outcome.toLearn) pairs.push(...describeCost(outcome.toLearn));

@@ -93,7 +93,7 @@ export class ModelGradient implements AsyncDisposable {
   async backward(weights: WeightReader, cotangent: StateStore, on: OnGradients, hooks: BackwardHooks = {}): Promise<void> {
     const { sites: wanted, model } = this.#options;
     const first = wanted ? model.blocks.findIndex(({ sites }) => sites.some(({ name }) => wanted.has(name))) : 0;
-    for (const block of model.blocks.slice(Math.max(0, first)).toReversed()) {
+    for (const block of first < 0 ? [] : model.blocks.slice(first).toReversed()) {
       this.#options.signal?.throwIfAborted();
       await hooks.before?.(block, cotangent);
       await this.#back(block, weights, cotangent, on, hooks.each);
@@ -132,7 +132,7 @@ export class ModelGradient implements AsyncDisposable {
       const sites = new Map([...gradient.sites].filter(([name]) => wanted?.has(name) ?? true));
       const outputs = ['hidden_cotangent', ...sites.values(), ...experts.values()];
       const graph = pruneModel(gradient.model, outputs);
-      const key = sites.size < gradient.sites.size ? `${gradient.key} ${outputs.join(' ')}` : gradient.key;
+      const key = `${gradient.key} ${outputs.join(' ')}`;
       const program = await engine.compile(graph, { key, memoryArena: false });
       for (const { name, shape } of graph.graph.inputs) {
         const source = sources.get(name);

@@ -7,6 +7,12 @@ export interface Matrix {
   readonly data: Float32Array;
 }
 
+/** An upper triangular matrix, in whatever way it is kept: whole it would be twice as large, at the moment of highest memory. */
+export interface UpperFactor {
+  /** Row j from its diagonal on, n - j elements, into `out`. */
+  readRow(j: number, out: Float32Array | Float64Array): void;
+}
+
 /** Dense products on an Engine. All calls may run on several threads; results on one engine are deterministic. */
 export interface Blas {
   /**
@@ -30,7 +36,7 @@ export interface Blas {
    * Upper triangular U with `H^-1 = U^T U`, by one Cholesky of the row-and-column-reversed H and one triangular inverse
    * (slim-llm, section 3.2). `hessian` is (n, n) symmetric, not modified. Throws NotPositiveDefiniteError.
    */
-  inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array>;
+  inverseFactor(hessian: Float64Array, n: number): Promise<UpperFactor>;
   /**
    * `R_jj^2 = 1 / U_jj^2` alone, (n): what `inverseFactor` begins with, at half its work. `hessian` is not modified. Throws
    * NotPositiveDefiniteError.

@@ -1,9 +1,16 @@
 /** Blas on an Engine: a handful of tiny graphs with symbolic dimensions, run over the callers' own memory. */
-import { type Blas, type GramAccumulator, type KlTarget, type Matrix, NotPositiveDefiniteError } from './blas.ts';
+import {
+  type Blas,
+  type GramAccumulator,
+  type KlTarget,
+  type Matrix,
+  NotPositiveDefiniteError,
+  type UpperFactor,
+} from './blas.ts';
 import type { Engine, NdArray, Program } from './engine.ts';
 import { Staging, TiledGram, type TileProduct } from './gram.ts';
 import { type Compile, meanKl, PreparedKl } from './kl.ts';
-import { BLOCK, type Product64, reversedLower, reversedUpper } from './linalg/block-columns.ts';
+import { BLOCK, type Product64, reversedLower, reversedRow } from './linalg/block-columns.ts';
 import { choleskyBlocked } from './linalg/cholesky.ts';
 import { invertBlocked } from './linalg/triangular.ts';
 import { type LiteralNode, type LiteralValues, literalGraph } from './literal-graph.ts';
@@ -64,11 +71,11 @@ class EngineBlas implements Blas {
     return new TiledGram(features, this.#staging, this.#tile);
   }
 
-  async inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array> {
+  async inverseFactor(hessian: Float64Array, n: number): Promise<UpperFactor> {
     // With J the reversal, J H J = L L^T gives H = R R^T for R = J L J, upper triangular, and U = R^-1 = J L^-1 J.
     const { lower, inverses, product } = await this.#factor('inverseFactor', hessian, n);
     await invertBlocked(lower, inverses, product);
-    return reversedUpper(lower);
+    return { readRow: (j, out) => reversedRow(lower, j, out) };
   }
 
   async pivots(hessian: Float64Array, n: number): Promise<Float64Array> {

@@ -39,11 +39,11 @@ function bytesRead(): number {
 describe.skipIf(!existsSync('/proc/self/io'))('every byte of the inputs is read', () => {
   it.each([
     ['once by an elementwise method', 'task-arithmetic', 1],
-    ['three times by one that selects, when a tensor does not fit', 'ties', 3],
+    ['twice by one that selects, when a tensor does not fit, and a sample of it before', 'ties', 2],
     ['once by that method, when it is told to keep everything', 'ties', 1],
   ])('%s', async (_, method, passes) => {
     const [a, b, , base] = inputs('large').map((name) => join(cwd, name));
-    const set = passes === 3 ? ['density=0.3'] : [];
+    const set = passes === 2 ? ['density=0.3'] : [];
     const recipe = mergeRecipe({ base, method, set, maxMemory: BUDGET, card: false }, 1);
     const before = bytesRead();
     const outcome = await merge([a, b], join(cwd, `read-${method}-${passes}`), recipe, {
@@ -52,10 +52,13 @@ describe.skipIf(!existsSync('/proc/self/io'))('every byte of the inputs is read'
       dryRun: false,
     });
     const read = bytesRead() - before;
-    expect(outcome.readBytes).toBe(passes * 3 * FILE_BYTES);
-    expect(read).toBeGreaterThanOrEqual(outcome.readBytes);
+    // A third pass is announced, in case the sample misleads; it does not.
+    const sampled = passes === 2 ? outcome.readBytes - 3 * 3 * FILE_BYTES : 0;
+    if (passes === 2) expect(sampled / (3 * FILE_BYTES)).toBeCloseTo(1 / 16, 1);
+    else expect(outcome.readBytes).toBe(passes * 3 * FILE_BYTES);
+    expect(read).toBeGreaterThanOrEqual(passes * 3 * FILE_BYTES + sampled);
     // Headers, package.json, and the edges of the files that a resumed run compares.
-    expect(read).toBeLessThan(outcome.readBytes + 2e6);
+    expect(read).toBeLessThan(passes * 3 * FILE_BYTES + sampled + 2e6);
   });
 });
 

@@ -1,5 +1,12 @@
 /** Matrix products one sum at a time in doubles: slow, obvious, and what the fast ones are compared with. */
-import { type Blas, type GramAccumulator, type KlTarget, type Matrix, NotPositiveDefiniteError } from '../../src/compute/blas.ts';
+import {
+  type Blas,
+  type GramAccumulator,
+  type KlTarget,
+  type Matrix,
+  NotPositiveDefiniteError,
+  type UpperFactor,
+} from '../../src/compute/blas.ts';
 
 /** A Blas without threads, sessions or blocking. Only for small matrices. */
 export function naiveBlas(): Blas {
@@ -49,7 +56,7 @@ function gram(features: number): GramAccumulator {
 }
 
 /** `H = R R^T` with R upper triangular, from the last column to the first; then R is inverted by back substitution. */
-async function inverseFactor(hessian: Float64Array, n: number): Promise<Float64Array> {
+async function upper(hessian: Float64Array, n: number): Promise<Float64Array> {
   const r = new Float64Array(n * n);
   for (let j = n - 1; j >= 0; j--) {
     let pivot = hessian[j * n + j];
@@ -75,9 +82,24 @@ async function inverseFactor(hessian: Float64Array, n: number): Promise<Float64A
   return u;
 }
 
+const inverseFactor = async (hessian: Float64Array, n: number) => factorOf(await upper(hessian, n), n);
+
+/** A dense (n, n) matrix as a factor. */
+export function factorOf(dense: Float64Array, n: number): UpperFactor {
+  return { readRow: (j, out) => out.set(dense.subarray(j * n + j, (j + 1) * n)) };
+}
+
+/** U whole, (n, n), as `blas` makes it. */
+export async function upperOf(blas: Blas, hessian: Float64Array, n: number): Promise<Float64Array> {
+  const factor = await blas.inverseFactor(hessian, n);
+  const dense = new Float64Array(n * n);
+  for (let j = 0; j < n; j++) factor.readRow(j, dense.subarray(j * n + j, (j + 1) * n));
+  return dense;
+}
+
 /** By the definition: the reciprocal squares of U's diagonal. */
 async function pivots(hessian: Float64Array, n: number): Promise<Float64Array> {
-  const u = await inverseFactor(hessian, n);
+  const u = await upper(hessian, n);
   return Float64Array.from({ length: n }, (_, j) => 1 / u[j * n + j] ** 2);
 }
 

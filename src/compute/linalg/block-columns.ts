@@ -70,21 +70,14 @@ export function reversedLower(matrix: Float64Array, n: number, block: number): B
   return lower;
 }
 
-/** The (n, n) upper triangular matrix whose reversal `lower` is. Releases the block columns as it goes. */
-export function reversedUpper(lower: BlockColumns): Float64Array {
-  const { n } = lower;
-  const upper = new Float64Array(n * n);
-  for (let j = 0; j < lower.count; j++) {
-    const start = lower.start(j);
-    const width = lower.width(j);
-    const column = lower.columns[j];
-    for (let row = start; row < n; row++) {
-      const to = (n - row) * n - 1 - start;
-      const from = (row - start) * width;
-      const end = Math.min(width, row - start + 1);
-      for (let i = 0; i < end; i++) upper[to - i] = column[from + i];
-    }
-    lower.columns[j] = new Float64Array(0);
+/** Row j from its diagonal on of the upper triangular matrix whose reversal `lower` is. */
+export function reversedRow(lower: BlockColumns, j: number, out: Float32Array | Float64Array): void {
+  const row = lower.n - 1 - j;
+  for (let k = 0; lower.start(k) <= row && k < lower.count; k++) {
+    const start = lower.start(k);
+    const from = (row - start) * lower.width(k);
+    const column = lower.columns[k];
+    const end = Math.min(lower.width(k), row - start + 1);
+    for (let i = 0; i < end; i++) out[row - start - i] = column[from + i];
   }
-  return upper;
 }

@@ -43,8 +43,8 @@ function difference(expert: Float32Array, base: Float32Array | undefined): Float
 }
 
 /**
- * The blocks of one tensor from the first row to the last, whole rows each; or the first of every so many. Called once per pass; a pass may cut them
- * differently.
+ * The blocks of one tensor from the first row to the last, whole rows each; or the first of every so many, or then none where nothing
+ * is saved. Called once per pass; a pass may cut them differently.
  */
 export type BlockPass = (every?: number) => Iterable<MergeBlock> | AsyncIterable<MergeBlock>;
 

@@ -25,6 +25,9 @@ const LOWS = 0x10000;
 /** High halves to either side of a guess: a step is a change of the magnitude by 1 in 128 to 256. */
 const SLACK = 1;
 
+/** Most bytes of counters of one selection with two ends: high halves, and low ones, guessed and missed. */
+export const SELECTION_BYTES = 4 * (2 * HIGHS + 2 * (2 * SLACK + 2) * LOWS);
+
 type Counts = Uint32Array | Float64Array;
 
 /** Counters of every pattern with these high halves. */

@@ -1,6 +1,6 @@
 /** The factor U of a damped Hessian, `H^-1 = U^T U`, computed once per site input and shared by the sites that read it. */
 import type { CalibrationStats } from '../../calibration/statistics.ts';
-import { type Matrix, NotPositiveDefiniteError } from '../../compute/blas.ts';
+import { type Matrix, NotPositiveDefiniteError, type UpperFactor } from '../../compute/blas.ts';
 import { UnsupportedError } from '../../errors.ts';
 import type { LinearSite } from '../../model/model.ts';
 import { columnRange } from './columns.ts';
@@ -23,14 +23,13 @@ export class DampedFactor {
   readonly dampening: number;
   readonly #packed: Float32Array;
 
-  /** @param upper U, (n, n) row-major; only read */
-  constructor(upper: Float64Array, order: Uint32Array, dead: ReadonlySet<number>, dampening: number) {
+  constructor(upper: UpperFactor, order: Uint32Array, dead: ReadonlySet<number>, dampening: number) {
     const n = order.length;
     this.order = order;
     this.dead = dead;
     this.dampening = dampening;
     this.#packed = new Float32Array((n * (n + 1)) / 2);
-    for (let j = 0; j < n; j++) this.#packed.set(upper.subarray(j * n + j, (j + 1) * n), this.#rowStart(j));
+    for (let j = 0; j < n; j++) upper.readRow(j, this.#packed.subarray(this.#rowStart(j), this.#rowStart(j + 1)));
   }
 
   get features(): number {
@@ -167,7 +166,7 @@ function dampedDiagonal(diagonal: Float64Array, dampening: number): Float64Array
 }
 
 /** What is done with H while it has another diagonal. */
-type UseHessian = (damped: Float64Array) => Promise<Float64Array>;
+type UseHessian = (damped: Float64Array) => Promise<UpperFactor>;
 
 /**
  * H itself, its diagonal exchanged while it is used: for 11008 inputs a copy would be another 969 MB at the moment of highest memory.
@@ -178,7 +177,7 @@ async function withDiagonal(
   order: Uint32Array,
   diagonal: Float64Array,
   use: UseHessian,
-): Promise<Float64Array> {
+): Promise<UpperFactor> {
   const n = order.length;
   const original = Float64Array.from({ length: n }, (_, j) => hessian[j * n + j]);
   const write = (values: Float64Array) => {
@@ -198,7 +197,7 @@ function withPermutedDiagonal(
   order: Uint32Array,
   diagonal: Float64Array,
   use: UseHessian,
-): Promise<Float64Array> {
+): Promise<UpperFactor> {
   const n = order.length;
   const damped = new Float64Array(n * n);
   for (let i = 0; i < n; i++) {

@@ -151,7 +151,9 @@ async function leastSquares(blas: Blas, branch: Branch, seen: MeasuredInput): Pr
   for (let j = 0; j < n; j++) trace += damped[j * n + j];
   for (let j = 0; j < n; j++) damped[j * n + j] += (DAMPENING * trace) / n || 1;
   // R^-1 = U^T U.
-  const factor = { rows: n, columns: n, data: Float32Array.from(await blas.inverseFactor(damped, n)) };
+  const factor = { rows: n, columns: n, data: new Float32Array(n * n) };
+  const upper = await blas.inverseFactor(damped, n);
+  for (let j = 0; j < n; j++) upper.readRow(j, factor.data.subarray(j * n + j, (j + 1) * n));
   return await blas.gemm(await blas.gemm(moment, factor, { transposeB: true }), factor);
 }
 

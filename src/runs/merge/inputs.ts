@@ -111,7 +111,7 @@ async function unified(
   const rules = mergekit?.vocabulary.tokens ?? {};
   const one = await withOneVocabulary(experts, base, { source, multiple, calibration, rules });
   try {
-    const inputs = await describe(one.experts, one.base, recipe, source !== 'base');
+    const inputs = await describe(one.experts, one.base, recipe, source !== 'base' || Object.keys(rules).length > 0);
     return {
       ...inputs,
       folder: one.folder,

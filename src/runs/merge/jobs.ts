@@ -5,6 +5,7 @@ import { LARGEST } from '../../compute/linalg/tridiagonal.ts';
 import { UnsupportedError } from '../../errors.ts';
 import type { TensorCoefficients } from '../../methods/merge/merge-plan.ts';
 import type { AccessClass, Merger, MergeTensor, Parameters, ParameterValues } from '../../methods/merge/merger.ts';
+import { SELECTION_BYTES } from '../../methods/merge/selection.ts';
 
 /** A tensor of an input, where its bytes are. */
 export interface StoredTensor {
@@ -131,11 +132,16 @@ function squareOf(rows: number, columns: number, side: Sizing['side']): number {
   return side === 'columns' ? columns : Math.min(rows, columns);
 }
 
-/** Bytes of buffers of a block. */
+/** Bytes that a method counts magnitudes in, whatever the size of a block. */
+function counterBytes({ access, experts }: Pick<Sizing, 'access' | 'experts'>): number {
+  return access === 'selection' ? experts * SELECTION_BYTES : 0;
+}
+
+/** Bytes of buffers of a block, and of what goes with it. */
 export function blockBytes(sizing: Omit<Sizing, 'name' | 'budget' | 'stored' | 'decomposes'>): number {
   const { rows, columns, experts, access, whole } = sizing;
   if (whole && access === 'matrix') return rows * columns * bytesPerMatrixElement(experts) + matrixBytes(sizing);
-  return rows * columns * bytesPerElement(experts);
+  return rows * columns * bytesPerElement(experts) + counterBytes(sizing);
 }
 
 /**
@@ -154,11 +160,9 @@ export function blockRowsFor(sizing: Sizing): number {
   const once = !stored && access !== 'elementwise' && access !== 'row';
   if (whole || (once && needed <= budget)) return Math.max(1, rows);
   const rowBytes = columns * bytesPerElement(experts);
-  if (rowBytes > budget) throw tooLarge(name, rowBytes, budget);
-  return Math.max(
-    1,
-    Math.min(rows, Math.floor(budget / Math.max(1, rowBytes)), Math.ceil(BLOCK_ELEMENTS / Math.max(1, columns))),
-  );
+  const left = budget - counterBytes(sizing);
+  if (rowBytes > left) throw tooLarge(name, rowBytes + counterBytes(sizing), budget);
+  return Math.max(1, Math.min(rows, Math.floor(left / Math.max(1, rowBytes)), Math.ceil(BLOCK_ELEMENTS / Math.max(1, columns))));
 }
 
 function tooLarge(name: string, needed: number, budget: number): UnsupportedError {

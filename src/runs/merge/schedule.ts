@@ -11,7 +11,7 @@ import type { MergePlan } from '../../methods/merge/merge-plan.ts';
 import type { AccessClass, Merger, Parameters, ParameterValues } from '../../methods/merge/merger.ts';
 import { resolveParameters } from '../../methods/merge/parameters.ts';
 import type { MergeInputs, OutputTensor } from './inputs.ts';
-import { blockBytes, blockRowsFor, type StoredOrigin, type StoredTensor, type TensorJob } from './jobs.ts';
+import { blockBytes, blockRowsFor, type MergeJob, type StoredOrigin, type StoredTensor, type TensorJob } from './jobs.ts';
 import { mergekitParameters } from './mergekit/parameters.ts';
 import { parametersOf } from './parameters.ts';
 import type { MergeRecipe } from './recipe.ts';
@@ -262,19 +262,34 @@ function bufferBytes(job: TensorJob, { access, side }: Merger): number {
   if (job.kind === 'copy') return 0;
   const { columns, blockRows, experts, tensor } = job;
   const whole = job.turned || (access === 'matrix' && tensor.role === 'matrix');
-  return blockBytes({ rows: blockRows, columns, experts: experts.length, access: whole ? access : 'elementwise', side, whole });
+  return blockBytes({
+    rows: blockRows,
+    columns,
+    experts: experts.length,
+    access: whole || access !== 'matrix' ? access : 'elementwise',
+    side,
+    whole,
+  });
 }
 
-/** Bytes that a job reads. Asks the method for its scans, which also has it check the values. */
+/** Most bytes that a job reads: a scan may turn out not to be needed. Asks the method for its scans, which also has it check the values. */
 function readBytesOf(job: TensorJob, merger: Merger, recipe: MergeRecipe): number {
   if (job.kind === 'copy') return job.tensor.byteLength;
   const context = { seed: recipe.seed, blas: NO_PRODUCTS, note: () => {}, ...(recipe.compat ? { compat: recipe.compat } : {}) };
   const { scans } = merger.prepare(job.tensor, job.values, context);
-  const passes = job.blockRows >= job.rows ? 1 : 1 + scans.reduce((sum, { every = 1 }) => sum + 1 / every, 0);
+  const passes = job.blockRows >= job.rows ? [1] : [1, ...scans.map(({ every = 1 }) => every)];
+  const rows = passes.reduce((sum, every) => sum + rowsRead(job, every), 0);
   const stored = job.experts.flatMap((origin) => (origin.kind === 'stored' ? [origin.tensor] : []));
   const all = job.base && (job.usesBase || stored.length < job.experts.length) ? [...stored, job.base] : stored;
-  const elements = job.rows * job.columns * job.stack;
-  return passes * all.reduce((sum, { dtype }) => sum + (elements * bitsPerElement(dtype)) / 8, 0);
+  const elements = rows * job.columns * job.stack;
+  return all.reduce((sum, { dtype }) => sum + (elements * bitsPerElement(dtype)) / 8, 0);
+}
+
+/** Rows of one block in so many. */
+function rowsRead({ rows, blockRows }: MergeJob, every: number): number {
+  let read = 0;
+  for (let start = 0; start < rows; start += every * blockRows) read += Math.min(blockRows, rows - start);
+  return read;
 }
 
 /**

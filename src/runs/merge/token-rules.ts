@@ -31,6 +31,15 @@ export function modelNamed<T extends { readonly input: MergeInput }>(models: rea
   throw new RecipeError(`${problem} (${models.map(({ input }) => input.label).join(', ')})`);
 }
 
+/** As mergekit names models, by path; by label where no path is meant. */
+function sourceModel(models: readonly TokenModel[], source: string, where: string): TokenModel {
+  const same = models.find(({ input }) => input.place.path === source);
+  const labelled = models.filter(({ input }) => input.label === source);
+  if (!same && labelled.length > 1)
+    throw new RecipeError(`${where} ${source}: ${labelled.length} models are called so; give a path`);
+  return same ?? labelled[0] ?? modelNamed(models, source, `${where} ${source} is not one of the models`);
+}
+
 /** By token, the rows it has. Throws RecipeError for a model that is not merged, and for tokens it does not have. */
 export function rowRules(rules: TokenRules, models: readonly TokenModel[]): ReadonlyMap<string, RowRule> {
   return new Map(
@@ -38,7 +47,7 @@ export function rowRules(rules: TokenRules, models: readonly TokenModel[]): Read
       if (source === undefined) return [token, { force }];
       if (source.kind === 'zero') return [token, { force, from: [] }];
       const where = `--config: tokenizer.tokens.${token}:`;
-      const model = modelNamed(models, source.model, `${where} ${source.model} is not one of the models`);
+      const model = sourceModel(models, source.model, where);
       const asked = source.token ?? token;
       const row = typeof asked === 'number' ? asked : model.ids.get(asked);
       if (row === undefined || row >= model.rows)

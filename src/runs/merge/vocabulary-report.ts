@@ -55,29 +55,30 @@ export async function vocabularyReport(unified: Unified): Promise<VocabularyRepo
   const { appended, conflicts, ids } = unified.united;
   const { source, calibration } = unified.request;
   const label = (model: number) => models[model].input.label;
-  const missing: Record<string, FilledToken[]> = {};
-  const forced: Record<string, FilledToken[]> = {};
-  const dropped: Record<string, string[]> = {};
+  const missing = new Map<string, FilledToken[]>();
+  const forced = new Map<string, FilledToken[]>();
+  const dropped = new Map<string, string[]>();
   for (const [own, list] of origins.entries()) {
     const { ids: had, rows: ownRows } = models[own];
     for (const [id, origin] of list.entries()) {
       const token = tokens[id];
       if (origin.kind !== 'filled' || token === undefined) continue;
       const kind = (had.get(token) ?? ownRows) < ownRows ? forced : missing;
-      kind[label(own)] ??= [];
-      kind[label(own)].push({ token, from: origin.from.map(({ model }) => label(model)) });
+      const tokensOfKind = kind.get(label(own)) ?? [];
+      tokensOfKind.push({ token, from: origin.from.map(({ model }) => label(model)) });
+      kind.set(label(own), tokensOfKind);
     }
     const lost = [...had].filter(([token, id]) => id < ownRows && !ids.has(token)).map(([token]) => token);
-    if (lost.length > 0) dropped[label(own)] = lost;
+    if (lost.length > 0) dropped.set(label(own), lost);
   }
   const changedTokens = await changedPart(models[0], tokenizer, rows, calibration);
   return {
     source,
     rows,
     appended: appended.map(({ token, id, model }) => ({ token, id, from: model === undefined ? ASKED : label(model) })),
-    missing,
-    forced,
-    dropped,
+    missing: Object.fromEntries(missing),
+    forced: Object.fromEntries(forced),
+    dropped: Object.fromEntries(dropped),
     conflicts,
     ...(changedTokens === undefined ? {} : { changedTokens }),
   };

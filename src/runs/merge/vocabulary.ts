@@ -213,6 +213,11 @@ async function writeTokenizer(
   }
   if (united.appended.length === 0) return folder;
   const json = unitedTokenizer(from.vocabulary, united);
+  const seen = new Set<string>();
+  const contents = (json['added_tokens'] as { content: string }[]).map(({ content }) => content);
+  const twice = contents.find((content) => seen.size === seen.add(content).size);
+  if (twice !== undefined)
+    throw new RecipeError(`--tokenizer ${source}: two tokens that are added spell ${JSON.stringify(twice)}`);
   await writeFile(join(folder, 'tokenizer.json'), `${JSON.stringify(json, null, 2)}\n`);
   const path = join(folder, 'tokenizer_config.json');
   const config = (await exists(path)) ? await readJsonObject(path) : {};

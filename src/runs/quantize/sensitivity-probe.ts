@@ -71,13 +71,13 @@ export class SensitivityProbe implements AsyncDisposable {
     return probe;
   }
 
-  /** Takes the block's trials, by site name. */
+  /** Takes the block's trials, by site name; their weights are its own from then on. */
   async add(block: Block, trials: ReadonlyMap<string, Trial>): Promise<void> {
     const float = await cached(this.#options.weights, block);
     const bent = new Map<string, Float32Array>();
     for (const site of block.sites) {
       const trial = trials.get(site.name);
-      if (trial) bent.set(site.name, between(await float.loadSite(site), trial.weight));
+      if (trial) bent.set(site.name, bend(trial.weight, await float.loadSite(site)));
     }
     const before = this.#states();
     await before.copy(this.#base);
@@ -159,8 +159,10 @@ function firstTokens(windows: readonly Int32Array[], most: number): Int32Array[]
   return taken;
 }
 
-function between(float: Float32Array, trial: Float32Array): Float32Array {
-  return trial.map((value, i) => float[i] + STEP * (value - float[i]));
+/** In place: a second copy of a block is 0.8 GB for a model of 7B. */
+function bend(trial: Float32Array, float: Float32Array): Float32Array {
+  for (let i = 0; i < trial.length; i++) trial[i] = float[i] + STEP * (trial[i] - float[i]);
+  return trial;
 }
 
 /** The block's weights read once and kept: they are run many times. */

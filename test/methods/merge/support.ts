@@ -54,7 +54,7 @@ export async function merged(method: string, given: MergeCase): Promise<{ values
     ...(given.statistics ? { statistics: given.statistics.map((f) => Float32Array.from(f)) } : {}),
   };
   const result: number[] = [];
-  const blocks = () => cutRows(tensor.shape, inputs, given.rows);
+  const blocks = (every = 1) => [...cutRows(tensor.shape, inputs, given.rows)].filter((_, i) => i % every === 0);
   for await (const block of mergeTensor(merger, tensor, blocks, values, context)) result.push(...block);
   const stored = [...inputs.experts, inputs.base];
   const untouched = [...given.experts, given.base ?? []].every((values, i) =>

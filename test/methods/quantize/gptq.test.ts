@@ -9,7 +9,7 @@ import { sweep } from '../../../src/methods/quantize/gptq-core.ts';
 import { QUANTIZERS } from '../../../src/methods/quantize/index.ts';
 import { dequantize, type QuantizedLinear } from '../../../src/methods/quantize/quantized-linear.ts';
 import { rtn } from '../../../src/methods/quantize/rtn.ts';
-import { naiveBlas } from '../../support/naive-blas.ts';
+import { factorOf, naiveBlas, upperOf } from '../../support/naive-blas.ts';
 import { damp, gptqOracle, minMaxGrid, outputEnergy, searchedGrid } from '../../support/quantize-oracle.ts';
 import { statsOf } from '../../support/reference-layer.ts';
 import { contextOf, randomTokens, randomWeight, siteOf } from './support.ts';
@@ -41,9 +41,9 @@ function countingBlas(): Blas & { calls: number } {
 }
 
 async function naturalFactor(hessian: Float64Array, n: number): Promise<DampedFactor> {
-  const upper = await naiveBlas().inverseFactor(hessian, n);
+  const upper = await upperOf(naiveBlas(), hessian, n);
   return new DampedFactor(
-    upper,
+    factorOf(upper, n),
     Uint32Array.from({ length: n }, (_, j) => j),
     new Set(),
     0,
@@ -92,7 +92,7 @@ describe('the small vector', () => {
   test('blocks of U lie as they should, whatever the tile', async () => {
     const n = 70;
     const hessian = damp(statsOf(randomTokens(200, n)).hessian, n, 0.01);
-    const upper = await naiveBlas().inverseFactor(hessian, n);
+    const upper = await upperOf(naiveBlas(), hessian, n);
     const factor = await naturalFactor(hessian, n);
     const block = factor.laterBlock(3, 20, 25, 69);
     expect([block.rows, block.columns]).toEqual([44, 17]);
@@ -102,7 +102,7 @@ describe('the small vector', () => {
   });
 
   test('has the errors of the specification', async () => {
-    const upper = await naiveBlas().inverseFactor(SMALL_HESSIAN, 4);
+    const upper = await upperOf(naiveBlas(), SMALL_HESSIAN, 4);
     const { errors, values } = gptqOracle(Float64Array.from(SMALL_WEIGHT), 1, upper, 4, () => ({ bits: 2, scale: 1, shift: 1 }));
     [-0.54349298, -1.04828484, -0.98270763, 0].forEach((value, j) => {
       expect(errors[j]).toBeCloseTo(value, 8);
@@ -126,7 +126,7 @@ describe('on a random layer', () => {
 
   test('sum e^2 is the loss for the damped Hessian, in doubles and in float32', async () => {
     const damped = damp(stats.hessian, n, 0.01);
-    const upper = await naiveBlas().inverseFactor(damped, n);
+    const upper = await upperOf(naiveBlas(), damped, n);
     const oracle = gptqOracle(Float64Array.from(weight), rows, upper, groupSize, (row) => minMaxGrid(row, 3));
     const loss = outputEnergy(
       oracle.values.map((value, i) => value - weight[i]),
@@ -167,7 +167,7 @@ describe('on a random layer', () => {
       stats,
       await gptq.decide(contextOf(options), site, weight, stats),
     );
-    const upper = await naiveBlas().inverseFactor(damp(stats.hessian, n, 0.01), n);
+    const upper = await upperOf(naiveBlas(), damp(stats.hessian, n, 0.01), n);
     const groups = quantized.bits.length;
     const { codes } = gptqOracle(Float64Array.from(weight), rows, upper, groupSize, (_, g, row) => ({
       bits: 3,
@@ -184,7 +184,8 @@ describe('on a random layer', () => {
     const diagonal = Float64Array.from({ length: n }, (_, j) => stats.hessian[j * n + j]);
     const order = Array.from(diagonal.keys()).sort((a, b) => diagonal[b] - diagonal[a] || a - b);
     const damped = damp(stats.hessian, n, 0.01);
-    const upper = await naiveBlas().inverseFactor(
+    const upper = await upperOf(
+      naiveBlas(),
       Float64Array.from({ length: n * n }, (_, i) => damped[order[Math.floor(i / n)] * n + order[i % n]]),
       n,
     );
@@ -269,7 +270,7 @@ test('a layer wider than a span is swept as the oracle sweeps it', async () => {
   });
   const weight = randomWeight(rows, n, 41);
   const factor = new DampedFactor(
-    upper,
+    factorOf(upper, n),
     Uint32Array.from({ length: n }, (_, j) => j),
     new Set(),
     0,

@@ -105,14 +105,14 @@ export async function weighInput(
 }
 
 /** Shrinks and transforms H, as much as `factor` asks for. */
-async function shrunk(
+async function shrunk<T>(
   context: QuantizeContext,
   site: LinearSite,
   stats: CalibrationStats,
   kind: TransformKind,
   groupSize: number,
-  { centred, factor }: { readonly centred: boolean; readonly factor: (hessian: Float64Array) => Promise<Float64Array> },
-): Promise<Omit<WeighedInput, 'energies'> & { readonly made: Float64Array }> {
+  { centred, factor }: { readonly centred: boolean; readonly factor: (hessian: Float64Array) => Promise<T> },
+): Promise<Omit<WeighedInput, 'energies'> & { readonly made: T }> {
   const { features: n, hessian } = stats;
   checkDiagonal(site, hessian, n);
   const mean = centred ? stats.drift?.means?.actual : undefined;

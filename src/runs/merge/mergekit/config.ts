@@ -52,7 +52,7 @@ export async function readMergekitConfig(path: string): Promise<MergekitConfig> 
   }
   let raw: unknown;
   try {
-    raw = parseYaml(text);
+    raw = parseYaml(text, { stringKeys: true });
   } catch (error) {
     const message = String((error as Error).message).split('\n', 1)[0];
     throw new RecipeError(`--config ${path}: is not YAML: ${message}`);

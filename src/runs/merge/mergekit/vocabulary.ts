@@ -29,6 +29,7 @@ export function readVocabularyRules(
     );
   const at = `${where}: tokenizer.tokens`;
   const rules = isAbsent(tokens) ? [] : Object.entries(anyMapping(at, tokens));
+  if (rules.some(([token]) => token === '')) throw new RecipeError(`${at}: a token has no name`);
   return {
     tokenizer: isAbsent(whose) ? 'union' : string(`${where}: tokenizer.source`, whose),
     ...(typeof multiple === 'number' ? { padVocab: multiple } : {}),
