@@ -76,7 +76,10 @@ describe('a mergekit file', () => {
     ['merge_method: linear\nmodels: [{model: a+lora}]', /a\+lora: model\+adapter is not taken/],
     ['merge_method: linear\nmodels: [{model: a}]\ndtype: int8', /dtype "int8": must be one of/],
     ['merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: union\ntokenizer: {source: base}', /keep one of them/],
-    ['merge_method: linear\nmodels: [{model: a}]\ntokenizer: {vocabulary: {}}', /tokenizer: vocabulary: pcomp follows source, tokens, pad_to/],
+    [
+      'merge_method: linear\nmodels: [{model: a}]\ntokenizer: {vocabulary: {}}',
+      /tokenizer: vocabulary: pcomp follows source, tokens, pad_to/,
+    ],
     ['merge_method: linear\nmodels: [{model: a}]\ntokenizer: {pad_to_multiple_of: 0}', /pad_to_multiple_of 0: a whole number/],
     ['merge_method: linear\nmodels: [{model: a, parameters: {weight: []}}]', /parameters\.weight: a number/],
     ['merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: x}]}}]', /weight\[0\]: \{filter, value\}/],
