@@ -314,7 +314,9 @@ it('a dry run says what would be done, and writes nothing', async () => {
   const before = artifactTree(cwd);
   const { code: status, stdout } = await run('never', '--method', 'ties', '--dry-run');
   expect(status).toBe(0);
-  expect(stdout).toMatch(/tensors +21 merged\n[\s\S]*to read +at most [\d.]+ kB, every pass counted\npeak buffers +[\d.]+ [kM]B on/);
+  expect(stdout).toMatch(
+    /tensors +21 merged\n[\s\S]*to read +at most [\d.]+ kB, every pass counted\npeak buffers +[\d.]+ [kM]B on/,
+  );
   expect(stdout).toMatch(/Dry run: nothing was written\.\n$/);
   expect(artifactTree(cwd)).toEqual(before);
 });

@@ -36,7 +36,7 @@ export interface MergeOutcome {
   readonly tensors: Readonly<Record<string, number>>;
   /** Bytes of the result's weight files. */
   readonly bytes: number;
-  /** Bytes to read, every pass counted. */
+  /** Most bytes to read, every pass counted. */
   readonly readBytes: number;
   readonly threads: number;
   /** Most bytes of buffers at any time. */

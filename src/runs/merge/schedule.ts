@@ -28,7 +28,7 @@ export interface MergeSchedule {
   readonly threads: number;
   /** Most bytes of buffers at any time. */
   readonly peakBytes: number;
-  /** Bytes that will be read, every pass counted. */
+  /** Most bytes that will be read, every pass counted. */
   readonly readBytes: number;
   readonly writtenBytes: number;
   /** Per tensor of the result, in order: what was done, and by which rule. */
