@@ -10,6 +10,7 @@ import { fileURLToPath } from 'node:url';
 import { openModelSource } from '../src/artifacts/model-source.ts';
 import type { NdArray } from '../src/compute/engine.ts';
 import { createEngine } from '../src/compute/ort.ts';
+import { pruneModel } from '../src/graph/prune.ts';
 import { measureGemm } from './gemm-rate.ts';
 import { type Row, writeResults } from './results.ts';
 import { writeSynthetic } from './synthetic.ts';
@@ -64,6 +65,7 @@ for (const { rival, ...shape } of CASES) {
     const [block] = model.blocks;
     const forward = model.blockGraph(block, s);
     const backward = model.blockGradient(block, { batch: 1, sequence: s });
+    const gradients = ['hidden_cotangent', ...backward.sites.values()];
     const states = Float32Array.from({ length: s * d }, (_, i) => Math.sin(i));
     const cotangent = Float32Array.from({ length: s * d }, (_, i) => Math.cos(i));
     const values: Record<string, NdArray> = {
@@ -84,7 +86,7 @@ for (const { rival, ...shape } of CASES) {
       return () => program.run(feeds, { outputs, into });
     };
     const ahead = await run(forward.model, ['hidden_out']);
-    const back = await run(backward.model, ['hidden_cotangent', ...backward.sites.values()]);
+    const back = await run(pruneModel(backward.model, gradients), gradients);
     await ahead();
     await back();
     const [forwardMs, bothMs] = await leastMilliseconds([ahead, back], RUNS);

@@ -1,8 +1,9 @@
 /** How far a block with other weights is from the float block, on the calibration text: what weights of a block are learned by. */
 import type { Engine, NdArray, Program } from '../compute/engine.ts';
 import { pruneModel } from '../graph/prune.ts';
-import type { Block, BlockLoss, LinearSite, Model, WeightReader } from '../model/model.ts';
+import type { Block, BlockLoss, Model, WeightReader } from '../model/model.ts';
 import { DEFAULT_BATCH_TOKENS } from './block-runner.ts';
+import { GradientSums } from './gradient-sums.ts';
 import type { HiddenStates } from './hidden-states.ts';
 import type { StateStore } from './state-store.ts';
 
@@ -46,8 +47,7 @@ export class OutputError implements BlockObjective, AsyncDisposable {
   readonly #together: number;
   readonly #graph: BlockLoss;
   readonly #fixed = new Map<string, NdArray>();
-  readonly #gradients = new Map<string, Float32Array>();
-  readonly #parts = new Map<string, Float32Array>();
+  readonly #sums = new GradientSums();
 
   constructor(options: OutputErrorOptions) {
     this.#options = options;
@@ -88,28 +88,18 @@ export class OutputError implements BlockObjective, AsyncDisposable {
     let loss = 0;
     let first = true;
     for await (const feeds of this.#batches(program, weights, windows)) {
-      // The first batch of windows writes the sums, the others are added to them.
-      const memory = first ? this.#gradients : this.#parts;
       const into: Record<string, NdArray> = {};
-      for (const site of sites) into[graph.sites.get(site.name)!] = this.#memory(memory, site);
+      for (const { name, outFeatures, inFeatures } of sites)
+        into[graph.sites.get(name)!] = this.#sums.room(name, [outFeatures, inFeatures], first);
       loss += Number((await program.run(feeds, { outputs, into }))['loss'].data[0]);
-      if (!first) for (const { name } of sites) add(this.#gradients.get(name)!, this.#parts.get(name)!);
+      if (!first) this.#sums.add(sites.map(({ name }) => name));
       first = false;
     }
-    return { loss, gradients: this.#gradients };
+    return { loss, gradients: new Map(sites.map(({ name }) => [name, this.#sums.of(name)])) };
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.#options.targets[Symbol.asyncDispose]();
-  }
-
-  #memory(memory: Map<string, Float32Array>, { name, outFeatures, inFeatures }: LinearSite): NdArray {
-    let data = memory.get(name);
-    if (data === undefined) {
-      data = new Float32Array(outFeatures * inFeatures);
-      memory.set(name, data);
-    }
-    return { dtype: 'F32', shape: [outFeatures, inFeatures], data };
   }
 
   async *#batches(program: Program, weights: SiteWeights, windows: readonly number[]): AsyncGenerator<Record<string, NdArray>> {
@@ -166,8 +156,4 @@ export class OutputError implements BlockObjective, AsyncDisposable {
     }
     return feeds;
   }
-}
-
-function add(sum: Float32Array, part: Float32Array): void {
-  for (let i = 0; i < sum.length; i++) sum[i] += part[i];
 }

@@ -7,6 +7,7 @@ import { pruneModel } from '../graph/prune.ts';
 import type { Block, LinearSite, Model, WeightReader } from '../model/model.ts';
 import { BlockRunner } from './block-runner.ts';
 import { embedTokens } from './embed.ts';
+import { GradientSums } from './gradient-sums.ts';
 import { dropPads, HiddenStates, padRows } from './hidden-states.ts';
 import type { Spool, StateStore } from './state-store.ts';
 
@@ -54,8 +55,8 @@ export class ModelGradient implements AsyncDisposable {
   readonly #states: HiddenStates;
   /** What enters each block. */
   readonly #entering: StateStore[] = [];
-  /** Gradients, of one block after the other: fresh memory for each costs as much as a tenth of its products. */
-  readonly #memory = new Map<string, Float32Array>();
+  /** Of one block after the other. */
+  readonly #sums = new GradientSums();
 
   constructor(options: ModelGradientOptions) {
     const { model, engine, path, windows, batchTokens, spool } = options;
@@ -123,14 +124,16 @@ export class ModelGradient implements AsyncDisposable {
     const { model, engine, balance = 0, sites: wanted } = this.#options;
     const { hiddenSize, batches } = this.#states;
     const loaded = new Map<string, NdArray>();
-    const sums = new Map<LinearSite, Float32Array>();
-    const expertSums = new Map<string, Float32Array>();
+    /** Outputs of the graphs of all batches. */
+    let [sites, experts]: ReadonlyMap<string, string>[] = [new Map(), new Map()];
     for (const batch of batches) {
       const size = { batch: batch.lengths.length, sequence: batch.sequence };
       const gradient = model.blockGradient(block, size, weights.routed?.bind(weights));
-      const { weights: sources, experts } = gradient;
-      const sites = new Map([...gradient.sites].filter(([name]) => wanted?.has(name) ?? true));
-      const outputs = ['hidden_cotangent', ...sites.values(), ...experts.values()];
+      const { weights: sources } = gradient;
+      sites = new Map([...gradient.sites].filter(([name]) => wanted?.has(name) ?? true));
+      experts = gradient.experts;
+      const sought = [...sites.values(), ...experts.values()];
+      const outputs = ['hidden_cotangent', ...sought];
       const graph = pruneModel(gradient.model, outputs);
       const key = `${gradient.key} ${outputs.join(' ')}`;
       const program = await engine.compile(graph, { key, memoryArena: false });
@@ -158,41 +161,28 @@ export class ModelGradient implements AsyncDisposable {
       };
       for (const name of program.inputNames) feeds[name] = given[name];
       const shapes = new Map(graph.graph.outputs.map(({ name, shape }) => [name, (shape ?? []).map(Number)]));
-      // The first batch's become the sums.
-      const role = batch === batches[0] ? 'sum' : 'batch';
-      const into: Record<string, NdArray> = {};
-      for (const name of outputs.slice(1)) {
-        const shape = shapes.get(name)!;
-        into[name] = { dtype: 'F32', shape, data: this.#floats(`${role} of ${name}`, shape) };
-      }
+      const first = batch === batches[0];
+      const into = Object.fromEntries(sought.map((name) => [name, this.#sums.room(name, shapes.get(name)!, first)]));
       const made = await program.run(feeds, { outputs, into });
       await cotangent.write(batch.rowStart, dropPads(batch, made['hidden_cotangent'].data as Float32Array, hiddenSize));
-      const gradients = new Map<LinearSite, Float32Array>();
-      for (const site of block.sites) {
-        const output = sites.get(site.name);
-        if (output !== undefined) gradients.set(site, made[output].data as Float32Array);
-      }
-      const ofExperts = new Map([...experts].map(([name, output]) => [name, made[output].data as Float32Array] as const));
-      await each?.(block, gradients, ofExperts);
-      for (const [site, own] of gradients) accumulate(sums, site, own);
-      for (const [name, own] of ofExperts) accumulate(expertSums, name, own);
+      const own = (name: string) => made[name].data as Float32Array;
+      await each?.(block, bySite(block, sites, own), byName(experts, own));
+      if (!first) this.#sums.add(sought);
     }
-    await on(block, sums, expertSums);
-  }
-
-  /** Memory of a role, the same every time as long as its size is. */
-  #floats(role: string, shape: readonly number[]): Float32Array {
-    const length = shape.reduce((product, size) => product * size, 1);
-    const known = this.#memory.get(role);
-    if (known?.length === length) return known;
-    const made = new Float32Array(length);
-    this.#memory.set(role, made);
-    return made;
+    const sum = (name: string) => this.#sums.of(name);
+    await on(block, bySite(block, sites, sum), byName(experts, sum));
   }
 }
 
-function accumulate<K>(sums: Map<K, Float32Array>, key: K, own: Float32Array): void {
-  const sum = sums.get(key);
-  if (sum === undefined) sums.set(key, own);
-  else for (let i = 0; i < sum.length; i++) sum[i] += own[i];
+function bySite(block: Block, outputs: ReadonlyMap<string, string>, of: (output: string) => Float32Array) {
+  return new Map(
+    block.sites.flatMap((site): [LinearSite, Float32Array][] => {
+      const output = outputs.get(site.name);
+      return output === undefined ? [] : [[site, of(output)]];
+    }),
+  );
+}
+
+function byName(outputs: ReadonlyMap<string, string>, of: (output: string) => Float32Array) {
+  return new Map([...outputs].map(([name, output]) => [name, of(output)] as const));
 }

@@ -5,7 +5,6 @@ import { type AttentionLowering, attention } from '../graph/attention.ts';
 import { GraphBuilder, type Value } from '../graph/builder.ts';
 import { gradient } from '../graph/gradient/gradient.ts';
 import { stop } from '../graph/gradient/straight-through.ts';
-import { pruneModel } from '../graph/prune.ts';
 import { balanceLoss, ROUTED_TENSORS, type RoutedBranch, routedBranch, routedSizes } from '../graph/routed-branch.ts';
 import { positionsFromLengths, positionsFromSlots } from '../graph/token-positions.ts';
 import { type BlockParts, renderBlock, renderNorm } from './block-renderer.ts';
@@ -210,13 +209,8 @@ export function buildBlockGradient(
     if (typeof source === 'string') experts.set(source, `${name} cotangent`);
     else sites.set(source.name, `${name} cotangent`);
   });
-  const model = builder.build();
   return {
-    // Of the way forward only what the way back looks at: not the last product.
-    model: pruneModel(
-      model,
-      model.graph.outputs.map(({ name }) => name),
-    ),
+    model: builder.build(),
     key: `${make} gradient ${batch} ${sequence}`,
     weights: sourcesOf(weights),
     sites,

@@ -1,5 +1,5 @@
 /** `merge --tokenizer`: models whose vocabularies have grown apart, against rows put together by hand. */
-import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { copyFileSync, cpSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -249,7 +249,34 @@ describe("mergekit's rules for single tokens", () => {
     expect([...(await loadTokenizer(at('by-one'), 2052)).encode('<|new|>')]).toContain(2051);
   });
 
+  it('are of tokens that only one model has, in the vocabulary of the base', async () => {
+    save('only.yml', '    "<|start|>": {source: chat}\n', 'base');
+    const { code, stderr } = await runCli(['merge', '--config', 'only.yml', '-o', 'by-only'], { cwd });
+    expect(code).toBe(0);
+    expect(stderr).toMatch(/3 tokens of tools are left out/);
+    const { shape, values } = (await readWeights(at('by-only'))).get(EMBEDDING)!;
+    expect(shape).toEqual([2049, 32]);
+    // All three have the row of chat: base + (chat - base) + (tools - base) is it again.
+    const start = weights.chat.get(EMBEDDING)!.values.subarray(2048 * 32, 2049 * 32);
+    for (let j = 0; j < 32; j++) expect(Math.abs(values[2048 * 32 + j] - start[j])).toBeLessThan(1e-5);
+  });
+
+  it('name models by path before label', async () => {
+    cpSync(at('chat'), at('other', 'chat'), { recursive: true });
+    writeFileSync(
+      at('paths.yml'),
+      'merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: other/chat}, {model: chat}]\ntokenizer: {tokens: {"<|start|>": {source: chat}}}\n',
+    );
+    const { code, stderr } = await runCli(['merge', '--config', 'paths.yml', '--dry-run'], { cwd });
+    expect(code).toBe(0);
+    // The one that is called chat is other/chat.
+    expect(stderr).toMatch(/base lacks 2 tokens, whose rows are from chat-2, chat:/);
+  });
+
   it.each([
+    ['1.50: {source: nobody}', /tokenizer\.tokens\.1\.50: nobody is not one of the models/],
+    ['"": {source: chat}', /tokenizer\.tokens: a token has no name/],
+    ['" prefab": {source: {kind: zero}}', /two tokens that are added spell " prefab"/],
     ['"x": {source: nobody}', /tokenizer\.tokens\.x: nobody is not one of the models \(base, chat, tools\)/],
     ['"<tool>": {source: chat}', /tokenizer\.tokens\.<tool>: chat has no token "<tool>"/],
     [

@@ -147,8 +147,8 @@ export class Trainer {
     const { model, engine, spool, path, blas, signal } = this.#forward;
     const { balance = 0 } = this.schedule;
     const sites = new Set(this.#byName.keys());
-    const batchTokens = BATCH_TOKENS;
-    await using pass = new ModelGradient({ model, engine, path, spool, windows, batchTokens, signal, sites, balance });
+    const batch = { path, windows, batchTokens: BATCH_TOKENS };
+    await using pass = new ModelGradient({ model, engine, spool, ...batch, signal, sites, balance });
     const hidden = await pass.forward(this.#weights);
     await using cotangent = spool.allocate(pass.tokenCount, model.shape.hiddenSize);
     const loss = await (await this.#head()).score(hidden, windows, cotangent);

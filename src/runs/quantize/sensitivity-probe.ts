@@ -143,6 +143,7 @@ export class SensitivityProbe implements AsyncDisposable {
   }
 }
 
+/** Tokens the errors of a model of so many blocks are followed on. */
 export function probedTokens(blocks: number): number {
   return Math.max(LEAST_TOKENS, Math.min(MOST_TOKENS, Math.floor((MOST_TOKENS * SHALLOW) / blocks)));
 }
